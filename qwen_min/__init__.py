@@ -1,0 +1,1 @@
+"""A minimal pure-PyTorch reference implementation of Qwen for text classification."""
