@@ -1,0 +1,20 @@
+"""LoRA by hand: one layer (`layer`), a whole model (`inject`), PEFT's file format (`adapter`)."""
+
+from lora.adapter import LoRAConfig, load_adapter, read_adapter_config, save_adapter
+from lora.inject import ATTENTION, MLP, inject_lora, lora_modules, lora_parameters, merge_lora
+from lora.layer import LoRAError, LoRALinear
+
+__all__ = [
+    "ATTENTION",
+    "MLP",
+    "LoRAConfig",
+    "LoRAError",
+    "LoRALinear",
+    "inject_lora",
+    "load_adapter",
+    "lora_modules",
+    "lora_parameters",
+    "merge_lora",
+    "read_adapter_config",
+    "save_adapter",
+]

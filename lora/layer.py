@@ -1,0 +1,84 @@
+"""LoRA on one linear layer (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+
+The pretrained W (out, in) stays frozen; what is learned is a change of rank at most r,
+
+    W' = W + s·B·A        A (r, in), B (out, r), r much smaller than in and out,
+
+so a layer trains r·(in + out) numbers instead of in·out. B starts at zero, so that training starts
+from the base model exactly.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LoRAError(ValueError):
+    """A user's mistake about LoRA or an adapter's files; the message is one line, to be printed."""
+
+    def __init__(self, message: str) -> None:
+        # What is quoted from a file or a path may hold line breaks.
+        super().__init__(" ".join(message.split()))
+
+
+def check_hyperparameters(r: int, alpha: float, dropout: float) -> None:
+    """Raise LoRAError unless r >= 1, 0 < alpha < inf and 0 <= dropout < 1."""
+    if type(r) is not int or r < 1:
+        raise LoRAError(f"LoRA's rank r is {r!r}; expected a whole number of at least 1")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise LoRAError(f"LoRA's alpha is {alpha!r}; expected a finite number above 0")
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise LoRAError(f"LoRA's dropout is {dropout!r}; expected a number from 0 to below 1")
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + s·B(A(dropout(x))), with x (..., in) and y (..., out) in the base's dtype.
+
+    s = alpha/r keeps the update's size about the same when r alone is changed; under `use_rslora`
+    s = alpha/√r, which also keeps it from shrinking at large r (Kalajdzievski 2023,
+    arXiv:2312.03732). `base` is frozen in place, not copied. Raises LoRAError for an r, alpha or
+    dropout out of range.
+    """
+
+    def __init__(
+        self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False
+    ) -> None:
+        super().__init__()
+        check_hyperparameters(r, alpha, dropout)
+        self.base = base.requires_grad_(False)
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
+        self.use_rslora = use_rslora
+        self.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
+        # dtype: fp32 whatever the base's. An optimizer's step is smaller than the spacing of bf16
+        # numbers around most of A's entries: it would be rounded away, and A would never move.
+        fp32 = {"device": base.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **fp32))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **fp32))
+        # Uniform in ±1/√in, as in the authors' code; the paper's text says Gaussian.
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)  # (..., out)
+        h = F.dropout(x.float(), self.dropout, training=self.training)  # (..., in)
+        update = F.linear(
+            F.linear(h, self.lora_A), self.lora_B
+        )  # (..., in) -> (..., r) -> (..., out)
+        # dtype: y is promoted, so that the sum is formed in fp32 and rounded once.
+        return (y + self.scaling * update).to(y.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """A new frozen Linear with weight W + s·B·A (out, in) and the base's bias.
+
+        The sum is formed in fp32 and rounded to the base's dtype once. The base is left as it is:
+        adding in place and subtracting again would not restore a bf16 weight.
+        """
+        linear = copy.deepcopy(self.base)
+        # dtype: the base's weight is promoted by the sum with fp32; copy_ rounds.
+        linear.weight.copy_(self.base.weight + self.scaling * (self.lora_B @ self.lora_A))
+        return linear

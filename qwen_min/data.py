@@ -1,0 +1,266 @@
+"""Labelled texts from a file: read, validated, hashed, split.
+
+Nothing is guessed or repaired: the encoding is stated by the caller and never the locale's, columns
+go by their names, and a row that does not fit is an error with its line number. A row dropped or
+merged in silence would shift every metric computed from the file.
+"""
+
+import codecs
+import csv
+import hashlib
+import io
+import json
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from qwen_min.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text, its class index in 0..C-1, and the line (from 1) of the file where its row starts."""
+
+    text: str
+    label: int
+    line: int
+
+
+def read_examples(
+    path: str | Path, labels: Sequence[str], encoding: str = "utf-8", limit: int | None = None
+) -> list[Example]:
+    """The examples of a .tsv, .csv or .jsonl file, in file order, texts unaltered.
+
+    .tsv: a header row; fields are separated by tabs and taken as they are, `"` is a character.
+    .csv: a header row; quoted fields may contain commas, newlines and doubled quotes (RFC 4180).
+    .jsonl: one object a line. In each, the names are `label` and `text_a` (or `text`); others are
+    ignored. Labels are the words in `labels` or the indices 0..C-1, one kind for the whole file;
+    where every label fits both (words that are digits), they are words.
+
+    With `limit`, the first `limit` rows alone are validated, and they alone decide which kind the
+    labels are; only the decoding covers the whole file.
+
+    Raises UserError, one line that names the file and where possible the line in it.
+    """
+    path = Path(path)
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}, expected at least 1 row: give a positive number")
+    text = _decode(path, encoding)
+    # Not str.splitlines: it also breaks at U+2028, U+0085, \v and \f, which reviews contain.
+    lines = ((n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), start=1))
+    match path.suffix.lower():
+        case ".tsv":
+            rows = _table(path, _refuse_blank(path, ((n, line.split("\t")) for n, line in lines)))
+        case ".csv":
+            rows = _table(path, _refuse_blank(path, _csv_rows(path, text)))
+        case ".jsonl":
+            rows = _objects(path, _refuse_blank(path, ((n, [line]) for n, line in lines)))
+        case other:
+            raise UserError(f"{path}: found the extension {other!r}, expected .tsv, .csv or .jsonl")
+    rows = list(islice(rows, limit))
+    if not rows:
+        raise UserError(
+            f"{path}: found no rows, expected examples: check that it is the right file"
+        )
+    classes = _class_indices(path, [(line, label) for line, label, _ in rows], labels)
+    return [Example(row[2], label, row[0]) for row, label in zip(rows, classes, strict=True)]
+
+
+def examples_hash(examples: Sequence[Example]) -> str:
+    """SHA-256 in hex over the texts and labels in order; the same from any of the file formats.
+
+    Each example is one line of ASCII JSON, `[text, label]`: JSON escapes a newline inside a text,
+    so no other list of examples gives the same bytes.
+    """
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.text, example.label]).encode("ascii") + b"\n")
+    return digest.hexdigest()
+
+
+def held_out_split(
+    examples: Sequence[Example], fraction: float = 0.1, seed: int = 0
+) -> tuple[list[int], list[int]]:
+    """Indices of the rows to train on, and of about `fraction` of them held out; both ascending.
+
+    All rows with one text land on one side, whatever their labels: a copy in training would turn
+    the held-out part into a test of memory. The distinct texts are ranked by the SHA-256 of seed
+    and text and taken in that order until the share is full; one with more copies than still fit
+    is passed over. A text's rank depends on nothing else, so new rows move others across only near
+    the cut, whereas a shuffle would deal all of them again; nor does it depend on the version of
+    Python or the platform.
+
+    Raises UserError unless 0 < fraction < 1 and there are two distinct texts at least.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"held-out fraction is {fraction}, expected between 0 and 1: try 0.1")
+    rows_of: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        rows_of.setdefault(example.text, []).append(index)
+    if len(rows_of) < 2:
+        raise UserError(
+            f"number of distinct texts to split is {len(rows_of)}, expected at least 2, one to "
+            "train on and one to hold out: use more data"
+        )
+    ranked = sorted(rows_of, key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest())
+    share = min(max(1, round(fraction * len(examples))), len(examples) - 1)
+    held_out: list[int] = []
+    for text in ranked:
+        if len(held_out) + len(rows_of[text]) <= share:
+            held_out += rows_of[text]
+    if not held_out:  # every text has more copies than the share has rows
+        held_out = rows_of[min(ranked, key=lambda text: len(rows_of[text]))]
+    return sorted(set(range(len(examples))) - set(held_out)), sorted(held_out)
+
+
+def class_counts(examples: Sequence[Example], num_classes: int) -> list[int]:
+    """Number of examples of each class, in class order: (C,)."""
+    counts = [0] * num_classes
+    for example in examples:
+        counts[example.label] += 1
+    return counts
+
+
+def _decode(path: Path, encoding: str) -> str:
+    if path.is_dir():
+        raise UserError(f"{path}: found a directory, expected a file: name the file inside it")
+    try:
+        data = path.read_bytes()
+        codec = codecs.lookup(encoding).name
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        if utf16 and not codec.startswith("utf-16"):
+            raise UserError(
+                f"{path}: found a UTF-16 byte-order mark, expected {encoding}: "
+                "add --encoding utf-16"
+            )
+        # Not utf-8-sig, which counts the offset of an error from after the mark.
+        return data.decode(encoding).removeprefix("\ufeff")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; check the path") from None
+    except LookupError:
+        raise UserError(
+            f"--encoding {encoding}: not a text encoding that Python knows, expected one such as "
+            "utf-8 or gb18030"
+        ) from None
+    except UnicodeDecodeError as error:
+        line = data[: error.start].decode(encoding, errors="replace").count("\n") + 1
+        raise UserError(
+            f"{path}, line {line}: byte offset {error.start} is not valid {encoding}: try "
+            f"--encoding {'utf-8' if codec == 'gb18030' else 'gb18030'}"
+        ) from None
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    # newline="\n" hands the reader lines as they are, so that line_num counts as an editor does.
+    reader = csv.reader(io.StringIO(text, newline="\n"), strict=True)
+    line = 1
+    try:
+        for fields in reader:
+            yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {line}: the row that starts here is not valid CSV ({error}): put a "
+            'field with a comma, a newline or a quote in "...", and write " inside it as ""'
+        ) from None
+
+
+def _refuse_blank(
+    path: Path, rows: Iterable[tuple[int, list[str]]]
+) -> Iterator[tuple[int, list[str]]]:
+    """The rows without the blank ones that end the file; a blank one before the end is an error."""
+    blank = None
+    for line, fields in rows:
+        if not any(field.strip() for field in fields):
+            blank = blank or line
+        elif blank:
+            raise UserError(f"{path}, line {blank}: found a blank line, expected a row: remove it")
+        else:
+            yield line, fields
+
+
+def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, object, str]]:
+    """Line, label and text of each row below a header."""
+    for line, header in islice(rows, 1):
+        text_name = _text_name(path, line, header)
+        label_at, text_at = header.index("label"), header.index(text_name)
+    for line, fields in rows:
+        if len(fields) != len(header):
+            raise UserError(
+                f"{path}, line {line}: found {len(fields)} fields, expected {len(header)} as in "
+                "the header: remove tabs from a .tsv text, quote a .csv text that has commas"
+            )
+        yield line, fields[label_at], _checked_text(path, line, fields[text_at])
+
+
+def _objects(
+    path: Path, rows: Iterator[tuple[int, list[str]]]
+) -> Iterator[tuple[int, object, str]]:
+    """Line, label and text of each row that is a JSON object."""
+    for line, (source,) in rows:
+        try:
+            found = json.loads(source)
+            if not isinstance(found, dict):
+                raise ValueError("a value of another kind")
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)  # str(JSONDecodeError) has a "line 1" of its own
+            raise UserError(
+                f"{path}, line {line}: not a JSON object ({reason}), expected one on each line, "
+                'such as {"label": 1, "text": "..."}: correct the line'
+            ) from None
+        text = found[_text_name(path, line, list(found))]
+        yield line, found["label"], _checked_text(path, line, text)
+
+
+def _text_name(path: Path, line: int, names: Sequence[str]) -> str:
+    """Which of the accepted names the text goes by. With both, either could be meant."""
+    text_names = {"text_a", "text"}.intersection(names)
+    if "label" not in names or len(text_names) != 1 or len(set(names)) < len(names):
+        raise UserError(
+            f"{path}, line {line}: found the columns {', '.join(map(reprlib.repr, names))}, "
+            "expected 'label' and either 'text_a' or 'text', no name twice: rename them"
+        )
+    return text_names.pop()
+
+
+def _checked_text(path: Path, line: int, text: object) -> str:
+    # JSON can escape half of a surrogate pair, which no tokenizer and no file can encode.
+    if (
+        not isinstance(text, str)
+        or not text.strip()
+        or any("\ud800" <= char <= "\udfff" for char in text)
+    ):
+        raise UserError(
+            f"{path}, line {line}: found the text {reprlib.repr(text)}, expected a string of valid "
+            "characters, not all of them spaces: fill it in or remove the row"
+        )
+    return text
+
+
+def _class_indices(
+    path: Path, found: Sequence[tuple[int, object]], labels: Sequence[str]
+) -> list[int]:
+    """One class index for each (line, label).
+
+    Words or indices is decided for all rows at once: a row alone could be read either way where
+    the words are digits.
+    """
+    words = {word: i for i, word in enumerate(labels)}
+    indices = {str(i): i for i in range(len(labels))}
+    # type(), since isinstance would let JSON's true pass as 1.
+    as_words = [words.get(label) if type(label) is str else None for _, label in found]
+    as_indices = [
+        indices.get(str(label)) if type(label) in (str, int) else None for _, label in found
+    ]
+    for classes in (as_words, as_indices):
+        if None not in classes:
+            return classes
+    kind = as_indices if as_words[0] is None else as_words
+    line, label = found[kind.index(None)]
+    raise UserError(
+        f"{path}, line {line}: found the label {reprlib.repr(label)}, expected an index "
+        f"0..{len(labels) - 1} or one of {', '.join(labels)}, the same kind in every row: correct "
+        "it, or name the file's words with --labels"
+    )

@@ -1,0 +1,137 @@
+"""Safetensors into the model, strictly: a tensor missing, left over or misshapen is an error."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from qwen_min.config import QwenConfig
+from qwen_min.errors import UserError
+from qwen_min.model import Qwen
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(directory: str | Path, dtype: str = "auto", device: str = "cpu") -> Qwen:
+    """Build the model of `directory` in eval mode, all parameters frozen.
+
+    dtype: "auto" (the checkpoint's own) or a name in DTYPES. On the CPU and in the checkpoint's own
+    dtype the weights stay mapped from the file: nothing is copied, pages are read when first used.
+    Raises UserError for anything in the directory that does not fit together.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; --model expects a model directory")
+    config = QwenConfig.from_json(directory / "config.json")
+    with torch.device("meta"):  # shapes without memory: every tensor comes from the file
+        model = Qwen(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+    tensors = read_tensors(directory)
+    if config.tie_word_embeddings:
+        # Some tied checkpoints list the head as well; the embedding is the one that counts.
+        tensors.pop("lm_head.weight", None)
+    _check_names_and_shapes(tensors, shapes, directory)
+    wanted = checkpoint_dtype(config, tensors) if dtype == "auto" else DTYPES[dtype]
+    model.load_state_dict(
+        {name: tensor.to(device=device, dtype=wanted) for name, tensor in tensors.items()},
+        assign=True,
+    )
+    return model.requires_grad_(False).eval()
+
+
+def checkpoint_dtype(config: QwenConfig, tensors: dict[str, Tensor]) -> torch.dtype:
+    """The dtype that the checkpoint was saved in: its tensors' if they agree, else config's."""
+    found = {tensor.dtype for tensor in tensors.values()}
+    return found.pop() if len(found) == 1 else DTYPES.get(config.torch_dtype, torch.float32)
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that the index names, mapped."""
+    if not (directory / INDEX).exists():
+        return _read_file(directory / SINGLE)
+    weight_map = _read_index(directory / INDEX)
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        for name, tensor in _read_file(directory / shard).items():
+            if name in tensors or weight_map.get(name, shard) != shard:
+                raise UserError(
+                    f"{directory / INDEX}: {name} stands in {shard} and in another shard; "
+                    "each tensor belongs to one; fetch the checkpoint again"
+                )
+            tensors[name] = tensor
+    if absent := sorted(weight_map.keys() - tensors.keys()):
+        raise UserError(
+            f"{directory / INDEX}: {_some(absent)} not in the shard that it names; fetch it again"
+        )
+    return tensors
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards = set(weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: no usable weight_map ({type(error).__name__}: {error}); fetch it again"
+        ) from None
+    for shard in shards:
+        # An index comes from outside: it may name files beside itself, nothing else.
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or shard == "..":
+            raise UserError(f"{path}: shard {shard!r} is not a plain file name; refusing to read it")
+    return weight_map
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected {SINGLE}, or {INDEX} and its shards")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a whole safetensors file ({reason}); fetch it again") from None
+
+
+def _check_names_and_shapes(
+    tensors: dict[str, Tensor], shapes: dict[str, torch.Size], directory: Path
+) -> None:
+    if missing := sorted(shapes.keys() - tensors.keys()):
+        raise UserError(f"{directory}: the weights lack {_some(missing)} that config.json calls for")
+    if extra := sorted(tensors.keys() - shapes.keys()):
+        raise UserError(f"{directory}: the weights hold {_some(extra)} unknown to this architecture")
+    if wrong := sorted(name for name in shapes if tensors[name].shape != shapes[name]):
+        name = wrong[0]
+        raise UserError(
+            f"{directory}: {len(wrong)} tensor(s) of the wrong shape: {name} is "
+            f"{list(tensors[name].shape)}, config.json makes it {list(shapes[name])}"
+        )
+    if odd := sorted(name for name in tensors if not tensors[name].is_floating_point()):
+        raise UserError(f"{directory}: {_some(odd)} not of a floating-point dtype")
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"{len(names)} tensor(s) ({shown})"
+
+
+def tensor_hashes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """SHA-256 of each tensor: dtype, shape and bytes. Equal hashes: the tensor is untouched."""
+    hashes = {}
+    for name, tensor in tensors:
+        digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        hashes[name] = digest.hexdigest()
+    return hashes
+
+
+def fingerprint(module: nn.Module) -> str:
+    """One SHA-256 over names and tensors of a module: which weights are these?"""
+    hashes = tensor_hashes(module.state_dict().items())
+    lines = [f"{name} {hashes[name]}\n" for name in sorted(hashes)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

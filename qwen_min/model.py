@@ -1,0 +1,324 @@
+"""Qwen's forward pass, bottom up: norm, rotary positions, attention, MLP, layer, model.
+
+The module tree is the checkpoint's tensor tree, so that weights load without a map of names.
+Attention, layer and model stand here twice:
+
+- `forward` is the definition. It takes a batch of equally long rows and spells everything out.
+- `forward_packed`, right below it, is what a run uses. Texts of different lengths are laid end to
+  end, so that the linear layers see one long matrix and nothing is ever computed for padding; only
+  attention looks at one text at a time. It can continue from keys and values computed earlier.
+
+Neither calls the other. Both are held to transformers' `modeling_qwen2.py` / `modeling_qwen3.py`,
+whose casts between dtypes they repeat; those places are marked `# dtype:`.
+
+Shapes:
+    B batch    T tokens of one text    N tokens of several texts, end to end    D hidden_size
+    H query heads    K key/value heads    Dh head_dim    F intermediate_size    V vocab_size
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qwen_min.config import QwenConfig
+
+# Keys (rotated) and values of the tokens of one text, in one layer: two tensors (T, K, Dh).
+KeysValues = tuple[Tensor, Tensor]
+# The key/value cache: [layer][text]. It is never changed in place: continuing a text makes a new
+# cache, so that one prompt can be continued by many candidates, in any order.
+Cache = list[list[KeysValues]]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    Unlike LayerNorm it neither subtracts the mean nor adds a bias: only the length of x is fixed.
+    """
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # dtype: the mean of squares needs fp32; the cast back comes before the weight, not after.
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles (Su et al. 2021, arXiv:2104.09864).
+
+    positions (T,) → two fp32 tensors (T, 1, Dh); the 1 stands where the heads will be. Pair i turns
+    by position · theta^(-2i/Dh): the first pairs quickly, the last ones hardly at all.
+    """
+    # dtype: angles in fp32 even in a bf16 model; bf16 could not tell position 257 from 256.
+    pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float()[:, None] / theta ** (pair / head_dim)  # (T, Dh/2)
+    angles = torch.cat([angles, angles], dim=-1)[:, None, :]  # (T, 1, Dh)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of x (..., T, heads, Dh) by its angle.
+
+    Qwen pairs component i with i + Dh/2 (split halves), not 2i with 2i + 1 as in the paper.
+    """
+    # dtype: cos and sin go to the activations' dtype and the rotation happens there.
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with fewer key/value heads than query heads.
+
+    Grouped-query attention: Ainslie et al. 2023, arXiv:2305.13245.
+    """
+
+    def __init__(self, config: QwenConfig):
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        D, bias = config.hidden_size, config.attention_bias
+        # Qwen2 has a bias on q, k and v and none on o; Qwen3 replaced it by q_norm and k_norm.
+        # With attention_bias a Qwen3 has it on all four.
+        o_bias = bias and config.has_qk_norm
+        self.q_proj = nn.Linear(D, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(D, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(D, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, D, bias=o_bias)
+        norms = config.has_qk_norm
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if norms else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if norms else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The definition: softmax(q kᵀ / sqrt(Dh)) v, with the future masked out."""
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim))
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+
+        # Query heads 0 … H/K-1 read key/value head 0, the next H/K read head 1, and so on.
+        group = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, Dh)
+
+        scores = q @ k.transpose(2, 3) / math.sqrt(self.head_dim)  # (B, H, T, T)
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        scores = scores.masked_fill(future, -math.inf)
+        # dtype: softmax in fp32, its result in the activations' dtype.
+        weights = scores.float().softmax(dim=-1).to(q.dtype)
+        out = (weights @ v).transpose(1, 2)  # (B, T, H, Dh)
+        return self.o_proj(out.reshape(B, T, self.heads * self.head_dim))
+
+    def forward_packed(
+        self,
+        x: Tensor,  # (N, D)
+        cos: Tensor,
+        sin: Tensor,
+        lengths: Sequence[int],
+        masks: Sequence[Tensor | None],
+        past: Sequence[KeysValues] | None,
+        queries: Tensor | None,
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """Several texts end to end: one product per weight, then attention text by text.
+
+        queries: rows of x, one for each text, that alone are asked for (the last token of each);
+        None asks for all. Returns (N or number of texts, D) and the texts' keys and values, past
+        included.
+        """
+        k = self.k_norm(self.k_proj(x).view(-1, self.kv_heads, self.head_dim))
+        v = self.v_proj(x).view(-1, self.kv_heads, self.head_dim)
+        k = rotate(k, cos, sin)
+        keys_values = list(zip(k.split(lengths), v.split(lengths), strict=True))
+        if past is not None:
+            keys_values = [
+                (torch.cat([old_k, new_k]), torch.cat([old_v, new_v]))
+                for (old_k, old_v), (new_k, new_v) in zip(past, keys_values, strict=True)
+            ]
+
+        if queries is not None:
+            x, cos, sin = x[queries], cos[queries], sin[queries]
+            lengths, masks = [1] * len(lengths), [None] * len(lengths)
+        q = self.q_norm(self.q_proj(x).view(-1, self.heads, self.head_dim))
+        q = rotate(q, cos, sin)
+
+        outs = []
+        for q_text, (k_text, v_text), mask in zip(q.split(lengths), keys_values, masks, strict=True):
+            out = F.scaled_dot_product_attention(
+                q_text.transpose(0, 1)[None],  # (1, H, T, Dh)
+                k_text.transpose(0, 1)[None],  # (1, K, T with past, Dh)
+                v_text.transpose(0, 1)[None],
+                attn_mask=mask,
+                # A single query is a text's last token: it sees every key, and needs no mask.
+                is_causal=mask is None and len(q_text) > 1,
+                enable_gqa=self.heads != self.kv_heads,
+            )
+            outs.append(out[0].transpose(0, 1))  # (T, H, Dh)
+        out = torch.cat(outs).reshape(-1, self.heads * self.head_dim)
+        return self.o_proj(out), keys_values
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202): a gate decides how much of each feature passes."""
+
+    def __init__(self, config: QwenConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)): each part adds to the residual stream."""
+
+    def __init__(self, config: QwenConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward_packed(
+        self, x: Tensor, cos: Tensor, sin: Tensor, lengths, masks, past, queries
+    ) -> tuple[Tensor, list[KeysValues]]:
+        attended, keys_values = self.self_attn.forward_packed(
+            self.input_layernorm(x), cos, sin, lengths, masks, past, queries
+        )
+        x = (x if queries is None else x[queries]) + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), keys_values
+
+
+class QwenModel(nn.Module):
+    """Embedding, decoder layers, final norm: token ids to hidden states."""
+
+    def __init__(self, config: QwenConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The definition. ids (B, T) → hidden states after the final norm (B, T, D).
+
+        Shorter rows are padded on the right with any token: no real position can see what comes
+        after it, so padding needs no mask, only that its own states are not read.
+        """
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        cos, sin = rotary_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.embed_tokens(ids)  # (B, T, D)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.norm(x)
+
+    def forward_packed(
+        self,
+        ids: Tensor,
+        lengths: Sequence[int],
+        past: Cache | None = None,
+        visible: Sequence[Tensor] | None = None,
+        last_only: bool = False,
+        streams: list[Tensor] | None = None,
+        checkpointing: bool = False,
+    ) -> tuple[Tensor, Cache]:
+        """Several texts end to end. ids (N,), N = sum(lengths) → hidden states (N, D) and cache.
+
+        past: what came before each text, from an earlier call; `[layer][text]`.
+        visible: for each text a boolean (T, T), row t marking those of the *new* tokens that token
+            t sees, itself included. Default: those before it. Another pattern makes a tree: several
+            continuations of one prompt side by side. A token's position is the number of tokens it
+            sees, less one.
+        last_only: hidden states of each text's last token alone (number of texts, D); the last
+            layer then skips its queries and MLP everywhere else.
+        streams: a list that receives the residual stream (N, D) after the embedding and after each
+            layer but the last, whose output the final norm turns into the returned states.
+        checkpointing: recompute each layer in the backward pass instead of keeping activations.
+        """
+        if visible is None:
+            steps = [torch.arange(length) for length in lengths]
+        else:
+            steps = [seen.sum(1).cpu() - 1 for seen in visible]
+        starts = [0] * len(lengths) if past is None else [len(k) for k, _ in past[0]]
+        positions = torch.cat([step + start for step, start in zip(steps, starts, strict=True)])
+        masks = [
+            _attention_mask(length, start, None if visible is None else visible[i], ids.device)
+            for i, (length, start) in enumerate(zip(lengths, starts, strict=True))
+        ]
+        cos, sin = rotary_cos_sin(
+            positions.to(ids.device), self.config.head_dim, self.config.rope_theta
+        )
+        last = torch.tensor(lengths, device=ids.device).cumsum(0) - 1
+
+        x = self.embed_tokens(ids)  # (N, D)
+        cache: Cache = []
+        for i, layer in enumerate(self.layers):
+            if streams is not None:
+                streams.append(x)
+            queries = last if last_only and i == len(self.layers) - 1 else None
+            layer_past = None if past is None else past[i]
+            arguments = (x, cos, sin, lengths, masks, layer_past, queries)
+            if checkpointing:
+                x, keys_values = checkpoint(layer.forward_packed, *arguments, use_reentrant=False)
+            else:
+                x, keys_values = layer.forward_packed(*arguments)
+            cache.append(keys_values)
+        return self.norm(x), cache
+
+
+def _attention_mask(
+    length: int, start: int, visible: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Which keys (T, start + T) each new token sees; None where plain causality says it all.
+
+    `is_causal` of scaled_dot_product_attention counts from the first key, not from the last, so
+    that tokens continuing a cache need a mask of their own (pytorch#108108).
+    """
+    if visible is None and (start == 0 or length == 1):
+        return None
+    if visible is None:
+        visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    before = torch.ones(length, start, dtype=torch.bool, device=device)
+    return torch.cat([before, visible.to(device)], dim=1)
+
+
+class Qwen(nn.Module):
+    """The checkpoint's root: `model.*` and, where it is not tied to the embedding, `lm_head`."""
+
+    def __init__(self, config: QwenConfig):
+        super().__init__()
+        self.config = config
+        self.model = QwenModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The vocabulary projection (V, D): the embedding itself in a tied checkpoint."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) → hidden states (B, T, D). `logits` turns those asked for into logits."""
+        return self.model(ids)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Hidden states (..., D) → logits over the whole vocabulary (..., V), in fp32.
+
+        V is large (151,936): choose positions before calling this, not after.
+        """
+        # dtype: the product in the model's dtype, as in the reference; fp32 for the log-softmax.
+        return F.linear(h, self.head_weight).float()

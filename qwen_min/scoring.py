@@ -1,0 +1,147 @@
+"""From logits to log-probabilities to label scores.
+
+The score of class y for a text is the log-probability that the model gives to the label word's
+tokens, one after the other, behind the prompt:
+
+    s_y = Σ_t log p(y_t | prompt, y_<t),    log p(token) = logit(token) − log Σ_v exp logit(v)
+
+It stands here as its definition, one full forward for each candidate, and below as the form that
+runs: each prompt once, the label words as a tree that continues it from the cache, the vocabulary
+projection only where a token is scored.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_min.batching import token_budget_batches
+from qwen_min.model import Cache, Qwen
+from qwen_min.prompt import Prompt, common_prefix
+
+DEFAULT_BATCH_TOKENS = 2048
+# Rows of logits held at once: V = 151,936 in fp32 is 0.6 MB a row.
+LOGIT_ROWS = 64
+
+
+@torch.inference_mode()
+def score_label(model: Qwen, prompt: Sequence[int], label: Sequence[int]) -> float:
+    """The definition: one forward of prompt + label, then log-softmax, gather, sum."""
+    ids = torch.tensor([[*prompt, *label]], device=model.head_weight.device)  # (1, T)
+    log_probs = model.logits(model(ids)).log_softmax(dim=-1)  # (1, T, V)
+    # The state at position i predicts token i + 1, so the label's first token is predicted by the
+    # prompt's last position.
+    first = len(prompt) - 1
+    predictions = log_probs[0, first : first + len(label)]  # (label tokens, V)
+    return predictions.gather(1, torch.tensor(label, device=ids.device)[:, None]).sum().item()
+
+
+@dataclass(frozen=True)
+class LabelTree:
+    """Label words that share beginnings, as a tree whose root is the end of the prompt.
+
+    Only nodes that something follows are run through the model: a label's last token is predicted,
+    never read. Labels of one token each have an empty tree.
+    """
+
+    tokens: tuple[int, ...]  # of the inner nodes, parents before children
+    visible: Tensor  # (nodes, nodes): row i marks node i and its ancestors
+    steps: tuple[tuple[tuple[int, int], ...], ...]  # per label: (node, next token); 0 is the root
+
+
+def label_tree(labels: Sequence[tuple[int, ...]]) -> LabelTree:
+    """The tree of the given label words (token ids)."""
+    inner = sorted({label[:t] for label in labels for t in range(1, len(label))}, key=len)
+    number = {(): 0} | {beginning: i + 1 for i, beginning in enumerate(inner)}
+    visible = [[child[: len(parent)] == parent for parent in inner] for child in inner]
+    return LabelTree(
+        tokens=tuple(beginning[-1] for beginning in inner),
+        visible=torch.tensor(visible, dtype=torch.bool).view(len(inner), len(inner)),
+        steps=tuple(
+            tuple((number[label[:t]], label[t]) for t in range(len(label))) for label in labels
+        ),
+    )
+
+
+@torch.inference_mode()
+def score_labels(
+    model: Qwen,
+    prompts: Sequence[Prompt],
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    progress: Callable[[int], object] = lambda rows: None,
+) -> np.ndarray:
+    """Scores of all labels for all prompts: float64 (n, C), in the order given.
+
+    What every prompt begins with is run once. batch_tokens bounds the tokens of one forward;
+    `progress` is called with the number of rows finished. Scores do not depend on batch or order
+    beyond float rounding.
+    """
+    device = model.head_weight.device
+    shared = common_prefix([prompt.ids for prompt in prompts])
+    frame: Cache | None = None
+    if shared:
+        frame_ids = torch.tensor(prompts[0].ids[:shared], device=device)
+        _, frame = model.model.forward_packed(frame_ids, [shared])
+    scores = np.zeros((len(prompts), len(prompts[0].labels)))
+    lengths = [len(prompt.ids) - shared for prompt in prompts]
+    for rows in token_budget_batches(lengths, batch_tokens):
+        scores[rows] = _score_batch(model, [prompts[row] for row in rows], shared, frame)
+        progress(len(rows))
+    return scores
+
+
+def _score_batch(
+    model: Qwen, prompts: Sequence[Prompt], shared: int, frame: Cache | None
+) -> np.ndarray:
+    device = model.head_weight.device
+    # 1. Every prompt once, behind the shared beginning. (rows, D): the state after its last token.
+    tails = [prompt.ids[shared:] for prompt in prompts]
+    ids = torch.tensor([token for tail in tails for token in tail], device=device)
+    past = None if frame is None else [layer * len(prompts) for layer in frame]
+    ends, cache = model.model.forward_packed(ids, [len(t) for t in tails], past, last_only=True)
+
+    # 2. The label words' inner tokens, continued from each prompt's keys and values.
+    trees = [label_tree(prompt.labels) for prompt in prompts]
+    sizes = [len(tree.tokens) for tree in trees]
+    grown = [row for row, size in enumerate(sizes) if size]
+    states: list[list[Tensor]] = [[end] for end in ends.split(1)]
+    if grown:
+        ids = torch.tensor([token for row in grown for token in trees[row].tokens], device=device)
+        nodes, _ = model.model.forward_packed(
+            ids,
+            [sizes[row] for row in grown],
+            past=[[layer[row] for row in grown] for layer in cache],
+            visible=[trees[row].visible for row in grown],
+        )
+        for row, states_of_row in zip(grown, nodes.split([sizes[r] for r in grown]), strict=True):
+            states[row].append(states_of_row)
+
+    # 3. Log-probability of each step: the token's logit less the log-sum-exp over the vocabulary.
+    h = torch.cat([part for parts in states for part in parts])  # (Σ 1 + nodes, D)
+    first = np.cumsum([0, *(1 + size for size in sizes)])
+    at, tokens, owner = [], [], []
+    for row, tree in enumerate(trees):
+        for label, steps in enumerate(tree.steps):
+            at += [int(first[row]) + node for node, _ in steps]
+            tokens += [token for _, token in steps]
+            owner += [row * len(tree.steps) + label] * len(steps)
+    log_probs = token_log_probs(model, h, torch.tensor(at), torch.tensor(tokens))
+
+    # 4. Their sum over each label's tokens.
+    size = len(prompts) * len(prompts[0].labels)
+    return np.bincount(owner, weights=log_probs, minlength=size).reshape(len(prompts), -1)
+
+
+def token_log_probs(model: Qwen, h: Tensor, at: Tensor, tokens: Tensor) -> np.ndarray:
+    """log p(tokens[j] | state h[at[j]]), float64 (j,). The [.., V] logits are held a slice at a time."""
+    found = np.zeros(len(at))
+    for start in range(0, len(h), LOGIT_ROWS):
+        logits = model.logits(h[start : start + LOGIT_ROWS])  # (≤ LOGIT_ROWS, V)
+        log_sum_exp = logits.logsumexp(dim=-1)
+        mine = ((at >= start) & (at < start + LOGIT_ROWS)).nonzero()[:, 0]
+        row = at[mine].to(h.device) - start
+        log_probs = logits[row, tokens[mine].to(h.device)] - log_sum_exp[row]
+        found[mine.numpy()] = log_probs.double().cpu().numpy()
+    return found
