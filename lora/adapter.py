@@ -22,6 +22,7 @@ from lora.layer import LoRAError, check_hyperparameters
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 HEAD_KEY = "base_model.model.score.weight"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_MODULES = ["classifier", "score"]  # PEFT's names for the head of any SEQ_CLS model
 
 # Config fields that may hold anything: they do not change what A and B mean.
@@ -216,10 +217,8 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, t
             for key, shape in expected.items()
             if key in tensors and tuple(tensors[key].shape) != shape
         ],
-        "not finite floating-point numbers": [
-            key
-            for key, t in tensors.items()
-            if not (t.is_floating_point() and t.float().isfinite().all())
+        "not finite floats of 16 to 64 bits": [
+            key for key, t in tensors.items() if t.dtype not in FLOATS or not t.isfinite().all()
         ],
     }
     # The first two names of each kind: an adapter holds hundreds of tensors, a message is one line.

@@ -41,10 +41,11 @@ def shuffled_batches(
     """One epoch of training batches: `rows_per_batch` rows each, the rest in a smaller last one.
 
     The permutation is cut into pools of `pool` batches, and rows are sorted by length inside a pool
-    before the batches are cut; then the order of the batches is shuffled. Rows of like length make
-    the batch nearly a rectangle, so that attention, where it works on one, computes little that is
-    thrown away. Sorting the whole epoch would do that best but give each row the same company in
-    every epoch; pools are drawn anew, so the gradient of a batch stays close to a random sample's.
+    before the batches are cut; then the order of the batches is shuffled. So the texts of a batch
+    have nearly one length: attention's calls have nearly one shape, and a pass that padded would
+    pad little. The price is that tokens per batch vary more, and the longest batch sets the peak of
+    memory. Sorting the whole epoch would do as well but give each row the same company every epoch;
+    pools are drawn anew, so that a batch's gradient stays closer to a random sample's.
     The last batch is left as drawn: cut from a sorted pool it would always get the extremes.
 
     The same (seed, epoch) gives the same batches, which is what a resumed run relies on.

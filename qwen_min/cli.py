@@ -14,9 +14,7 @@ from qwen_min.loading import DTYPES
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, DEFAULT_TEMPLATE
 
 
-class HelpFormatter(
-    argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
-):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the examples of a docstring as they are written and shows every default."""
 
 
@@ -72,7 +70,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_device(name: str) -> str:
-    """"auto" → cuda, mps or cpu, whichever is there. Raises UserError for one that is not."""
+    """ "auto" → cuda, mps or cpu, whichever is there. Raises UserError for one that is not."""
     import torch
 
     there = {

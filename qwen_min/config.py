@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qwen_min.errors import UserError
 
-# Qwen1.5, Qwen2 and Qwen2.5 all declare "qwen2"; they differ in size and training, not in structure.
+# Qwen1.5, Qwen2 and Qwen2.5 all declare "qwen2"; in structure they are one.
 MODEL_TYPES = ("qwen2", "qwen3")
 
 
@@ -110,7 +110,7 @@ def _refuse_unsupported(raw: dict, path: Path) -> None:
             "(Qwen1.5, Qwen2, Qwen2.5 or Qwen3, dense); choose such a checkpoint"
         )
     if raw.get("num_experts") or raw.get("num_local_experts"):
-        raise UserError(f"{path}: mixture of experts (num_experts) is not supported; use a dense Qwen")
+        raise UserError(f"{path}: mixture of experts is not supported; use a dense Qwen")
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act is {raw['hidden_act']!r}, expected 'silu'")
     rope = _nested_rope(raw)
@@ -125,4 +125,4 @@ def _refuse_unsupported(raw: dict, path: Path) -> None:
             "full attention in every layer are"
         )
     if raw.get("quantization_config"):
-        raise UserError(f"{path}: quantised weights are not supported; use the unquantised checkpoint")
+        raise UserError(f"{path}: quantised weights are not supported; use unquantised ones")

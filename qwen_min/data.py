@@ -47,22 +47,25 @@ def read_examples(
     path = Path(path)
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}, expected at least 1 row: give a positive number")
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix not in (".tsv", ".csv", ".jsonl"):
+        raise UserError(
+            f"{path}: found the extension {suffix!r}, expected .tsv, .csv or .jsonl: name the file "
+            "after its format"
+        )
     text = _decode(path, encoding)
     # Not str.splitlines: it also breaks at U+2028, U+0085, \v and \f, which reviews contain.
     lines = ((n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), start=1))
-    match path.suffix.lower():
-        case ".tsv":
-            rows = _table(path, _refuse_blank(path, ((n, line.split("\t")) for n, line in lines)))
-        case ".csv":
-            rows = _table(path, _refuse_blank(path, _csv_rows(path, text)))
-        case ".jsonl":
-            rows = _objects(path, _refuse_blank(path, ((n, [line]) for n, line in lines)))
-        case other:
-            raise UserError(f"{path}: found the extension {other!r}, expected .tsv, .csv or .jsonl")
-    rows = list(islice(rows, limit))
+    if suffix == ".jsonl":
+        records = _objects(path, _refuse_blank(path, ((n, [line]) for n, line in lines)))
+    elif suffix == ".csv":
+        records = _table(path, _refuse_blank(path, _csv_rows(path, text)))
+    else:
+        records = _table(path, _refuse_blank(path, ((n, line.split("\t")) for n, line in lines)))
+    rows = list(islice(records, limit))
     if not rows:
         raise UserError(
-            f"{path}: found no rows, expected examples: check that it is the right file"
+            f"{path}: found no rows, expected examples: check that this is the right file"
         )
     classes = _class_indices(path, [(line, label) for line, label, _ in rows], labels)
     return [Example(row[2], label, row[0]) for row, label in zip(rows, classes, strict=True)]

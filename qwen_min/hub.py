@@ -90,7 +90,10 @@ def _shards(index: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError):
         usable = False
     if not usable:
-        raise UserError(f"{index}: its weight_map does not map tensors to *.safetensors names")
+        raise UserError(
+            f"{index}: its weight_map names no *.safetensors files, or others as well; "
+            "delete it to download it again, or take another model"
+        )
     return shards
 
 
@@ -105,11 +108,14 @@ def _reason(error: Exception) -> str:
         (errors.GatedRepoError, "gated: accept its terms on its page there, then set HF_TOKEN"),
         (errors.RepositoryNotFoundError, "no such model, or a private one that needs HF_TOKEN"),
         (errors.RevisionNotFoundError, "no such revision"),
-        (errors.EntryNotFoundError, "no such file there (weights must be safetensors)"),
+        (errors.EntryNotFoundError, "the model has none (weights are read from safetensors alone)"),
     )
     for kind, reason in known:
         if isinstance(error, kind):
             return reason
+    if status := getattr(getattr(error, "response", None), "status_code", None):
+        hint = ": access refused, check the name and HF_TOKEN" if status in (401, 403) else ""
+        return f"the answer is HTTP {status}{hint}"
     if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
         return f"cannot write to the cache {cache}: {error.strerror}"
     text = " ".join(str(error).split())[:200]

@@ -82,8 +82,15 @@ def _read_index(path: Path) -> dict[str, str]:
         ) from None
     for shard in shards:
         # An index comes from outside: it may name files beside itself, nothing else.
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or shard == "..":
-            raise UserError(f"{path}: shard {shard!r} is not a plain file name; refusing to read it")
+        if (
+            not isinstance(shard, str)
+            or Path(shard).name != shard
+            or "\\" in shard
+            or shard == ".."
+        ):
+            raise UserError(
+                f"{path}: shard {shard!r} is not a plain file name; refusing to read it"
+            )
     return weight_map
 
 
@@ -95,16 +102,22 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a whole safetensors file ({reason}); fetch it again") from None
+        raise UserError(
+            f"{path}: not a whole safetensors file ({reason}); fetch it again"
+        ) from None
 
 
 def _check_names_and_shapes(
     tensors: dict[str, Tensor], shapes: dict[str, torch.Size], directory: Path
 ) -> None:
     if missing := sorted(shapes.keys() - tensors.keys()):
-        raise UserError(f"{directory}: the weights lack {_some(missing)} that config.json calls for")
+        raise UserError(
+            f"{directory}: the weights lack {_some(missing)} that config.json calls for"
+        )
     if extra := sorted(tensors.keys() - shapes.keys()):
-        raise UserError(f"{directory}: the weights hold {_some(extra)} unknown to this architecture")
+        raise UserError(
+            f"{directory}: the weights hold {_some(extra)} unknown to this architecture"
+        )
     if wrong := sorted(name for name in shapes if tensors[name].shape != shapes[name]):
         name = wrong[0]
         raise UserError(

@@ -20,7 +20,8 @@ def _class_numbers(what: str, values: ArrayLike, n: int, end: int, start: int = 
         found = f"{values.dtype} of shape {values.shape}"
         raise ValueError(f"{what}: expected n = {n} > 0 whole numbers, found {found}")
     values = values.astype(np.int64)
-    for row in np.flatnonzero((values < start) | (values >= end))[:1]:
+    if (bad := np.flatnonzero((values < start) | (values >= end))).size:
+        row = bad[0]
         raise ValueError(f"{what}: row {row} is {values[row]}, expected {start} to {end - 1}")
     return values
 
@@ -30,8 +31,10 @@ def _finite(scores: ArrayLike) -> np.ndarray:
     if scores.ndim != 2 or len(scores) == 0 or scores.shape[1] < 2:
         raise ValueError(f"scores: expected shape (n, C), n > 0, C > 1, found {scores.shape}")
     # A model's scores fit fp32, and what fits fp32 cannot overflow float64 below. NaN compares
-    # false, hence "not within" and not "beyond".
-    for row in np.flatnonzero(~(np.abs(scores) <= np.finfo(np.float32).max).all(axis=1))[:1]:
+    # false, so it is not within either.
+    within = (np.abs(scores) <= np.finfo(np.float32).max).all(axis=1)
+    if not within.all():
+        row = within.argmin()
         raise ValueError(f"scores: row {row} is not finite in fp32: {scores[row].tolist()}")
     return scores
 

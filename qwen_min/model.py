@@ -59,7 +59,8 @@ def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tens
     """
     # dtype: angles in fp32 even in a bf16 model; bf16 could not tell position 257 from 256.
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float()[:, None] / theta ** (pair / head_dim)  # (T, Dh/2)
+    inverse_frequency = 1.0 / theta ** (pair / head_dim)
+    angles = positions.float()[:, None] * inverse_frequency  # (T, Dh/2)
     angles = torch.cat([angles, angles], dim=-1)[:, None, :]  # (T, 1, Dh)
     return angles.cos(), angles.sin()
 
@@ -150,7 +151,8 @@ class Attention(nn.Module):
         q = rotate(q, cos, sin)
 
         outs = []
-        for q_text, (k_text, v_text), mask in zip(q.split(lengths), keys_values, masks, strict=True):
+        texts = zip(q.split(lengths), keys_values, masks, strict=True)
+        for q_text, (k_text, v_text), mask in texts:
             out = F.scaled_dot_product_attention(
                 q_text.transpose(0, 1)[None],  # (1, H, T, Dh)
                 k_text.transpose(0, 1)[None],  # (1, K, T with past, Dh)

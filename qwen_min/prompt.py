@@ -28,7 +28,7 @@ class Prompt:
 
 
 def parse_labels(argument: str) -> tuple[str, ...]:
-    """"负面,正面" → ("负面", "正面"): one word for each class, in class order."""
+    """ "负面,正面" → ("负面", "正面"): one word for each class, in class order."""
     words = tuple(argument.split(","))
     if any(not word.strip() for word in words):
         raise UserError(f"--labels {argument!r}: a word is empty; give one word for each class")

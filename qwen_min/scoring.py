@@ -135,7 +135,7 @@ def _score_batch(
 
 
 def token_log_probs(model: Qwen, h: Tensor, at: Tensor, tokens: Tensor) -> np.ndarray:
-    """log p(tokens[j] | state h[at[j]]), float64 (j,). The [.., V] logits are held a slice at a time."""
+    """log p(tokens[j] | state h[at[j]]), float64 (j,). Logits are held by slices."""
     found = np.zeros(len(at))
     for start in range(0, len(h), LOGIT_ROWS):
         logits = model.logits(h[start : start + LOGIT_ROWS])  # (≤ LOGIT_ROWS, V)

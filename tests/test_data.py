@@ -1,0 +1,516 @@
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from qwen_min.data import Example, class_counts, examples_hash, held_out_split, read_examples
+from qwen_min.errors import UserError
+
+WORDS = ("负面", "正面")
+# Measurement data lies beside a development checkout and is not part of the project.
+CHNSENTICORP = Path(__file__).resolve().parents[2] / "shared" / "data" / "chnsenticorp"
+
+
+def read(tmp_path, name, content, labels=WORDS, **options):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_examples(path, labels, **options)
+
+
+def rows(examples):
+    return [(example.text, example.label, example.line) for example in examples]
+
+
+# --- what is read ---------------------------------------------------------------------------------
+
+
+def test_tsv_has_no_quoting(tmp_path):
+    # A CSV reader would join rows 2 to 4 into one, and turn row 5 into: 好"的
+    content = 'label\ttext_a\n0\t"屏幕太暗\n1\t尺寸 15.4"\n1\t"很好"\n0\t"好""的"\n'
+    assert rows(read(tmp_path, "a.tsv", content)) == [
+        ('"屏幕太暗', 0, 2),
+        ('尺寸 15.4"', 1, 3),
+        ('"很好"', 1, 4),
+        ('"好""的"', 0, 5),
+    ]
+
+
+def test_csv_has_quoting(tmp_path):
+    content = 'id,text,label\n7,"一,二",1\n8,"第一行\n第二行\r\n\n他说""好""",0\n9,没有引号,1\n'
+    assert rows(read(tmp_path, "a.csv", content)) == [
+        ("一,二", 1, 2),
+        ('第一行\n第二行\r\n\n他说"好"', 0, 3),
+        ("没有引号", 1, 7),  # the record before covers lines 3 to 6
+    ]
+
+
+def test_jsonl(tmp_path):
+    content = '{"label": 1, "text": "好\\n\\"的\\""}\r\n{"text_a": "差", "label": "0", "id": [1]}'
+    assert rows(read(tmp_path, "a.jsonl", content)) == [('好\n"的"', 1, 1), ("差", 0, 2)]
+
+
+def test_columns_go_by_name_and_others_are_ignored(tmp_path):
+    content = "qid\ttext\tlabel\tsplit\nq1\t很好\t1\ttrain\n"
+    assert rows(read(tmp_path, "a.TSV", content)) == [("很好", 1, 2)]
+
+
+# Characters at which str.splitlines breaks a line, besides \r and \n.
+SEPARATORS = "\u2028 \u2029 \x85 \x0b \x0c \x1c \x1d \x1e"
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
+def test_only_newlines_end_a_line(tmp_path, name):
+    separators = SEPARATORS
+    if name == "a.jsonl":
+        # JSON allows these three as they are; the others have to be escaped, being controls.
+        separators = "\u2028 \u2029 \x85"
+    text = f"前{separators}后"
+    content = {
+        "a.tsv": f"label\ttext\n1\t{text}\n0\t差\n",
+        "a.csv": f"label,text\n1,{text}\n0,差\n",
+        "a.jsonl": f'{{"label": 1, "text": "{text}"}}\n{{"label": 0, "text": "差"}}\n',
+    }[name]
+    first = 1 if name == "a.jsonl" else 2
+    assert rows(read(tmp_path, name, content)) == [(text, 1, first), ("差", 0, first + 1)]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n \n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("a.tsv", ["label\ttext", "1\t 很好 ", "0\t差"]),
+        ("a.csv", ["label,text", "1, 很好 ", "0,差"]),
+        ("a.jsonl", ['{"label":1,"text":" 很好 "}', '{"label":0,"text":"差"}']),
+    ],
+)
+def test_encodings_and_line_ends(tmp_path, name, lines, encoding, mark, end, newline):
+    if mark and encoding == "utf-16":
+        mark = ""  # the codec writes one itself
+    content = (mark + "\n".join(lines) + end).replace("\n", newline).encode(encoding)
+    found = read(tmp_path, name, content, encoding=encoding)
+    assert [(e.text, e.label) for e in found] == [(" 很好 ", 1), ("差", 0)]
+
+
+def test_the_locale_is_not_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
+    monkeypatch.setattr("locale.getencoding", lambda: "ascii", raising=False)
+    assert read(tmp_path, "a.tsv", "label\ttext\n1\t好\n")[0].text == "好"
+
+
+def test_labels_are_words_or_indices(tmp_path):
+    for labels, found, expected in [
+        (WORDS, ["正面", "负面", "正面"], [1, 0, 1]),
+        (WORDS, ["1", "0", "0"], [1, 0, 0]),
+        (("a", "b", "c"), ["2", "0", "1"], [2, 0, 1]),
+        # Words that are digits: all labels fit as words, so they are words.
+        (("1", "0"), ["1", "0", "1"], [0, 1, 0]),
+        # One label that is no word makes all of them indices.
+        (("1", "2"), ["1", "0", "1"], [1, 0, 1]),
+    ]:
+        content = "label\ttext\n" + "".join(f"{label}\t好\n" for label in found)
+        assert [e.label for e in read(tmp_path, "a.tsv", content, labels)] == expected
+
+
+def test_a_json_integer_is_an_index_even_where_a_word_looks_like_it(tmp_path):
+    content = '{"label": 1, "text": "好"}\n{"label": 0, "text": "差"}\n'
+    assert [e.label for e in read(tmp_path, "a.jsonl", content, ("1", "0"))] == [1, 0]
+
+
+def test_limit_reads_and_validates_the_first_rows_only(tmp_path):
+    content = "label\ttext\n1\t好\n0\t差\n\n9\tx\ty\n"
+    assert rows(read(tmp_path, "a.tsv", content, limit=2)) == [("好", 1, 2), ("差", 0, 3)]
+    assert len(read(tmp_path, "a.tsv", "label\ttext\n1\t好\n", limit=5)) == 1
+    with pytest.raises(UserError, match="line 4: found a blank line"):
+        read(tmp_path, "a.tsv", content, limit=3)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+BLANK = "found a blank line, expected a row: remove it"
+FIELDS = "as in the header: remove tabs from a .tsv text, quote a .csv text that has commas"
+NO_ROWS = "{path}: found no rows, expected examples: check that this is the right file"
+COLUMNS = "expected 'label' and either 'text_a' or 'text', no name twice: rename them"
+TEXT = "expected a string of valid characters, not all of them spaces: fill it in or remove the row"
+LABEL = (
+    "expected an index 0..1 or one of 负面, 正面, the same kind in every row: correct it, or name "
+    "the file's words with --labels"
+)
+OBJECT = 'expected one on each line, such as {"label": 1, "text": "..."}: correct the line'
+CSV = 'put a field with a comma, a newline or a quote in "...", and write " inside it as ""'
+HEAD = "label\ttext\n"
+GOOD = '{"label": 1, "text": "好"}\n'
+
+REFUSED = {
+    "extension": (
+        "a.txt",
+        HEAD + "1\t好\n",
+        "{path}: found the extension '.txt', expected .tsv, .csv or .jsonl: name the file after "
+        "its format",
+    ),
+    "no extension": (
+        "train",
+        HEAD + "1\t好\n",
+        "{path}: found the extension '', expected .tsv, .csv or .jsonl: name the file after its "
+        "format",
+    ),
+    "empty tsv": ("a.tsv", "", NO_ROWS),
+    "empty csv": ("a.csv", "\ufeff", NO_ROWS),
+    "empty jsonl": ("a.jsonl", "\n \n", NO_ROWS),
+    "header only tsv": ("a.tsv", HEAD, NO_ROWS),
+    "header only csv": ("a.csv", "label,text\r\n\r\n", NO_ROWS),
+    "no label column": (
+        "a.tsv",
+        "sentiment\ttext_a\n1\t好\n",
+        "{path}, line 1: found the columns 'sentiment', 'text_a', " + COLUMNS,
+    ),
+    "no text column": (
+        "a.csv",
+        "label,review\n1,好\n",
+        "{path}, line 1: found the columns 'label', 'review', " + COLUMNS,
+    ),
+    "two text columns": (
+        "a.tsv",
+        "label\ttext\ttext_a\n1\t好\t好\n",
+        "{path}, line 1: found the columns 'label', 'text', 'text_a', " + COLUMNS,
+    ),
+    "duplicate column": (
+        "a.tsv",
+        "label\ttext\tlabel\n1\t好\t0\n",
+        "{path}, line 1: found the columns 'label', 'text', 'label', " + COLUMNS,
+    ),
+    "duplicate column that is not needed": (
+        "a.csv",
+        "label,text,x,x\n1,好,0,0\n",
+        "{path}, line 1: found the columns 'label', 'text', 'x', 'x', " + COLUMNS,
+    ),
+    "wrong format": (
+        "a.csv",
+        HEAD + "1\t好\n",
+        r"{path}, line 1: found the columns 'label\ttext', " + COLUMNS,
+    ),
+    "no header, a long text": (
+        "a.tsv",
+        "1\t" + "好" * 99 + "\n0\t差\n",
+        f"{{path}}, line 1: found the columns '1', '{'好' * 12}...{'好' * 13}', " + COLUMNS,
+    ),
+    "keys missing": (
+        "a.jsonl",
+        GOOD + '{"label": 1, "sentence": "好"}\n',
+        "{path}, line 2: found the columns 'label', 'sentence', " + COLUMNS,
+    ),
+    "too many fields": (
+        "a.tsv",
+        HEAD + "1\t好\n1\t好\t的\n",
+        "{path}, line 3: found 3 fields, expected 2 " + FIELDS,
+    ),
+    "too few fields": (
+        "a.tsv",
+        HEAD + "1\t好\n好\n",
+        "{path}, line 3: found 1 fields, expected 2 " + FIELDS,
+    ),
+    "unquoted comma, after a row of three lines": (
+        "a.csv",
+        'label,text\n1,"a\nb\nc"\n1,a,b\n',
+        "{path}, line 5: found 3 fields, expected 2 " + FIELDS,
+    ),
+    "quote not closed": (
+        "a.csv",
+        'label,text\n1,a\n1,"b\n0,c\n',
+        "{path}, line 3: the row that starts here is not valid CSV (unexpected end of data): "
+        + CSV,
+    ),
+    "characters after a quote": (
+        "a.csv",
+        'label,text\n1,"b"c\n',
+        "{path}, line 2: the row that starts here is not valid CSV (',' expected after '\"'): "
+        + CSV,
+    ),
+    "blank line": ("a.tsv", HEAD + "1\t好\n\n \n0\t差\n", "{path}, line 3: " + BLANK),
+    "blank line first": ("a.tsv", "\n" + HEAD + "1\t好\n", "{path}, line 1: " + BLANK),
+    "blank line csv": ("a.csv", "label,text\n1,好\n\n0,差\n", "{path}, line 3: " + BLANK),
+    "blank line jsonl": ("a.jsonl", GOOD + "\r\n" + GOOD, "{path}, line 2: " + BLANK),
+    "empty text": ("a.tsv", HEAD + "1\t好\n0\t\n", "{path}, line 3: found the text '', " + TEXT),
+    "spaces alone": (
+        "a.csv",
+        "label,text\n0, \u3000\n",
+        r"{path}, line 2: found the text ' \u3000', " + TEXT,
+    ),
+    "text is null": (
+        "a.jsonl",
+        GOOD + '{"label": 1, "text": null}\n',
+        "{path}, line 2: found the text None, " + TEXT,
+    ),
+    "half a surrogate pair": (
+        "a.jsonl",
+        GOOD + r'{"label": 1, "text": "\ud83d"}',
+        r"{path}, line 2: found the text '\ud83d', " + TEXT,
+    ),
+    "not json": (
+        "a.jsonl",
+        GOOD + "好\n",
+        "{path}, line 2: not a JSON object (Expecting value), " + OBJECT,
+    ),
+    "json of another kind": (
+        "a.jsonl",
+        GOOD + '[1, "好"]\n',
+        "{path}, line 2: not a JSON object (a value of another kind), " + OBJECT,
+    ),
+    "label outside": (
+        "a.tsv",
+        HEAD + "1\t好\n2\t好\n0\t差\n",
+        "{path}, line 3: found the label '2', " + LABEL,
+    ),
+    "label word unknown": (
+        "a.tsv",
+        HEAD + "好评\t好\n负面\t差\n",
+        "{path}, line 2: found the label '好评', " + LABEL,
+    ),
+    "index in a file of words": (
+        "a.tsv",
+        HEAD + "正面\t好\n1\t好\n",
+        "{path}, line 3: found the label '1', " + LABEL,
+    ),
+    "word in a file of indices": (
+        "a.tsv",
+        HEAD + "0\t好\n1\t好\n正面\t好\n",
+        "{path}, line 4: found the label '正面', " + LABEL,
+    ),
+    "label with a space": (
+        "a.csv",
+        "label,text\n1 ,好\n",
+        "{path}, line 2: found the label '1 ', " + LABEL,
+    ),
+    "label 01": ("a.tsv", HEAD + "01\t好\n", "{path}, line 2: found the label '01', " + LABEL),
+    "label -1": (
+        "a.jsonl",
+        GOOD + '{"label": -1, "text": "好"}',
+        "{path}, line 2: found the label -1, " + LABEL,
+    ),
+    "label empty": ("a.tsv", HEAD + "\t好\n", "{path}, line 2: found the label '', " + LABEL),
+    **{
+        f"label {source} in JSON": (
+            "a.jsonl",
+            GOOD + f'{{"label": {source}, "text": "好"}}\n',
+            f"{{path}}, line 2: found the label {shown}, " + LABEL,
+        )
+        for source, shown in [
+            ("true", "True"),
+            ("false", "False"),
+            ("1.0", "1.0"),
+            ("null", "None"),
+            ("[1]", "[1]"),
+        ]
+    },
+}
+
+
+def refusal(tmp_path, name, content, **options):
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, name, content, **options)
+    message = str(caught.value)
+    assert message.splitlines() == [message]
+    return message
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(tmp_path, case):
+    name, content, expected = REFUSED[case]
+    assert refusal(tmp_path, name, content) == expected.replace("{path}", str(tmp_path / name))
+
+
+def test_another_encoding_is_refused_with_its_byte_and_line(tmp_path):
+    head = "label\ttext\n1\tgood\n"
+    content = (head + "0\t差\n").encode("gb18030")
+    offset = len(head) + len("0\t")
+    assert content[offset] == 0xB2  # the first byte of 差 in GB18030, no start of a UTF-8 sequence
+    path = tmp_path / "a.tsv"
+    expected = f"{path}, line 3: byte offset {offset} is not valid utf-8: try --encoding gb18030"
+    assert refusal(tmp_path, "a.tsv", content) == expected
+    assert read(tmp_path, "a.tsv", content, encoding="gb18030")[1].text == "差"
+
+    # With a byte-order mark the offset still counts from the start of the file.
+    marked = b"\xef\xbb\xbf" + content
+    expected = expected.replace(f"offset {offset}", f"offset {offset + 3}")
+    assert refusal(tmp_path, "a.tsv", marked) == expected
+
+
+def test_a_wrong_gb18030_is_not_answered_with_gb18030(tmp_path):
+    content = b"label\ttext\n1\t\xff\n"
+    assert refusal(tmp_path, "a.tsv", content, encoding="GB18030") == (
+        f"{tmp_path / 'a.tsv'}, line 2: byte offset 13 is not valid GB18030: try --encoding utf-8"
+    )
+
+
+def test_line_of_a_bad_byte_in_utf16_is_counted_in_characters(tmp_path):
+    # 上 is U+4E0A: its low byte is that of a newline, which counting bytes would take for one.
+    content = "label\ttext\n1\t上上上\n".encode("utf-16-le") + b"\x00\xdc"
+    assert refusal(tmp_path, "a.tsv", content, encoding="utf-16-le") == (
+        f"{tmp_path / 'a.tsv'}, line 3: byte offset {len(content) - 2} is not valid utf-16-le: "
+        "try --encoding gb18030"
+    )
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "latin-1"])
+def test_utf16_is_recognised_by_its_mark(tmp_path, codec, encoding):
+    content = "\ufefflabel\ttext\n1\t好\n".encode(codec)
+    assert refusal(tmp_path, "a.tsv", content, encoding=encoding) == (
+        f"{tmp_path / 'a.tsv'}: found a UTF-16 byte-order mark, expected {encoding}: "
+        "add --encoding utf-16"
+    )
+
+
+@pytest.mark.parametrize("encoding", ["nope", "hex", ""])
+def test_unknown_encoding(tmp_path, encoding):
+    assert refusal(tmp_path, "a.tsv", HEAD, encoding=encoding) == (
+        f"--encoding {encoding}: not a text encoding that Python knows, expected one such as "
+        "utf-8 or gb18030"
+    )
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_limit_below_one(tmp_path, limit):
+    assert refusal(tmp_path, "a.tsv", HEAD + "1\t好\n", limit=limit) == (
+        f"--limit is {limit}, expected at least 1 row: give a positive number"
+    )
+
+
+def test_no_file(tmp_path):
+    for name in ("none.tsv", "none"):
+        with pytest.raises(UserError) as caught:
+            read_examples(tmp_path / name, WORDS)
+        assert str(caught.value) == (
+            f"{tmp_path / name}: cannot be read: No such file or directory; check the path"
+        )
+    with pytest.raises(UserError) as caught:
+        read_examples(str(tmp_path), WORDS)
+    assert str(caught.value) == (
+        f"{tmp_path}: found a directory, expected a file: name the file inside it"
+    )
+
+
+# --- hash, split, counts --------------------------------------------------------------------------
+
+
+def examples_of(*pairs):
+    return [Example(text, label, line) for line, (text, label) in enumerate(pairs, start=2)]
+
+
+def test_hash_is_of_texts_and_labels_in_order(tmp_path):
+    examples = examples_of(("好", 1), ("a\nb", 0))
+    # printf '["\\u597d", 1]\n["a\\nb", 0]\n' | sha256sum
+    expected = "4123621511807a6a53e1ed595a5e38ce657f036248f45fe981d3c2107f73eb47"
+    assert examples_hash(examples) == expected
+    others = [
+        examples[::-1],
+        examples[:1],
+        examples_of(("好", 0), ("a\nb", 0)),
+        # The bytes of all texts joined are the same, the borders between them are not.
+        examples_of(("好a", 1), ("\nb", 0)),
+        examples_of(('好", 1]\n["a\nb', 0)),
+    ]
+    assert len({expected, *map(examples_hash, others)}) == 1 + len(others)
+
+
+def test_hash_does_not_depend_on_the_file(tmp_path):
+    hashes = {
+        examples_hash(read(tmp_path, "a.tsv", "label\ttext\n1\t好,的\n0\t差\n")),
+        examples_hash(read(tmp_path, "a.csv", '\ufefftext_a,label\r\n"好,的",正面\r\n差,负面\r\n')),
+        examples_hash(
+            read(tmp_path, "a.jsonl", GOOD.replace("好", "好,的") + '{"text":"差","label":0}')
+        ),
+    }
+    assert len(hashes) == 1
+
+
+# 60 texts that stand once, 10 that stand twice, 4 that stand five times: 100 rows.
+MIXED = examples_of(
+    *[(f"评论{i}", i % 2) for i in range(60)],
+    *[(f"重复{i % 10}", i % 2) for i in range(20)],
+    *[(f"套话{i % 4}", i % 2) for i in range(20)],
+)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.9])
+def test_split_keeps_identical_texts_together(seed, fraction):
+    train, held_out = held_out_split(MIXED, fraction, seed)
+    assert sorted(train + held_out) == list(range(100))
+    assert train == sorted(train) and held_out == sorted(held_out)
+    assert not {MIXED[i].text for i in train} & {MIXED[i].text for i in held_out}
+    # Exact: there are enough texts that stand once to fill what the others leave.
+    assert len(held_out) == round(fraction * 100)
+
+
+def test_split_is_the_same_on_every_platform():
+    # printf '0\n评论0' | sha256sum, and so on: the two lowest of ten are held out.
+    examples = examples_of(*[(f"评论{i}", 0) for i in range(10)])
+    assert held_out_split(examples, 0.2, seed=0)[1] == [6, 7]
+    assert held_out_split(examples, 0.2, seed=3)[1] == [1, 4]
+
+
+def test_split_does_not_depend_on_row_order_and_little_on_other_rows():
+    def texts(examples):
+        return {examples[i].text for i in held_out_split(examples)[1]}
+
+    singles = examples_of(*[(f"评论{i}", 0) for i in range(500)])
+    assert texts(singles) == texts(singles[::-1])
+    # Five rows more: at most five of the fifty held-out texts give way to better ranked new ones.
+    more = singles + examples_of(*[(f"新{i}", 0) for i in range(5)])
+    assert len(texts(singles) & texts(more)) >= 45
+
+
+def test_split_of_few_rows():
+    assert sorted(map(len, held_out_split(examples_of(("a", 0), ("b", 1))))) == [1, 1]
+    train, held_out = held_out_split(examples_of(("a", 0), ("b", 1), ("c", 1)), fraction=0.99)
+    assert (len(train), len(held_out)) == (1, 2)
+    # No text fits into a share of one row: the one with the fewest copies is held out whole.
+    copies = examples_of(("a", 0), ("b", 1), ("a", 0), ("b", 1), ("a", 0))
+    assert held_out_split(copies) == ([0, 2, 4], [1, 3])
+
+
+def test_split_refuses_what_cannot_be_split():
+    for examples in (examples_of(("a", 0), ("a", 1)), []):
+        with pytest.raises(UserError) as caught:
+            held_out_split(examples)
+        assert str(caught.value) == (
+            f"number of distinct texts to split is {min(1, len(examples))}, expected at least 2, "
+            "one to train on and one to hold out: use more data"
+        )
+    for fraction in (0, 1, -0.1, float("nan")):
+        with pytest.raises(UserError) as caught:
+            held_out_split(MIXED, fraction)
+        assert str(caught.value) == (
+            f"held-out fraction is {fraction}, expected between 0 and 1: try 0.1"
+        )
+
+
+def test_class_counts():
+    assert class_counts(examples_of(("a", 2), ("b", 0), ("c", 2)), 4) == [1, 0, 2, 0]
+
+
+# --- real data ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not CHNSENTICORP.is_dir(),
+    reason="ChnSentiCorp is research data and not part of the project; it is read from "
+    "../shared/data/chnsenticorp where that exists",
+)
+def test_chnsenticorp():
+    train = read_examples(CHNSENTICORP / "train.tsv", WORDS)
+    assert len(train) == 9600  # 9,146 if `"` were read as a quote
+    assert class_counts(train, 2) == [4801, 4799]
+    dev = read_examples(CHNSENTICORP / "dev.tsv", WORDS)
+    assert len(dev) == 1200
+    assert class_counts(dev, 2) == [607, 593]
+    assert sum('"' in example.text for example in train) == 55
+
+    texts = Counter(example.text for example in train)
+    assert len(train) - len(texts) == 1351
+    rest, held_out = held_out_split(train)
+    assert len(held_out) == 960 and len(rest) == 8640
+    assert not {train[i].text for i in rest} & {train[i].text for i in held_out}
