@@ -13,21 +13,26 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from qwen_min.cli import (
+    CommandParser,
     HelpFormatter,
     add_machine_arguments,
     add_prompt_arguments,
     choose_device,
+    commit_outputs,
     open_outputs,
     positive_int,
     run_command,
 )
+from qwen_min.config import QwenConfig
 from qwen_min.data import Example, examples_hash, read_examples
+from qwen_min.errors import UserError
 from qwen_min.loading import load_model
 from qwen_min.metrics import evaluate_predictions
 from qwen_min.prompt import Prompt, build_prompts, parse_labels, parse_template
@@ -39,7 +44,7 @@ METHODS = ("zero_shot",)
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line, grouped as `--help` shows it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--method", required=True, choices=METHODS)
     parser.add_argument("--model", required=True, metavar="DIR", help="a model directory")
     data = parser.add_argument_group("data")
@@ -77,12 +82,22 @@ def evaluate(args: argparse.Namespace) -> int:
     labels, template = parse_labels(args.labels), parse_template(args.template)
     device = choose_device(args.device)
     with ExitStack() as stack:
-        results_file, predictions_file = open_outputs([args.output, args.predictions], stack)
-        examples = read_examples(args.data, labels, args.encoding, args.limit)
-        tokenizer = Tokenizer(args.model)
-        prompts = build_prompts(
-            tokenizer, [e.text for e in examples], template, labels, args.max_text_tokens
+        results_file, predictions_file = open_outputs(
+            [args.output, args.predictions], stack, [args.data]
         )
+        config = QwenConfig.from_json(Path(args.model) / "config.json")
+        examples = read_examples(args.data, labels, args.encoding, args.limit)
+        places = [f"{args.data}, line {e.line}" for e in examples]
+        tokenizer = Tokenizer(args.model)
+        if tokenizer.size > config.vocab_size:
+            raise UserError(
+                f"{args.model}: tokenizer.json has {tokenizer.size} tokens, expected at most "
+                f"config.json's vocab_size, {config.vocab_size}; take both from one checkpoint"
+            )
+        prompts = build_prompts(
+            tokenizer, [e.text for e in examples], template, labels, args.max_text_tokens, places
+        )
+        check_lengths(prompts, config.max_position_embeddings, places)
         started = time.perf_counter()
         model = load_model(args.model, args.dtype, device)
         load_seconds = time.perf_counter() - started
@@ -92,6 +107,11 @@ def evaluate(args: argparse.Namespace) -> int:
         with tqdm(total=len(prompts), unit=" rows", disable=None) as bar:
             scores = score_labels(model, prompts, args.batch_tokens, bar.update)
         seconds = time.perf_counter() - started
+        if not (finite := np.isfinite(scores).all(axis=1)).all():
+            raise UserError(
+                f"{places[finite.argmin()]}: found a score that is not finite, expected numbers: "
+                "fetch the weights again, or try --dtype float32 if they overflow"
+            )
 
         results = {
             "method": args.method,
@@ -113,12 +133,28 @@ def evaluate(args: argparse.Namespace) -> int:
             "torch": torch.__version__,
             "arguments": vars(args),
         }
-        print(format_results(results))
-        if results_file:
-            results_file.commit(json.dumps(results, ensure_ascii=False, indent=2) + "\n")
-        if predictions_file:
-            predictions_file.commit(prediction_lines(examples, scores))
+        try:
+            commit_outputs(
+                [
+                    (results_file, json.dumps(results, ensure_ascii=False, indent=2) + "\n"),
+                    (predictions_file, prediction_lines(examples, scores)),
+                ]
+            )
+        finally:
+            print(format_results(results))
     return 0
+
+
+def check_lengths(prompts: Sequence[Prompt], max_positions: int, places: Sequence[str]) -> None:
+    """Raise UserError where prompt and longest label have more tokens than the model has places."""
+    for prompt, place in zip(prompts, places, strict=True):
+        tokens = len(prompt.ids) + max(len(ids) for ids in prompt.labels)
+        if tokens > max_positions:
+            raise UserError(
+                f"{place}: prompt and label have {tokens} tokens, expected at most {max_positions} "
+                "(max_position_embeddings in config.json); lower --max-text-tokens or shorten "
+                "the template"
+            )
 
 
 def warn_about_labels(prompt: Prompt, labels: Sequence[str]) -> None:

@@ -2,16 +2,28 @@
 
 import argparse
 import contextlib
+import errno
+import io
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from qwen_min.errors import UserError
 from qwen_min.loading import DTYPES
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, DEFAULT_TEMPLATE
+
+STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Answers a wrong argument as `run_command` does any other mistake: one line, status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {_one_line(message)}; --help shows the arguments\n")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -87,14 +99,28 @@ def choose_device(name: str) -> str:
 
 def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command: a user's mistake becomes one line and status 2; a bug keeps its traceback."""
+    # As Python itself has it for stderr: what a terminal's encoding lacks is shown as its code.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return command(args)
+        status = command(args)
+        print(end="", flush=True)
+        return status
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read our output has left (`| head`). Python would try again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _one_line(message: str) -> str:
+    """A message may quote a path or an argument, and either may hold a newline."""
+    return message.replace("\r", "\\r").replace("\n", "\\n")
 
 
 class Output:
@@ -107,14 +133,29 @@ class Output:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        # A device or a pipe (/dev/stdout) is written through, not replaced by a file.
-        self._direct = self.path.exists() and not self.path.is_file()
-        self._aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self._target = Path(os.path.realpath(path))  # a link stays; what it points to is replaced
+        self._aside: Path | None = None
         try:
-            if not self._direct and self.path.exists() and not os.access(self.path, os.W_OK):
-                raise PermissionError(13, "Permission denied")
-            target = self.path if self._direct else self._aside
-            self._file = target.open("w", encoding="utf-8", newline="\n")
+            if str(path) in STREAMS:
+                # Opened by its name, a stream that the shell sends to a file would empty that file.
+                opened: Path | int = STREAMS[str(path)]
+            elif self.path.exists() and not self.path.is_file():
+                opened = self.path  # a device or a pipe is written through, never replaced
+            elif self.path.exists() and not os.access(self.path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            else:
+                opened = self._target.parent / f".{self._target.name}.{os.getpid()}.partial"
+                self._aside = opened
+            # A file's name may hold half of a surrogate pair, which has no UTF-8: JSON's escape for
+            # it, as in "\udcff", is what backslashreplace writes.
+            self._file = open(  # noqa: SIM115
+                opened,
+                "w",
+                encoding="utf-8",
+                errors="backslashreplace",
+                newline="\n",
+                closefd=not isinstance(opened, int),
+            )
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); name a file in a directory "
@@ -126,18 +167,23 @@ class Output:
         try:
             with self._file as file:
                 file.write(text)
-                file.flush()
-            if not self._direct:
-                os.replace(self._aside, self.path)
+            if self._aside:
+                os.replace(self._aside, self._target)
         except OSError as error:
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", prefix="qwen_min-", suffix=self.path.suffix, delete=False
-            ) as rescue:
-                rescue.write(text)
             raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); the results are in "
-                f"{rescue.name}: move them where there is room"
+                f"{self.path}: cannot be written ({error.strerror}); {self._rescue(text)}"
             ) from None
+
+    def _rescue(self, text: str) -> str:
+        """Write `text` to the temporary directory; says where, and what to do."""
+        try:
+            with tempfile.NamedTemporaryFile(
+                "wb", prefix="qwen_min-", suffix=self.path.suffix, delete=False
+            ) as file:
+                file.write(text.encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            return f"nor can a temporary file ({error.strerror}); make room and run again"
+        return f"what was for it is in {file.name}: move that where there is room"
 
     def __enter__(self) -> "Output":
         return self
@@ -150,9 +196,36 @@ class Output:
     ) -> None:
         with contextlib.suppress(OSError):
             self._file.close()
-        self._aside.unlink(missing_ok=True)
+        if self._aside:
+            self._aside.unlink(missing_ok=True)
 
 
-def open_outputs(paths: Sequence[str | None], stack: contextlib.ExitStack) -> list[Output | None]:
-    """An Output for each path that is given; `stack` removes what is never committed."""
+def open_outputs(
+    paths: Sequence[str | None], stack: contextlib.ExitStack, inputs: Sequence[str]
+) -> list[Output | None]:
+    """An Output for each path that is given; `stack` removes what is never committed.
+
+    Raises UserError where one would replace another or one of the files `inputs`.
+    """
+    taken = {os.path.realpath(path) for path in inputs}
+    for path in paths:
+        if path is not None and os.path.realpath(path) in taken:
+            raise UserError(
+                f"{path}: this file is already the data or another output; give each its own"
+            )
+        if path is not None:
+            taken.add(os.path.realpath(path))
     return [None if path is None else stack.enter_context(Output(path)) for path in paths]
+
+
+def commit_outputs(texts: Sequence[tuple[Output | None, str]]) -> None:
+    """Commit every output that is given, even where another fails. Raises UserError if one did."""
+    failures = []
+    for output, text in texts:
+        try:
+            if output:
+                output.commit(text)
+        except UserError as error:
+            failures.append(str(error))
+    if failures:
+        raise UserError("; ".join(failures))

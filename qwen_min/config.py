@@ -1,6 +1,7 @@
 """config.json, read and checked: what this implementation cannot compute is refused by name."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,33 +57,40 @@ class QwenConfig:
             raise UserError(f"{path}: holds {type(raw).__name__}, expected a JSON object")
         _refuse_unsupported(raw, path)
 
-        def number(key: str, kind: type, default: float | None = None) -> float:
+        # A theta inside rope_parameters goes before one beside it, as in the reference.
+        nested = raw.get("rope_parameters") or {}
+        raw["rope_theta"] = nested.get("rope_theta", raw.get("rope_theta"))
+
+        def field(key: str, kind: type, default: float | None = None) -> float:
             value = raw.get(key)
             if value is None:
                 value = default
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not (whole or (kind is float and isinstance(value, float))) or value <= 0:
-                raise UserError(f"{path}: {key} is {value!r}, expected a positive {kind.__name__}")
-            return kind(value)
+            if kind is float and type(value) is int:
+                value = float(value)
+            # Python's json takes NaN and Infinity for numbers.
+            if type(value) is not kind or not (kind is bool or 0 < value < math.inf):
+                expected = "true or false" if kind is bool else f"a positive {kind.__name__}"
+                raise UserError(f"{path}: {key} is {value!r}, expected {expected}")
+            return value
 
-        hidden, heads = number("hidden_size", int), number("num_attention_heads", int)
+        hidden, heads = field("hidden_size", int), field("num_attention_heads", int)
         is_qwen3 = raw["model_type"] == "qwen3"
         config = cls(
             model_type=raw["model_type"],
             hidden_size=hidden,
-            intermediate_size=number("intermediate_size", int),
-            num_hidden_layers=number("num_hidden_layers", int),
+            intermediate_size=field("intermediate_size", int),
+            num_hidden_layers=field("num_hidden_layers", int),
             num_attention_heads=heads,
-            num_key_value_heads=number("num_key_value_heads", int, heads),
+            num_key_value_heads=field("num_key_value_heads", int, heads),
             # The reference's own default for Qwen3 is 128, whatever D / H may be.
-            head_dim=number("head_dim", int, 128 if is_qwen3 else hidden // heads),
-            vocab_size=number("vocab_size", int),
-            rms_norm_eps=number("rms_norm_eps", float, 1e-6),
-            rope_theta=number("rope_theta", float, _nested_rope(raw).get("rope_theta", 10000.0)),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            head_dim=field("head_dim", int, 128 if is_qwen3 else hidden // heads),
+            vocab_size=field("vocab_size", int),
+            rms_norm_eps=field("rms_norm_eps", float, 1e-6),
+            rope_theta=field("rope_theta", float),
+            tie_word_embeddings=field("tie_word_embeddings", bool, False),
             # Qwen2 has the bias without declaring it; Qwen3 declares it, normally false.
-            attention_bias=bool(raw.get("attention_bias", False)) if is_qwen3 else True,
-            max_position_embeddings=number("max_position_embeddings", int, 32768),
+            attention_bias=field("attention_bias", bool, False) if is_qwen3 else True,
+            max_position_embeddings=field("max_position_embeddings", int, 32768),
             torch_dtype=raw.get("dtype") or raw.get("torch_dtype"),
         )
         if heads % config.num_key_value_heads:
@@ -93,12 +101,6 @@ class QwenConfig:
         if config.head_dim % 2:
             raise UserError(f"{path}: head_dim {config.head_dim} is odd; RoPE rotates pairs")
         return config
-
-
-def _nested_rope(raw: dict) -> dict:
-    """RoPE's settings where they may be nested (transformers 5: rope_parameters)."""
-    nested = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    return nested if isinstance(nested, dict) else {"rope_type": repr(nested)}
 
 
 def _refuse_unsupported(raw: dict, path: Path) -> None:
@@ -113,13 +115,18 @@ def _refuse_unsupported(raw: dict, path: Path) -> None:
         raise UserError(f"{path}: mixture of experts is not supported; use a dense Qwen")
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act is {raw['hidden_act']!r}, expected 'silu'")
-    rope = _nested_rope(raw)
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise UserError(f"{path}: scaled RoPE ({rope_type}) is not supported; remove rope_scaling")
-    layers = raw.get("num_hidden_layers") or 0
-    windowed = raw.get("use_sliding_window") and raw.get("max_window_layers", 0) < layers
-    if windowed or any(kind != "full_attention" for kind in raw.get("layer_types") or []):
+    for key in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5; a file may hold both
+        rope = raw.get(key) or {}
+        kind = isinstance(rope, dict) and rope.get("rope_type", rope.get("type"))
+        if kind not in (None, "default"):
+            raise UserError(
+                f"{path}: {key} is {rope!r}; scaled RoPE is not supported, only default"
+            )
+    first, layers = raw.get("max_window_layers"), raw.get("num_hidden_layers")
+    beyond = isinstance(first, int) and isinstance(layers, int) and first >= layers
+    kinds = raw.get("layer_types") or []
+    full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
+    if (raw.get("use_sliding_window") and not beyond) or not full:
         raise UserError(
             f"{path}: sliding-window attention is in use and not supported; only checkpoints with "
             "full attention in every layer are"

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def read_examples(
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}, expected at least 1 row: give a positive number")
     suffix = path.suffix.lower()
-    if path.is_file() and suffix not in (".tsv", ".csv", ".jsonl"):
+    if os.path.isfile(path) and suffix not in (".tsv", ".csv", ".jsonl"):
         raise UserError(
             f"{path}: found the extension {suffix!r}, expected .tsv, .csv or .jsonl: name the file "
             "after its format"
@@ -108,12 +109,12 @@ def held_out_split(
             "train on and one to hold out: use more data"
         )
     ranked = sorted(rows_of, key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest())
-    share = min(max(1, round(fraction * len(examples))), len(examples) - 1)
+    share = min(round(fraction * len(examples)), len(examples) - 1)
     held_out: list[int] = []
     for text in ranked:
         if len(held_out) + len(rows_of[text]) <= share:
             held_out += rows_of[text]
-    if not held_out:  # every text has more copies than the share has rows
+    if not held_out:  # every text has more copies than the share has rows, which may be 0
         held_out = rows_of[min(ranked, key=lambda text: len(rows_of[text]))]
     return sorted(set(range(len(examples))) - set(held_out)), sorted(held_out)
 
@@ -127,7 +128,7 @@ def class_counts(examples: Sequence[Example], num_classes: int) -> list[int]:
 
 
 def _decode(path: Path, encoding: str) -> str:
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises where a name is too long or a parent is closed
         raise UserError(f"{path}: found a directory, expected a file: name the file inside it")
     try:
         data = path.read_bytes()
@@ -252,11 +253,8 @@ def _class_indices(
     """
     words = {word: i for i, word in enumerate(labels)}
     indices = {str(i): i for i in range(len(labels))}
-    # type(), since isinstance would let JSON's true pass as 1.
-    as_words = [words.get(label) if type(label) is str else None for _, label in found]
-    as_indices = [
-        indices.get(str(label)) if type(label) in (str, int) else None for _, label in found
-    ]
+    as_words = [words.get(label) if isinstance(label, str) else None for _, label in found]
+    as_indices = [indices.get(str(label)) for _, label in found]  # str(True) is no index
     for classes in (as_words, as_indices):
         if None not in classes:
             return classes

@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import os
+import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from qwen_min.config import QwenConfig
 from qwen_min.errors import UserError
@@ -52,8 +56,8 @@ def checkpoint_dtype(config: QwenConfig, tensors: dict[str, Tensor]) -> torch.dt
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that the index names, mapped."""
-    if not (directory / INDEX).exists():
+    """All tensors of model.safetensors or, without it, of the shards in the index; mapped."""
+    if (directory / SINGLE).is_file() or not (directory / INDEX).exists():
         return _read_file(directory / SINGLE)
     weight_map = _read_index(directory / INDEX)
     tensors: dict[str, Tensor] = {}
@@ -61,8 +65,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         for name, tensor in _read_file(directory / shard).items():
             if name in tensors or weight_map.get(name, shard) != shard:
                 raise UserError(
-                    f"{directory / INDEX}: {name} stands in {shard} and in another shard; "
-                    "each tensor belongs to one; fetch the checkpoint again"
+                    f"{directory / INDEX}: {name!r} is in {shard}, where the index does not have "
+                    "it, or in two shards; fetch the checkpoint again"
                 )
             tensors[name] = tensor
     if absent := sorted(weight_map.keys() - tensors.keys()):
@@ -82,15 +86,8 @@ def _read_index(path: Path) -> dict[str, str]:
         ) from None
     for shard in shards:
         # An index comes from outside: it may name files beside itself, nothing else.
-        if (
-            not isinstance(shard, str)
-            or Path(shard).name != shard
-            or "\\" in shard
-            or shard == ".."
-        ):
-            raise UserError(
-                f"{path}: shard {shard!r} is not a plain file name; refusing to read it"
-            )
+        if not (isinstance(shard, str) and re.fullmatch(r"[\w.-]+\.safetensors", shard)):
+            raise UserError(f"{path}: shard {shard!r} is not a plain file name (NAME.safetensors)")
     return weight_map
 
 
@@ -129,8 +126,34 @@ def _check_names_and_shapes(
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    shown = ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
     return f"{len(names)} tensor(s) ({shown})"
+
+
+def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
+    """Write `model` as a plain checkpoint, with config and tokenizer copied from `source`.
+
+    `out` must not exist; it appears whole. Raises UserError where it cannot be written.
+    """
+    source, out = Path(source), Path(out)
+    aside = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        if out.exists():
+            raise FileExistsError(17, "it exists already")
+        aside.mkdir(parents=True)
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            if (source / name).exists():
+                shutil.copyfile(source / name, aside / name)
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config["torch_dtype"] = str(model.head_weight.dtype).removeprefix("torch.")
+        config.pop("dtype", None)
+        (aside / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, aside / SINGLE, metadata={"format": "pt"})
+        os.replace(aside, out)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"{out}: cannot be written ({error.strerror}); name another") from None
 
 
 def tensor_hashes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
@@ -143,8 +166,13 @@ def tensor_hashes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     return hashes
 
 
-def fingerprint(module: nn.Module) -> str:
-    """One SHA-256 over names and tensors of a module: which weights are these?"""
-    hashes = tensor_hashes(module.state_dict().items())
-    lines = [f"{name} {hashes[name]}\n" for name in sorted(hashes)]
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """One SHA-256 over the names and hashes of tensors, in any order: which weights are these?"""
+    hashes = sorted(tensor_hashes(tensors).items())
+    lines = [f"{name} {digest}\n" for name, digest in hashes]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def checkpoint_fingerprint(directory: str | Path) -> str:
+    """`fingerprint` of a checkpoint's tensors as they are in its files, whatever dtype runs."""
+    return fingerprint(read_tensors(Path(directory)).items())

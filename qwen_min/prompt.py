@@ -70,15 +70,16 @@ def build_prompts(
     template: str = DEFAULT_TEMPLATE,
     labels: Sequence[str] = DEFAULT_LABELS,
     max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
+    places: Sequence[str] | None = None,
 ) -> list[Prompt]:
     """Render and encode every text, alone and followed by each label word.
 
     Only the text field is ever shortened; the frame around it stays whole. Markup such as
     `<|im_end|>` counts as markup in the template and as plain text in the texts.
 
-    Raises UserError, naming the row (from 1), where a label's first characters merge with the end
-    of the prompt into one token: the prompt's ids would not be a prefix of prompt + label's, and
-    there would be no label to score.
+    Raises UserError, naming the row's place (without `places` its number, from 1), where a label's
+    first characters merge with the end of the prompt into one token: the prompt's ids would not be
+    a prefix of prompt + label's, and there would be no label to score.
     """
     # Markup cuts the template into pieces that are encoded apart, as every tokenizer cuts there.
     pieces = tokenizer.split_markup(template)
@@ -106,8 +107,9 @@ def build_prompts(
             whole = rows[row]
             if whole[: len(stem)] != stem or len(whole) == len(stem):
                 tail = tokenizer.decode(stem[-3:])
+                place = places[row] if places else f"row {row + 1}"
                 raise UserError(
-                    f"row {row + 1}: the end of the prompt, {tail!r}, and the label {word!r} merge "
+                    f"{place}: the end of the prompt, {tail!r}, and the label {word!r} merge "
                     "into one token; end the template with a character that does not, such as `：`"
                 )
             words.append(tuple(whole[len(stem) :]))

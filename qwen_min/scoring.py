@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_min.batching import token_budget_batches
@@ -36,6 +37,30 @@ def score_label(model: Qwen, prompt: Sequence[int], label: Sequence[int]) -> flo
     first = len(prompt) - 1
     predictions = log_probs[0, first : first + len(label)]  # (label tokens, V)
     return predictions.gather(1, torch.tensor(label, device=ids.device)[:, None]).sum().item()
+
+
+def label_loss(
+    model: Qwen, prompts: Sequence[Prompt], classes: Sequence[int], checkpointing: bool = False
+) -> Tensor:
+    """Σ over rows of −s_y for the true class y, with gradient: what lora_label_scoring minimises.
+
+    Cross-entropy on the label's tokens alone; logits exist at their positions only, (Σ tokens, V).
+    """
+    device = model.head_weight.device
+    labels = [prompt.labels[y] for prompt, y in zip(prompts, classes, strict=True)]
+    # A label's last token is predicted, never read.
+    texts = [(*p.ids, *label[:-1]) for p, label in zip(prompts, labels, strict=True)]
+    ids = torch.tensor([token for text in texts for token in text], device=device)
+    lengths = [len(text) for text in texts]
+    one_token = all(len(label) == 1 for label in labels)
+    h, _ = model.model.forward_packed(
+        ids, lengths, last_only=one_token, checkpointing=checkpointing
+    )
+    if not one_token:
+        parts = zip(h.split(lengths), labels, strict=True)
+        h = torch.cat([states[-len(label) :] for states, label in parts])
+    targets = torch.tensor([token for label in labels for token in label], device=device)
+    return F.cross_entropy(model.logits(h), targets, reduction="sum")
 
 
 @dataclass(frozen=True)

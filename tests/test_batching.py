@@ -116,8 +116,8 @@ def test_rows_meet_others_in_the_next_epoch():
     for epoch in (0, 1):
         batches = shuffled_batches(list(range(800)), 8, seed=0, epoch=epoch)
         pairs.append({(a, b) for batch in batches for a in batch for b in batch if a < b})
-    # Of two rows that share a batch, a quarter meet again: both have to be in one of the two pools
-    # (a half) and to fall between the same cuts of it. Sorting the whole epoch would bring all.
+    # Of two rows that share a batch, three in ten meet again: both have to be in one of the two
+    # pools (a half) and between the same cuts of it. Sorting the whole epoch would bring all.
     assert len(pairs[0] & pairs[1]) < 0.5 * len(pairs[0])
 
 

@@ -164,23 +164,12 @@ def test_qk_norm_is_qwen3s(tmp_path):
     assert QwenConfig.from_json(write(tmp_path, QWEN3)).has_qk_norm
 
 
-def test_defaults_are_the_references(tmp_path):
-    optional = [
-        "num_key_value_heads",
-        "rms_norm_eps",
-        "rope_theta",
-        "tie_word_embeddings",
-        "max_position_embeddings",
-        "torch_dtype",
-        "hidden_act",
-        "use_sliding_window",
-        "sliding_window",
-        "max_window_layers",
-    ]
-    config = QwenConfig.from_json(write(tmp_path, without(QWEN2, *optional)))
+def test_defaults(tmp_path):
+    needed = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "rope_theta"}
+    needed |= {"num_attention_heads", "vocab_size"}
+    config = QwenConfig.from_json(write(tmp_path, without(QWEN2, *(QWEN2.keys() - needed))))
     assert config.num_key_value_heads == config.num_attention_heads == 14
-    assert (config.rms_norm_eps, config.rope_theta) == (1e-6, 10000.0)
-    assert config.max_position_embeddings == 32768
+    assert (config.rms_norm_eps, config.max_position_embeddings) == (1e-6, 32768)
     assert config.tie_word_embeddings is False
     assert config.torch_dtype is None
 
@@ -296,12 +285,12 @@ UNSUPPORTED = {
     "a theta per kind of layer": (
         style_5(QWEN2)
         | {"rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}}},
-        "rope_parameters",
+        "rope_theta",
     ),
     "quantised": (
         QWEN2 | {"quantization_config": {"quant_method": "gptq", "bits": 4}},
         "quantised",
-        "unquantised checkpoint",
+        "use unquantised ones",
     ),
 }
 
@@ -319,6 +308,7 @@ def test_unsupported_is_refused_by_name(tmp_path, raw, words):
         QWEN2 | {"sliding_window": 4096, "max_window_layers": 0},  # declared, not in use
         style_5(QWEN2) | {"use_sliding_window": True, "max_window_layers": 24},
         QWEN2 | {"rope_scaling": {"type": "default"}},
+        style_5(QWEN2) | {"rope_parameters": {"rope_theta": 1e6}},
         QWEN3 | {"num_experts": None, "quantization_config": None},
     ],
 )
@@ -360,8 +350,14 @@ def test_a_whole_number_will_do_for_a_float(tmp_path):
 @pytest.mark.parametrize("value", ["false", 1, []])
 @pytest.mark.parametrize("field", ["tie_word_embeddings", "attention_bias"])
 def test_a_flag_is_true_or_false(tmp_path, field, value):
-    """ "false" in quotes would count as true, and a tied head quietly replace the real one."""
-    refused(write(tmp_path, QWEN3 | {field: value}), field, repr(value), "expected a bool")
+    """A quoted "false" would count as true, and a tied head quietly replace the real one."""
+    refused(write(tmp_path, QWEN3 | {field: value}), field, repr(value), "true or false")
+
+
+def test_theta_has_no_default(tmp_path):
+    """The reference would take 10000. Qwen's is 1000000, and no Qwen leaves it unsaid."""
+    refused(write(tmp_path, without(QWEN2, "rope_theta")), "rope_theta", "None")
+    refused(write(tmp_path, without(style_5(QWEN2), "rope_parameters")), "rope_theta", "None")
 
 
 def test_heads_that_do_not_fit(tmp_path):
@@ -371,20 +367,21 @@ def test_heads_that_do_not_fit(tmp_path):
     refused(write(tmp_path, QWEN2 | {"hidden_size": 7}), "head_dim", "0")
 
 
-VALUES = [None, True, -1, 0, 3, 1.5, math.nan, math.inf, "", "x", [], [3], ["x"], {}, {"a": [1]}]
-
-
-@pytest.mark.parametrize("raw", [QWEN2, style_5(QWEN2), QWEN3], ids=["4", "5", "qwen3"])
-def test_no_value_of_any_field_ends_in_a_traceback(tmp_path, raw):
-    fields = {*raw, "head_dim", "rope_scaling", "rope_parameters", "layer_types", "num_experts"}
-    for field in sorted(fields | {"quantization_config"}):
-        for value in VALUES:
-            for extra in ({}, {"use_sliding_window": True}):
-                path = write(tmp_path, raw | extra | {field: value})
-                try:
-                    QwenConfig.from_json(path)
-                except UserError as error:
-                    assert len(str(error).splitlines()) == 1
+def test_no_value_of_any_field_ends_in_a_traceback(tmp_path):
+    values = [None, True, -1, 3, 1.5, math.nan, "x\ny", "default", [3], ["x"], {"a": [1]}]
+    plain = style_5(QWEN3) | QWEN3 | {"num_experts": 0, "quantization_config": None}
+    changes = [{field: value} for field in plain for value in values]
+    changes += [
+        {"use_sliding_window": True, field: value}
+        for field in ("max_window_layers", "num_hidden_layers", "layer_types")
+        for value in values
+    ]
+    for change in changes:
+        path = write(tmp_path, plain | change)
+        try:
+            QwenConfig.from_json(path)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1, change
 
 
 # ---- the file ------------------------------------------------------------------------------------

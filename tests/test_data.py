@@ -44,6 +44,11 @@ def test_csv_has_quoting(tmp_path):
     ]
 
 
+def test_csv_lines_are_counted_by_newlines(tmp_path):
+    content = 'label,text\n1,"一\r二\u2028三"\n0,差\n'
+    assert rows(read(tmp_path, "a.csv", content)) == [("一\r二\u2028三", 1, 2), ("差", 0, 3)]
+
+
 def test_jsonl(tmp_path):
     content = '{"label": 1, "text": "好\\n\\"的\\""}\r\n{"text_a": "差", "label": "0", "id": [1]}'
     assert rows(read(tmp_path, "a.jsonl", content)) == [('好\n"的"', 1, 1), ("差", 0, 2)]
@@ -321,6 +326,12 @@ def test_refused_in_one_line(tmp_path, case):
     assert refusal(tmp_path, name, content) == expected.replace("{path}", str(tmp_path / name))
 
 
+def test_json_too_deep_for_the_parser(tmp_path):
+    # The reason in brackets is the interpreter's own, in words that differ between versions.
+    start = f"{tmp_path / 'a.jsonl'}, line 2: not a JSON object ("
+    assert refusal(tmp_path, "a.jsonl", GOOD + "[" * 200_000).startswith(start)
+
+
 def test_another_encoding_is_refused_with_its_byte_and_line(tmp_path):
     head = "label\ttext\n1\tgood\n"
     content = (head + "0\t差\n").encode("gb18030")
@@ -379,12 +390,14 @@ def test_limit_below_one(tmp_path, limit):
 
 
 def test_no_file(tmp_path):
-    for name in ("none.tsv", "none"):
+    for name, reason in [
+        ("none.tsv", "No such file or directory"),
+        ("none", "No such file or directory"),
+        ("好" * 300 + ".tsv", "File name too long"),
+    ]:
         with pytest.raises(UserError) as caught:
             read_examples(tmp_path / name, WORDS)
-        assert str(caught.value) == (
-            f"{tmp_path / name}: cannot be read: No such file or directory; check the path"
-        )
+        assert str(caught.value) == (f"{tmp_path / name}: cannot be read: {reason}; check the path")
     with pytest.raises(UserError) as caught:
         read_examples(str(tmp_path), WORDS)
     assert str(caught.value) == (

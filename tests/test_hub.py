@@ -89,6 +89,7 @@ REPOS = {
     "org/gated": {commit("a"): SINGLE},
     "org/stranger": {commit("b"): SINGLE},
     "org/pickled": {commit("c"): WANTED | {"pytorch_model.bin": b"pickle"}},
+    "org/files-down": {commit("d"): SINGLE},
     "org/no-tokenizer": {commit("d"): {"config.json": b"{}", "model.safetensors": b"weights"}},
     "org/index-pickles": {commit("e"): with_index(b'{"weight_map": {"a": "m.bin"}}')},
     "org/index-climbs": {commit("e"): with_index(b'{"weight_map": {"a": "../m.safetensors"}}')},
@@ -177,6 +178,8 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, repo: str, revision: str, name: str):
         if repo == "org/gated" and self.headers["Authorization"] != "Bearer hf_friend":
             return self.answer(401, X_Error_Code="GatedRepo")
+        if repo == "org/files-down":  # the API answers, the storage behind it does not
+            return self.answer(502)
         if repo == "org/stranger":
             return self.answer(403, X_Error_Code="GatedRepo")
         found = self.server.refs.get((repo, revision), revision)
@@ -248,8 +251,9 @@ HUB_ERRORS = {
     "org/portal": "JSON",
     "org/slow": "time",
     "org/broken": "3 bytes",
-    "org/pickled": "model.safetensors of org/pickled",
-    "org/no-tokenizer": "tokenizer.json of org/no-tokenizer",
+    "org/files-down": "the answer is HTTP 502;",
+    "org/pickled": "the model has none (weights are read from safetensors alone)",
+    "org/no-tokenizer": "the model has none",
     "org/two--dashes": "Cannot have -- or ..",
 }
 BAD_INDEXES = [name for name in REPOS if name.startswith("org/index-")]
@@ -427,7 +431,7 @@ def test_revision(name, weights, online):
 
 
 def test_all_files_are_of_one_commit_though_the_branch_moves_meanwhile(online):
-    assert set(contents(online["org/moving"]["path"]).values()) == {b"before"}
+    assert contents(online["org/moving"]["path"]) == dict.fromkeys(SINGLE, b"before")
 
 
 def test_a_cut_download_is_resumed(online, hub):
@@ -467,6 +471,11 @@ def test_what_the_hub_refuses_is_one_line(name, online, hub):
         hub.endpoint,
         HUB_ERRORS[name],
     )
+
+
+def test_the_line_names_the_missing_file(online):
+    assert "model.safetensors of org/pickled" in online["org/pickled"]["error"]
+    assert "tokenizer.json of org/no-tokenizer" in online["org/no-tokenizer"]["error"]
 
 
 def test_a_silent_endpoint_is_asked_once(online, hub):

@@ -212,6 +212,8 @@ def test_a_conversion_that_failed_needs_no_second_download(
         with pytest.raises(UserError, match="No space left on device") as caught:
             make_checkpoint.ensure("tiny")
     one_line(caught)
+    # The parts made room for the checkpoint once they were joined.
+    assert {path.name for path in tiny.partial.iterdir()} == {"Tiny.gguf", "checkpoint"}
     make_checkpoint.ensure("tiny")
     assert tiny.asked == [1, 2, 3]
 

@@ -1,0 +1,138 @@
+"""Real Qwen2.5 weights against transformers: logits, label scores, generation.
+
+The checkpoint is made on first use from packages alone (about a minute). Its bfloat16 values are
+read as fp32 for the exact comparisons, so that both programs compute from the same numbers.
+"""
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from make_checkpoint import ensure
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qwen_min.data import read_examples
+from qwen_min.generation import greedy_cached
+from qwen_min.loading import load_model
+from qwen_min.prompt import DEFAULT_TEMPLATE, build_prompts
+from qwen_min.scoring import score_label, score_labels
+from qwen_min.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.real
+SAMPLE = Path(__file__).parents[2] / "qwen_min" / "sample" / "test.tsv"
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    return ensure("0.5b", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def fp32(checkpoint):
+    reference = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager"
+    )
+    yield load_model(checkpoint, "float32"), reference.eval()
+    del reference
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return [example.text for example in read_examples(SAMPLE, ["0", "1"], limit=40)]
+
+
+@torch.no_grad()
+def reference_score(reference, prompt: tuple[int, ...], label: tuple[int, ...]) -> float:
+    logits = reference(torch.tensor([[*prompt, *label]])).logits[0].double()
+    log_probs = logits.log_softmax(dim=-1)
+    return sum(log_probs[len(prompt) - 1 + t, token].item() for t, token in enumerate(label))
+
+
+def test_tokens_equal_transformers(checkpoint, texts):
+    ours, theirs = Tokenizer(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    for text in texts:
+        prompt = DEFAULT_TEMPLATE.replace("{text}", text)
+        assert ours.encode(prompt) == theirs(prompt)["input_ids"]
+
+
+@torch.no_grad()
+def test_logits_fp32(checkpoint, fp32, texts):
+    """Both forms within float32 rounding: logits reach about 30, where fp32 steps by 2e-6; 24
+    layers of sums over up to 4,864 products amplify that some tenfold (measured: 8e-5)."""
+    ours, reference = fp32
+    tokenizer = Tokenizer(checkpoint)
+    for text in texts[:8]:
+        ids = torch.tensor([tokenizer.encode(text)])
+        expected = reference(ids).logits[0]
+        definition = ours.logits(ours(ids))[0]
+        packed = ours.logits(ours.model.forward_packed(ids[0], [ids.shape[1]])[0])
+        assert (definition - expected).abs().max() < 5e-4
+        assert (packed - expected).abs().max() < 5e-4
+
+
+@pytest.mark.parametrize("labels", [("负面", "正面"), ("负向", "正向"), ("不太满意", "非常满意", "满意")])
+def test_label_scores_fp32(checkpoint, fp32, texts, labels):
+    ours, reference = fp32
+    prompts = build_prompts(Tokenizer(checkpoint), texts, labels=labels)
+    scores = score_labels(ours, prompts)
+    rows = range(40) if labels == ("负面", "正面") else range(0, 40, 8)
+    for row in rows:
+        ids, words = prompts[row].ids, prompts[row].labels
+        expected = [reference_score(reference, ids, word) for word in words]
+        np.testing.assert_allclose(scores[row], expected, atol=1e-4, rtol=0)
+    definition = [score_label(ours, prompts[0].ids, word) for word in prompts[0].labels]
+    np.testing.assert_allclose(scores[0], definition, atol=5e-5, rtol=0)
+
+
+def test_batches_fp32(checkpoint, fp32, texts):
+    ours, _ = fp32
+    prompts = build_prompts(Tokenizer(checkpoint), texts[:12], labels=("负向", "正向"))
+    whole = score_labels(ours, prompts)
+    for budget in (1, 300):
+        scores = score_labels(ours, prompts, budget)
+        np.testing.assert_allclose(scores, whole, atol=5e-5, rtol=0)
+        clear = np.abs(whole[:, 1] - whole[:, 0]) > 1e-4
+        assert (scores.argmax(axis=1) == whole.argmax(axis=1))[clear].all()
+
+
+def test_generation_fp32(checkpoint, fp32, texts):
+    ours, reference = fp32
+    tokenizer = Tokenizer(checkpoint)
+    prompts = [tokenizer.encode(DEFAULT_TEMPLATE.replace("{text}", text)) for text in texts[:3]]
+    found = greedy_cached(ours, prompts, 20)
+    for prompt, new in zip(prompts, found, strict=True):
+        expected = reference.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=20,
+            min_new_tokens=20,
+            do_sample=False,
+            repetition_penalty=1.0,
+            pad_token_id=151643,
+        )
+        assert new == expected[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def test_logits_bf16(checkpoint, texts):
+    """In bf16 (8 bits) two correct programs differ by rounding in each of 24 layers. The bound is
+    the reference's own: ours is no further from fp32 than transformers in bf16 is."""
+    tokenizer = Tokenizer(checkpoint)
+    exact, ours = load_model(checkpoint, "float32"), load_model(checkpoint, "bfloat16")
+    reference = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    errors = []
+    for text in texts[:6]:
+        ids = torch.tensor([tokenizer.encode(text)])
+        truth = exact.logits(exact(ids))[0]
+        packed, _ = ours.model.forward_packed(ids[0], [ids.shape[1]])
+        candidates = (reference(ids).logits[0].float(), ours.logits(ours(ids))[0])
+        candidates = (*candidates, ours.logits(packed))
+        errors.append([(found - truth).square().mean().sqrt().item() for found in candidates])
+    theirs, definition, packed = np.mean(errors, axis=0)
+    assert definition < 1.1 * theirs
+    assert packed < 1.1 * theirs

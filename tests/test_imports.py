@@ -1,0 +1,201 @@
+"""Who may import whom, and what may stand at the top: read from the source, nothing is run.
+
+Each rule is also broken once, on a copy in memory, to see that it would be noticed.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+# A module reaches none of those to its right, not even by way of a third. Some are yet to come.
+CHAINS = (
+    ("config", "model", "loading"),
+    ("tokenizer", "prompt", "batching", "scoring"),
+    ("data", "prompt", "batching", "scoring"),
+)
+# What is about text and files of text reaches nothing that is about the model.
+TEXT = ("tokenizer", "data", "prompt", "batching")
+MODEL = ("config", "model", "loading")
+# These are handed a model that somebody else has loaded.
+TAKE_THE_MODEL = ("scoring", "head", "generation")
+COMMANDS = ("train", "evaluate")
+# What a module may import beyond the standard library.
+ONLY = {
+    "qwen_min.metrics": {"numpy"},
+    "lora.layer": {"torch", "lora.inject"},
+    "lora.inject": {"torch", "lora.layer"},
+}
+# They run code that stands in the file, or hide an import from this test.
+UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
+UNSAFE_NAMES = {"torch.load", "torch.save", "torch.jit.load", "torch.jit.save", "__import__"}
+UNSAFE_PREFIXES = ("torch.serialization.", "torch.package.", "importlib.import_module")
+TOP = {"README.md", "requirements.txt", "qwen_min", "lora", "train.py", "evaluate.py", "tests"}
+
+
+def project() -> dict[str, str]:
+    """Module name → source, for everything but the tests."""
+    paths = [*REPO.glob("*.py"), *REPO.glob("qwen_min/**/*.py"), *REPO.glob("lora/**/*.py")]
+    modules = {}
+    for path in paths:
+        parts = path.relative_to(REPO).with_suffix("").parts
+        modules[".".join(parts).removesuffix(".__init__")] = path.read_text(encoding="utf-8")
+    return modules
+
+
+@cache
+def read(source: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Every import in `source`, wherever it stands, and every dotted name that it uses.
+
+    Of `from a import b` both a and a.b are imports. A name's first part is replaced by what it was
+    imported as: `t.load` is torch.load after `import torch as t`.
+    """
+    imports, stands_for, names = set(), {}, set()
+    nodes = list(ast.walk(ast.parse(source)))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            imports |= {alias.name for alias in node.names}
+            stands_for |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            origin = "." * node.level + (node.module or "")
+            imports |= {origin} | {f"{origin}.{alias.name}" for alias in node.names}
+            stands_for |= {a.asname or a.name: f"{origin}.{a.name}" for a in node.names}
+    for node in nodes:
+        parts = []
+        while isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        if isinstance(node, ast.Name):
+            names.add(".".join([stands_for.get(node.id, node.id), *reversed(parts)]))
+    return frozenset(imports), frozenset(names | set(stands_for.values()))
+
+
+def reachable(edges: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """For each module all that it imports, directly or through others."""
+    reach = {}
+    for module in edges:
+        seen, waiting = set(), list(edges[module])
+        while waiting:
+            if (step := waiting.pop()) not in seen:
+                seen.add(step)
+                waiting += edges[step]
+        reach[module] = seen
+    return reach
+
+
+def broken_rules(sources: Mapping[str, str]) -> list[str]:
+    """One line for each rule that the project, module name → source, breaks."""
+    imported = {module: read(source)[0] for module, source in sources.items()}
+    reach = reachable({module: found & sources.keys() for module, found in imported.items()})
+    broken = [f"{module} imports itself in a circle" for module in reach if module in reach[module]]
+
+    def keep_apart(module: str, *forbidden: str) -> None:
+        for other in forbidden:
+            if other in reach.get(module, ()):
+                broken.append(f"{module} reaches {other}")
+
+    for chain in CHAINS:
+        chain = [f"qwen_min.{name}" for name in chain]
+        for i, module in enumerate(chain):
+            keep_apart(module, *chain[i + 1 :])
+    for name in TEXT:
+        keep_apart(f"qwen_min.{name}", *(f"qwen_min.{other}" for other in MODEL))
+    for name in TAKE_THE_MODEL:
+        keep_apart(f"qwen_min.{name}", "qwen_min.loading")
+    keep_apart("evaluate", "train")
+
+    for module, found in imported.items():
+        tops = {name.partition(".")[0] for name in found}
+        package = module.partition(".")[0]
+        apart = {"qwen_min": "lora", "lora": "qwen_min"}.get(package)
+        for other in {apart, *COMMANDS} & tops if apart else ():
+            broken.append(f"{module} imports {other}")
+        if "tests" in tops:
+            broken.append(f"{module} imports the tests")
+        if "" in tops:  # which module a dot means is left to the reader, and to this one
+            broken.append(f"{module} imports by a relative name")
+        if module in ONLY:
+            # Of a permitted package its parts too, and `lora` itself on the way to `lora.layer`.
+            for name in found - {"lora"}:
+                if name.partition(".")[0] not in sys.stdlib_module_names and not any(
+                    f"{name}.".startswith(f"{permitted}.") for permitted in ONLY[module]
+                ):
+                    broken.append(f"{module} imports {name}")
+        for unsafe in UNSAFE_MODULES & tops:
+            broken.append(f"{module} imports {unsafe}")
+        for name in read(sources[module])[1]:
+            if name in UNSAFE_NAMES or name.startswith(UNSAFE_PREFIXES):
+                broken.append(f"{module} uses {name}")
+    return broken
+
+
+def test_the_project_keeps_the_rules():
+    sources = project()
+    assert {"evaluate", "qwen_min.model", "qwen_min.metrics", "lora.layer"} <= sources.keys()
+    assert broken_rules(sources) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "seen"),
+    [
+        ("qwen_min.metrics", "import torch", "qwen_min.metrics imports torch"),
+        ("qwen_min.metrics", "from scipy.special import softmax", "imports scipy.special"),
+        ("qwen_min.metrics", "from qwen_min.errors import UserError", "imports qwen_min.errors"),
+        ("lora.layer", "import safetensors.torch", "lora.layer imports safetensors.torch"),
+        (
+            "lora.inject",
+            "from lora.adapter import save_adapter",
+            "lora.inject imports lora.adapter",
+        ),
+        ("lora.layer", "from lora.inject import inject_lora", "lora.layer imports itself"),
+        ("lora.adapter", "import qwen_min.errors", "lora.adapter imports qwen_min"),
+        ("qwen_min.scoring", "def f():\n    from lora import merge_lora", "imports lora"),
+        ("evaluate", "def f():\n    import train", "evaluate reaches train"),
+        ("qwen_min.cli", "import evaluate", "qwen_min.cli imports evaluate"),
+        ("lora.adapter", "from train import main", "lora.adapter imports train"),
+        ("qwen_min.data", "from tests.conftest import CORPUS", "imports the tests"),
+        ("qwen_min.config", "from qwen_min.model import Qwen", "config reaches qwen_min.model"),
+        ("qwen_min.model", "from .loading import load_model", "model imports by a relative name"),
+        ("qwen_min.model", "from qwen_min import loading", "model reaches qwen_min.loading"),
+        ("qwen_min.errors", "import qwen_min.scoring", "prompt reaches qwen_min.scoring"),
+        ("qwen_min.batching", "import qwen_min.model", "batching reaches qwen_min.model"),
+        ("qwen_min.prompt", "import qwen_min.config", "prompt reaches qwen_min.config"),
+        ("qwen_min.tokenizer", "import qwen_min.prompt", "tokenizer reaches qwen_min.prompt"),
+        ("qwen_min.data", "import qwen_min.batching", "data reaches qwen_min.batching"),
+        ("qwen_min.scoring", "import qwen_min.loading", "scoring reaches qwen_min.loading"),
+        ("qwen_min.generation", "import qwen_min.loading", "generation reaches qwen_min.loading"),
+        ("qwen_min.head", "import qwen_min.loading", "head reaches qwen_min.loading"),
+        ("qwen_min.run", "import pickle", "qwen_min.run imports pickle"),
+        ("qwen_min.run", "from joblib import dump", "qwen_min.run imports joblib"),
+        ("train", "import torch\ntorch.save(1, 'x')", "train uses torch.save"),
+        ("train", "import torch as t\nx = t.load('x')", "train uses torch.load"),
+        ("train", "from torch import load", "train uses torch.load"),
+        ("train", "import torch.serialization as s\ns.load('x')", "uses torch.serialization.load"),
+        ("train", "from importlib import import_module", "train uses importlib.import_module"),
+        ("train", "__import__('pickle')", "train uses __import__"),
+    ],
+)
+def test_a_broken_rule_is_seen(module, line, seen):
+    sources = {"train": "", **project()}
+    sources[module] = f"{sources.get(module, '')}\n{line}\n"
+    assert any(seen in found for found in broken_rules(sources))
+
+
+def test_the_top_level_holds_the_allowed_names_alone():
+    if (REPO / ".git").exists():
+        # The setting lets another user than the owner of the checkout ask.
+        command = ["git", "-c", f"safe.directory={REPO}", "ls-files", "-z"]
+        listed = subprocess.run(command, cwd=REPO, check=True, capture_output=True, text=True)
+        files = listed.stdout.split("\0")
+    else:  # unpacked from an archive; what has been made since is not of the project
+        made = {"__pycache__", "runs", "results"}
+        files = [path.name for path in REPO.iterdir() if path.name not in made]
+    visible = {file.partition("/")[0] for file in files if file and not file.startswith(".")}
+    assert {"evaluate.py", "qwen_min", "lora", "tests"} <= visible
+    assert visible <= TOP | {"LICENSE"}

@@ -1,0 +1,486 @@
+"""Safetensors into the model: strictly, unchanged, and every malformed file in one line."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_reference
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwen_min.errors import UserError
+from qwen_min.loading import INDEX, SINGLE, fingerprint, load_model, read_tensors, tensor_hashes
+
+IDS = torch.arange(7, 71)[None]  # (1, 64)
+NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+ONE, TWO = torch.ones(2), torch.full((3,), 2.0)
+
+
+def refused(read: Callable, directory: Path, *words: object) -> None:
+    """`read(directory)` raises one line that holds every one of `words`."""
+    with pytest.raises(UserError) as caught:
+        read(directory)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    for word in words:
+        assert str(word) in message
+
+
+def logits(directory: Path) -> Tensor:
+    model = load_model(directory)
+    return model.logits(model(IDS))
+
+
+@pytest.fixture(scope="module")
+def tied(reference) -> tuple[dict, dict[str, Tensor]]:
+    """A tied Qwen2: its config and its tensors, for tests to change and write out."""
+    directory, _ = reference
+    return json.loads((directory / "config.json").read_text()), load_file(directory / SINGLE)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
+    """An untied Qwen2 in several shards: its directory and the reference model."""
+    directory = tmp_path_factory.mktemp("untied")
+    return directory, make_reference(directory, tied=False, shard="30KB")
+
+
+def write(directory: Path, config: dict, tensors: dict[str, Tensor]) -> Path:
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / SINGLE)
+    return directory
+
+
+def write_shards(directory: Path, shards: list[dict[str, Tensor]], **changes) -> Path:
+    """Shards a, b, … and their index; changes: entries of the weight_map."""
+    weight_map = {}
+    for letter, tensors in zip("abc", shards, strict=False):
+        save_file(tensors, directory / f"{letter}.safetensors")
+        weight_map |= dict.fromkeys(tensors, f"{letter}.safetensors")
+    (directory / INDEX).write_text(json.dumps({"weight_map": weight_map | changes}))
+    return directory
+
+
+# ---- what is loaded ------------------------------------------------------------------------------
+
+
+def test_every_tensor_is_the_files(reference):
+    directory, model = reference
+    loaded = load_model(directory).state_dict()
+    expected = model.state_dict()
+    expected.pop(HEAD)  # transformers lists the embedding a second time under this name
+    assert loaded.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(loaded[name], expected[name]), name
+
+
+def test_frozen_and_in_eval_mode(untied):
+    model = load_model(untied[0])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+
+
+def test_tied_head_is_the_embedding(reference):
+    directory, model = reference
+    loaded = load_model(directory)
+    assert not hasattr(loaded, "lm_head")
+    assert loaded.head_weight is loaded.model.embed_tokens.weight
+    # Logits lie between -10 and 10; fp32 sums in another order differ by a few 1e-6.
+    assert (logits(directory) - model(IDS).logits).abs().max() < 5e-5
+
+
+def test_redundant_head_of_a_tied_checkpoint_counts_for_nothing(tmp_path, reference, tied):
+    config, tensors = tied
+    # Drawn anew, so that a head that did count would show.
+    head = torch.randn(tensors["model.embed_tokens.weight"].shape)
+    write(tmp_path, config, tensors | {HEAD: head})
+    assert torch.equal(logits(tmp_path), logits(reference[0]))
+
+
+def test_untied_head_is_its_own(untied):
+    directory, model = untied
+    loaded = load_model(directory)
+    assert torch.equal(loaded.head_weight, model.lm_head.weight)
+    assert not torch.equal(loaded.head_weight, loaded.model.embed_tokens.weight)
+    # As above: fp32 sums in another order.
+    assert (logits(directory) - model(IDS).logits).abs().max() < 5e-5
+
+
+def test_untied_without_head_is_refused(tmp_path, tied):
+    config, tensors = tied
+    write(tmp_path, config | {"tie_word_embeddings": False}, tensors)
+    refused(load_model, tmp_path, tmp_path, "lack 1 tensor", HEAD)
+    # The field's default is untied.
+    bare = {key: config[key] for key in config.keys() - {"tie_word_embeddings"}}
+    write(tmp_path, bare, tensors)
+    refused(load_model, tmp_path, HEAD)
+
+
+def test_shards_equal_the_single_file(tmp_path, untied):
+    directory, model = untied
+    assert len(list(directory.glob("model-*.safetensors"))) > 2
+    config = json.loads((directory / "config.json").read_text())
+    write(tmp_path, config, {k: v.contiguous() for k, v in model.state_dict().items()})
+    single, sharded = load_model(tmp_path), load_model(directory)
+    assert tensor_hashes(single.state_dict().items()) == tensor_hashes(sharded.state_dict().items())
+    assert fingerprint(single.state_dict().items()) == fingerprint(sharded.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype_conversion(reference, untied, dtype):
+    for directory, model in (reference, untied):  # a single file; shards
+        expected = model.state_dict()
+        for name, tensor in load_model(directory, dtype=dtype).state_dict().items():
+            assert torch.equal(tensor, expected[name].to(getattr(torch, dtype))), name
+
+
+def test_dtype_auto(tmp_path, tied):
+    config, tensors = tied
+    half = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+    def dtypes(config: dict, tensors: dict[str, Tensor], **arguments) -> set[torch.dtype]:
+        model = load_model(write(tmp_path, config, tensors), **arguments)
+        return {parameter.dtype for parameter in model.parameters()}
+
+    bare = {key: config[key] for key in config.keys() - {"dtype", "torch_dtype"}}
+    assert dtypes(bare, tensors) == {torch.float32}
+    assert dtypes(bare, half) == {torch.bfloat16}
+    # What the tensors are goes before what config.json says.
+    assert dtypes(bare | {"dtype": "float32"}, half) == {torch.bfloat16}
+    assert dtypes(bare | {"dtype": "float32"}, half, dtype="float32") == {torch.float32}
+    # Tensors that differ: config.json decides, in either style, and without it nothing is lost.
+    mixed = half | {NORM: tensors[NORM]}
+    assert dtypes(bare | {"dtype": "bfloat16"}, mixed) == {torch.bfloat16}
+    assert dtypes(bare | {"torch_dtype": "bfloat16"}, mixed) == {torch.bfloat16}
+    assert dtypes(bare, mixed) == {torch.float32}
+
+
+def test_the_single_file_goes_before_an_index(tmp_path, tied):
+    """As in the reference: an index beside a whole file is left over."""
+    config, tensors = tied
+    write_shards(tmp_path, [{NORM: tensors[NORM] + 1}])
+    write(tmp_path, config, tensors)
+    assert torch.equal(load_model(tmp_path).model.norm.weight, tensors[NORM])
+
+
+def test_links_are_followed(tmp_path, untied):
+    """The hub's cache consists of links into another directory."""
+    for path in untied[0].iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    assert fingerprint(load_model(tmp_path).state_dict().items()) == fingerprint(load_model(untied[0]).state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_nothing_is_written_beside_the_weights(reference, untied, dtype):
+    for directory, _ in (reference, untied):
+
+        def state(directory: Path = directory) -> dict:
+            stats = {path.name: path.stat() for path in directory.iterdir()}
+            stats["."] = directory.stat()
+            return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+        before = state()
+        model = load_model(directory, dtype=dtype)
+        model.logits(model(IDS))
+        assert state() == before
+
+
+# ---- strictness ----------------------------------------------------------------------------------
+
+
+def test_missing_tensors(tmp_path, tied):
+    config, tensors = tied
+    biases = sorted(name for name in tensors if name.endswith("bias"))
+    assert len(biases) == 9
+    one = {name: tensor for name, tensor in tensors.items() if name != biases[0]}
+    refused(load_model, write(tmp_path, config, one), tmp_path, "lack 1 tensor", biases[0])
+    none = {name: tensor for name, tensor in tensors.items() if name not in biases}
+    refused(load_model, write(tmp_path, config, none), tmp_path, "lack 9 tensor", *biases[:3])
+
+
+def test_left_over_tensors(tmp_path, tied):
+    config, tensors = tied
+    extra = "model.layers.0.self_attn.q_norm.weight"  # a Qwen3's
+    write(tmp_path, config, tensors | {extra: torch.ones(8)})
+    refused(load_model, tmp_path, tmp_path, "hold 1 tensor", extra)
+    write(tmp_path, config | {"num_hidden_layers": 2, "layer_types": None}, tensors)
+    refused(load_model, tmp_path, tmp_path, "hold 12 tensor", "model.layers.2.")
+
+
+def test_misshapen_tensors(tmp_path, tied):
+    config, tensors = tied
+    write(tmp_path, config, tensors | {NORM: torch.ones(31)})
+    refused(load_model, tmp_path, tmp_path, "1 tensor", NORM, "[31]", "[32]")
+    # As many numbers, in another shape.
+    down = "model.layers.1.mlp.down_proj.weight"
+    write(tmp_path, config, tensors | {down: tensors[down].T.contiguous()})
+    refused(load_model, tmp_path, tmp_path, "1 tensor", down, "[48, 32]", "[32, 48]")
+    write(tmp_path, config | {"intermediate_size": 64}, tensors)
+    refused(load_model, tmp_path, tmp_path, "9 tensor", "mlp.down_proj", "[32, 48]", "[32, 64]")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
+def test_whole_numbers_are_no_weights(tmp_path, tied, dtype):
+    config, tensors = tied
+    write(tmp_path, config, tensors | {NORM: torch.ones(32, dtype=dtype)})
+    refused(load_model, tmp_path, tmp_path, "1 tensor", NORM, "floating-point")
+
+
+def test_directory(tmp_path, tied):
+    refused(load_model, tmp_path / "absent", tmp_path / "absent", "no such directory")
+    refused(load_model, tmp_path, tmp_path / "config.json", "no such file")
+    (tmp_path / "config.json").write_text(json.dumps(tied[0]))
+    refused(load_model, tmp_path, tmp_path / SINGLE, "no such file", INDEX)
+    refused(load_model, tmp_path / "config.json", tmp_path / "config.json", "directory")
+    (tmp_path / SINGLE).symlink_to(tmp_path / "gone")
+    refused(load_model, tmp_path, tmp_path / SINGLE, "no such file")
+
+
+# ---- malformed safetensors, byte by byte ---------------------------------------------------------
+# The format: the header's length (8 bytes, little-endian), the header (JSON: for each tensor dtype,
+# shape and the first and last byte of its data), the data.
+
+DATA = struct.pack("<6f", 1, 2, 3, 4, 5, 6)
+A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+B = {"dtype": "F32", "shape": [2, 2], "data_offsets": [8, 24]}
+
+
+def stored(header: object, data: bytes = DATA) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+WHOLE = stored({"a": A, "b": B})
+MALFORMED = {
+    "empty file": b"",
+    "7 bytes": WHOLE[:7],
+    "no header": struct.pack("<Q", 0),
+    "header length past the end": struct.pack("<Q", len(WHOLE) - 7) + WHOLE[8:],
+    "header length of 2^64 - 1": b"\xff" * 8 + WHOLE[8:],
+    "not UTF-8": stored(json.dumps({"a": A, "b": B}).encode().replace(b'"a"', b'"\xff"')),
+    "not JSON": stored(b"{" + b" " * 20),
+    "JSON, but a list": stored([A, B]),
+    "a web page": b"<!DOCTYPE html><html><head><title>Not Found</title></head></html>",
+    "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 24\n",
+    "unknown dtype": stored({"a": A | {"dtype": "F31"}, "b": B}),
+    "a field missing": stored({"a": A, "b": {"dtype": "F32", "shape": [2, 2]}}),
+    "negative size": stored({"a": A, "b": B | {"shape": [-2, -2]}}),
+    "hole at the start": stored({"b": B}),
+    "hole between": stored({"a": A, "b": B | {"data_offsets": [12, 28]}}, DATA + DATA[:4]),
+    "overlap": stored({"a": A, "b": B | {"data_offsets": [4, 20]}}, DATA[:20]),
+    "the same bytes twice": stored({"a": A, "b": A}, DATA[:8]),
+    "offsets reversed": stored({"a": A, "b": B | {"data_offsets": [24, 8]}}),
+    "shape too small for its bytes": stored({"a": A, "b": B | {"shape": [2, 1]}}),
+    "shape too large for its bytes": stored({"a": A, "b": B | {"shape": [2, 3]}}),
+    "dtype too small for its bytes": stored({"a": A, "b": B | {"dtype": "BF16"}}),
+    "shape beyond 64 bits": stored({"a": A, "b": B | {"shape": [2**62, 2**62]}}),
+    "truncated": WHOLE[:-1],
+    "truncated by a tensor": WHOLE[:-16],
+    "a trailing byte": WHOLE + b"\0",
+}
+
+
+def test_the_form_that_the_malformed_ones_depart_from(tmp_path):
+    (tmp_path / SINGLE).write_bytes(WHOLE)
+    tensors = read_tensors(tmp_path)
+    assert tensors.keys() == {"a", "b"}
+    assert tensors["a"].tolist() == [1, 2]
+    assert tensors["b"].tolist() == [[3, 4], [5, 6]]
+
+
+@pytest.mark.parametrize("content", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_safetensors(tmp_path, content):
+    (tmp_path / SINGLE).write_bytes(content)
+    refused(read_tensors, tmp_path, tmp_path / SINGLE, "safetensors", "fetch it again")
+    # The same file as the shard of an index.
+    (tmp_path / SINGLE).rename(tmp_path / "a.safetensors")
+    (tmp_path / INDEX).write_text('{"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}')
+    refused(read_tensors, tmp_path, tmp_path / "a.safetensors", "safetensors", "fetch it again")
+
+
+def test_header_over_100_mb(tmp_path):
+    """Declared and there, as a hole in a sparse file, so that its size alone is what is wrong."""
+    size = 100_000_001
+    with open(tmp_path / SINGLE, "wb") as file:
+        file.write(struct.pack("<Q", size))
+        file.truncate(8 + size + len(DATA))
+    refused(read_tensors, tmp_path, tmp_path / SINGLE, "large")
+
+
+def test_truncated_anywhere(tmp_path):
+    for length in range(len(WHOLE)):
+        (tmp_path / SINGLE).write_bytes(WHOLE[:length])
+        refused(read_tensors, tmp_path, tmp_path / SINGLE)
+
+
+def test_any_byte_of_the_header_may_be_wrong(tmp_path):
+    """Either the file still reads, as under another name, or it is one line: no traceback."""
+    for position in range(len(WHOLE) - len(DATA)):
+        for bit in (1, 16, 128):
+            content = bytearray(WHOLE)
+            content[position] ^= bit
+            (tmp_path / SINGLE).write_bytes(content)
+            try:
+                tensors = read_tensors(tmp_path)
+            except UserError as error:
+                assert len(str(error).splitlines()) == 1
+            else:
+                assert sorted(tensor.numel() for tensor in tensors.values()) == [2, 4]
+
+
+def test_names_with_line_breaks_stay_on_one_line(tmp_path, tied):
+    config, tensors = tied
+    write(tmp_path, config, tensors | {"a\nb": torch.ones(2)})
+    refused(load_model, tmp_path, "1 tensor", repr("a\nb"))
+    write_shards(tmp_path, [{"a\nb": ONE, "c": TWO}, {"a\nb": ONE}])
+    (tmp_path / SINGLE).unlink()
+    refused(read_tensors, tmp_path, tmp_path / INDEX, repr("a\nb"))
+    write_shards(tmp_path, [{"a": ONE}], b="x\ny.safetensors")
+    refused(read_tensors, tmp_path, tmp_path / INDEX, repr("x\ny.safetensors"))
+
+
+# ---- malformed shard index -----------------------------------------------------------------------
+
+
+def test_the_index_that_the_malformed_ones_depart_from(tmp_path):
+    write_shards(tmp_path, [{"a": ONE}, {"b": TWO}])
+    tensors = read_tensors(tmp_path)
+    assert tensors.keys() == {"a", "b"}
+    assert torch.equal(tensors["a"], ONE) and torch.equal(tensors["b"], TWO)
+
+
+def test_shards_outside_the_directory(tmp_path):
+    """The files are there: what stops them is that an index names nothing but its neighbours."""
+    directory = tmp_path / "model"
+    (directory / "sub").mkdir(parents=True)
+    for where in (tmp_path, directory / "sub"):
+        save_file({"b": TWO}, where / "b.safetensors")
+    outside = ["sub/b.safetensors", "../b.safetensors", str(tmp_path / "b.safetensors")]
+    outside += ["./a.safetensors", "sub/../a.safetensors", "..\\b.safetensors", "..", ".", ""]
+    outside += ["a.safetensors/", "/etc/passwd", "a.bin", "\0.safetensors"]
+    for shard in outside:
+        write_shards(directory, [{"a": ONE}], b=shard)
+        refused(read_tensors, directory, directory / INDEX, repr(shard), "a plain file name")
+
+
+@pytest.mark.parametrize("shard", [None, 1, True, ["a.safetensors"], {"a": "a.safetensors"}])
+def test_a_shard_that_is_no_string(tmp_path, shard):
+    write_shards(tmp_path, [{"a": ONE}], b=shard)
+    refused(read_tensors, tmp_path, tmp_path / INDEX)
+
+
+def test_mapped_tensor_missing(tmp_path):
+    write_shards(tmp_path, [{"a": ONE}, {"b": TWO}], c="b.safetensors")
+    refused(read_tensors, tmp_path, tmp_path / INDEX, "1 tensor", "('c')")
+    # It is there, but in a shard that the index does not name.
+    write_shards(tmp_path, [{"a": ONE}, {"b": TWO}], b="a.safetensors")
+    save_file({"b": TWO, "c": ONE}, tmp_path / "b.safetensors")
+    refused(read_tensors, tmp_path, tmp_path / INDEX, "1 tensor", "('b')")
+
+
+def test_tensor_in_two_shards(tmp_path):
+    shards = [{"a": ONE, "c": TWO}, {"a": ONE + 1, "b": TWO}]
+    for mapped in ("a.safetensors", "b.safetensors"):
+        write_shards(tmp_path, shards, a=mapped)
+        refused(read_tensors, tmp_path, tmp_path / INDEX, "'a' is in", "in two shards")
+    # In both files, though the index has it in neither.
+    (tmp_path / INDEX).write_text('{"weight_map": {"b": "b.safetensors", "c": "a.safetensors"}}')
+    refused(read_tensors, tmp_path, tmp_path / INDEX, "'a' is in b.safetensors", "in two shards")
+
+
+def test_tensor_in_another_shard_than_mapped(tmp_path):
+    write_shards(tmp_path, [{"a": ONE, "c": TWO}, {"b": TWO}], c="b.safetensors")
+    refused(read_tensors, tmp_path, tmp_path / INDEX, "'c' is in a.safetensors")
+
+
+def test_shard_missing(tmp_path):
+    write_shards(tmp_path, [{"a": ONE}, {"b": TWO}])
+    (tmp_path / "b.safetensors").unlink()
+    refused(read_tensors, tmp_path, tmp_path / "b.safetensors", "no such file")
+    (tmp_path / "b.safetensors").mkdir()
+    refused(read_tensors, tmp_path, tmp_path / "b.safetensors", "no such file")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b'{"\xff": 1}',
+        b"[]",
+        b'"weight_map"',
+        b"null",
+        b"{}",
+        b'{"weight_map": null}',
+        b'{"weight_map": ["a.safetensors"]}',
+        b'{"weight_map": "a.safetensors"}',
+    ],
+)
+def test_no_weight_map(tmp_path, content):
+    write_shards(tmp_path, [{"a": ONE}])
+    (tmp_path / INDEX).write_bytes(content)
+    refused(read_tensors, tmp_path, tmp_path / INDEX, "weight_map", "fetch it again")
+
+
+def test_a_directory_in_the_indexs_place(tmp_path):
+    (tmp_path / INDEX).mkdir()
+    refused(read_tensors, tmp_path, tmp_path / INDEX)
+
+
+def test_an_empty_weight_map_lacks_everything(tmp_path, tied):
+    (tmp_path / "config.json").write_text(json.dumps(tied[0]))
+    write_shards(tmp_path, [])
+    refused(load_model, tmp_path, tmp_path, f"lack {len(tied[1])} tensor")
+
+
+# ---- hashes --------------------------------------------------------------------------------------
+
+
+def test_one_bit_changes_the_hash_of_its_tensor_alone(reference):
+    model = load_model(reference[0])
+    tensors = model.state_dict()
+    before, whole = tensor_hashes(tensors.items()), fingerprint(model.state_dict().items())
+    assert before.keys() == tensors.keys() and len(set(before.values())) == len(before)
+    for name, module_name in (
+        ("model.embed_tokens.weight", "model.embed_tokens"),
+        ("model.layers.2.self_attn.k_proj.bias", "model.layers.2.self_attn.k_proj"),
+        (NORM, "model.norm"),
+    ):
+        changed = tensors[name].clone()
+        changed.view(torch.int32).view(-1)[-1] ^= 1  # the last number's last bit
+        after = tensor_hashes((tensors | {name: changed}).items())
+        assert {key for key in before if before[key] != after[key]} == {name}
+        parameter = getattr(model.get_submodule(module_name), name.rpartition(".")[2])
+        original, parameter.data = parameter.data, changed
+        assert fingerprint(model.state_dict().items()) != whole
+        parameter.data = original
+        assert fingerprint(model.state_dict().items()) == whole
+
+
+def test_hash_is_of_dtype_shape_and_bytes():
+    def digest(tensor: Tensor) -> str:
+        return tensor_hashes([("x", tensor)])["x"]
+
+    x = torch.arange(6.0).view(2, 3)
+    assert digest(x) == digest(x.clone())
+    assert digest(x.T.contiguous().T) == digest(x)  # its layout in memory is no part of it
+    others = [x.view(3, 2), x.view(6), x.bfloat16(), x.view(torch.int32), -x, x.T]
+    assert len({digest(y) for y in (x, *others)}) == 1 + len(others)
+    zero = torch.zeros(1)
+    assert digest(zero) != digest(-zero)  # equal as numbers, not as bytes
+    nan = torch.full((1,), torch.nan)
+    assert digest(nan) == digest(nan.clone())  # the other way round
+
+
+def test_fingerprint_is_of_names_too(reference):
+    """Two norms that change places: the same tensors, another model."""
+    model = load_model(reference[0])
+    layer = model.model.layers[0]
+    before = fingerprint(model.state_dict().items())
+    first, second = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    layer.input_layernorm.weight, layer.post_attention_layernorm.weight = second, first
+    assert fingerprint(model.state_dict().items()) != before

@@ -1,0 +1,358 @@
+"""Train a method of text classification with Qwen; what is learned goes into a run directory.
+
+    python train.py --method head_only --model DIR --data train.tsv --output runs/probe
+    python train.py --method lora_label_scoring --model DIR --data train.tsv --output runs/lora
+    python train.py --resume --output runs/lora              # after Ctrl-C or a crash
+    python evaluate.py --method lora_label_scoring --run runs/lora --data test.tsv
+
+head_only           a linear head on the frozen base's hidden states (a linear probe)
+lora_head           LoRA and a linear head, trained together by cross-entropy
+lora_label_scoring  LoRA, trained to give the true label word's tokens a high probability
+"""
+
+import argparse
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from evaluate import attach_adapter, score_rows
+from lora import (
+    ATTENTION,
+    MLP,
+    LoRAConfig,
+    inject_lora,
+    lora_parameters,
+    merge_lora,
+    save_adapter,
+)
+from qwen_min.cli import (
+    add_data_arguments,
+    add_machine_arguments,
+    add_prompt_arguments,
+    choose_device,
+    make_parser,
+    parse_with_given,
+    positive_int,
+    run_command,
+)
+from qwen_min.data import class_counts, examples_hash, held_out_split, read_examples
+from qwen_min.errors import UserError
+from qwen_min.head import (
+    POOLINGS,
+    LinearHead,
+    cached_features,
+    candidate_layers,
+    fit_layers,
+    format_layers,
+    head_loss,
+    load_head,
+    save_head,
+)
+from qwen_min.loading import checkpoint_fingerprint, fingerprint, load_model, save_model
+from qwen_min.metrics import log_loss
+from qwen_min.model import Qwen
+from qwen_min.prompt import Prompt, build_prompts, parse_labels, parse_template
+from qwen_min.run import (
+    checkpoints,
+    publish,
+    run_arguments,
+    start_record,
+    write_atomically,
+    write_json,
+)
+from qwen_min.scoring import label_loss
+from qwen_min.tokenizer import Tokenizer
+from qwen_min.training import Plan, Stopped, TrainingFailed, fit
+
+METHODS = ("head_only", "lora_head", "lora_label_scoring")
+TARGETS = {"attention": ATTENTION, "all": (*ATTENTION, *MLP), "none": ()}
+HELD_OUT = 0.1  # of the training rows; it alone chooses: penalty, layer, best checkpoint
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, grouped as `--help` shows it."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--method", choices=METHODS, help="required, unless --resume")
+    add_data_arguments(parser)
+    parser.add_argument("--data-seed", type=int, default=0, help="of the held-out part")
+    add_prompt_arguments(parser)
+    add_machine_arguments(parser)
+    run = parser.add_argument_group("run")
+    run.add_argument("--output", metavar="DIR", help="the run directory (default: runs/METHOD)")
+    run.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    run.add_argument("--merge", metavar="DIR", help="also write base + LoRA as a plain checkpoint")
+    run.add_argument("--seed", type=int, default=0, help="of initial values, order and dropout")
+    head = parser.add_argument_group("head_only")
+    head.add_argument("--pooling", choices=POOLINGS, default="last", help="token(s) to read")
+    head.add_argument(
+        "--layer",
+        default="last",
+        help="last, best (chosen on the held-out part), or a number: 0 is the embedding",
+    )
+    head.add_argument("--adapter", metavar="DIR", help="probe the base adapted by this LoRA")
+    head.add_argument("--feature-cache", metavar="DIR", help="default: features/ in the run")
+    lora = parser.add_argument_group("lora_head, lora_label_scoring")
+    lora.add_argument(
+        "--lora-targets",
+        choices=TARGETS,
+        default="attention",
+        help="projections that get a LoRA: q, k, v, o; with gate, up, down; or none",
+    )
+    # A few hundred to a few thousand rows: a small rank is enough to move a decision, and alpha
+    # twice the rank is the customary scale at which 2e-4 is a safe rate.
+    lora.add_argument("--r", type=positive_int, default=8, help="rank of the LoRA")
+    lora.add_argument("--alpha", type=float, default=16.0, help="scale: the update is alpha/r · BA")
+    lora.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(r) instead")
+    # Some regularisation, since two passes over little data already fit it closely.
+    lora.add_argument("--dropout", type=float, default=0.05, help="on the LoRA's input")
+    lora.add_argument("--epochs", type=positive_int, default=2, help="passes over the data")
+    lora.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
+    # Adam's second moments mean little in the first steps; they get small ones.
+    lora.add_argument("--warmup", type=float, default=0.1, help="share of steps with a rising rate")
+    lora.add_argument("--batch-size", type=positive_int, default=8, help="rows in one step")
+    lora.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    lora.add_argument(
+        "--eval-every", type=positive_int, metavar="STEPS", help="default: twice an epoch"
+    )
+    lora.add_argument(
+        "--save-every", type=positive_int, metavar="STEPS", default=50, help="at least"
+    )
+    lora.add_argument(
+        "--checkpointing", action="store_true", help="recompute activations: slower, less memory"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    args, given = parse_with_given(build_parser(), argv)
+    return run_command(lambda args: train(run_arguments(args, given)), args)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Read, split, train, and write the run directory."""
+    labels, template = parse_labels(args.labels), parse_template(args.template)
+    device, run = choose_device(args.device), Path(args.output)
+    check_arguments(args)
+    examples = read_examples(args.data, labels, args.encoding, args.limit)
+    training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
+    counts = class_counts([examples[i] for i in training], len(labels))
+    for word, count in zip(labels, counts, strict=True):
+        if not count:
+            raise UserError(
+                f"{args.data}: no row of class {word!r} in the training part; every class needs "
+                "examples: add rows, or leave its word out of --labels"
+            )
+    prompts = build_prompts(
+        Tokenizer(args.model), [e.text for e in examples], template, labels, args.max_text_tokens
+    )
+    model = load_model(args.model, args.dtype, device)
+    frozen = dict(model.named_parameters())
+    record = {
+        "method": args.method,
+        "arguments": vars(args),
+        "labels": list(labels),
+        "template": template,
+        "base_fingerprint": checkpoint_fingerprint(args.model),
+        "frozen_before": fingerprint(frozen.items()),
+        "data_hash": examples_hash(examples),
+        "training_rows": len(training),
+        "held_out_rows": len(held_out),
+        "truncated_rows": sum(prompt.truncated for prompt in prompts),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "finished": False,
+    }
+    record = start_record(run, record, args.resume)
+    if not record["finished"]:
+        data = Split(prompts, [example.label for example in examples], training, held_out)
+        try:
+            method = train_head if args.method == "head_only" else train_lora
+            found = method(args, run, model, data, record)
+        except Stopped as stopped:
+            print(f"{stopped}; go on with: python train.py --resume --output {run}")
+            return 128 + stopped.signal
+        except TrainingFailed as failure:
+            print(f"error: {failure}", file=sys.stderr)
+            return 1
+        after = fingerprint(frozen.items())
+        if after != record["frozen_before"]:
+            raise RuntimeError("a frozen weight has changed in training; this is a bug")
+        # Linux counts kilobytes, macOS bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+        record |= found | {"frozen_after": after, "peak_memory_mib": peak, "finished": True}
+        write_json(run / "run.json", record)
+    print(f"{run}: finished; evaluate it with: python evaluate.py --run {run} --data FILE")
+    if args.merge:
+        merged = load_model(args.model, args.dtype, device)
+        attach_adapter(merged, run / "adapter", record["base_fingerprint"])
+        merge_lora(merged)
+        save_model(merged, args.model, args.merge)
+        print(f"{args.merge}: base and LoRA, merged; use it with --model {args.merge}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of a training file, and which of them are trained on or held out."""
+
+    prompts: Sequence[Prompt]
+    labels: Sequence[int]
+    training: Sequence[int]
+    held_out: Sequence[int]
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what would fail only after the model is loaded, or train nothing."""
+    if args.merge and (args.method != "lora_label_scoring" or args.lora_targets == "none"):
+        raise UserError(
+            "--merge needs lora_label_scoring with LoRA: a plain checkpoint has no head"
+        )
+    if args.method == "lora_label_scoring" and args.lora_targets == "none":
+        raise UserError("--lora-targets none leaves nothing to train; choose attention or all")
+    if args.adapter and args.method != "head_only":
+        raise UserError(f"--adapter is for head_only, to probe an adapted base, not {args.method}")
+    for name, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("dropout", 0, 1), ("clip", 0, 1e9)):
+        value = getattr(args, name)
+        if not low <= value < high or (name in ("lr", "clip") and value == 0):
+            raise UserError(f"--{name} is {value}; expected a number from {low} to below {high:g}")
+    if args.merge and Path(args.merge).exists():
+        raise UserError(f"--merge {args.merge} exists already; name a directory that does not")
+
+
+def train_head(args: argparse.Namespace, run: Path, model: Qwen, data: Split, record: dict) -> dict:
+    """head_only: features once, then a logistic regression for each candidate layer."""
+    weights = record["base_fingerprint"]
+    if args.adapter:
+        attach_adapter(model, Path(args.adapter), weights)
+        weights += fingerprint(lora_parameters(model).items())
+        # Kept with the run: the head means nothing without the states that it was fitted on.
+        publish(Path(args.adapter), run / "adapter")
+    layers = candidate_layers(args.layer, model.config.num_hidden_layers)
+    every = layers != [model.config.num_hidden_layers]
+    started = time.perf_counter()
+    with tqdm(total=len(data.prompts), unit=" rows", desc="features", disable=None) as bar:
+        cache = Path(args.feature_cache or run / "features")
+        features = cached_features(
+            cache, weights, model, data.prompts, args.pooling, every, args.batch_tokens, bar.update
+        )
+    seconds_features = time.perf_counter() - started
+    layers, head = fit_layers(
+        features,
+        layers,
+        np.array(data.labels),
+        data.training,
+        data.held_out,
+        len(record["labels"]),
+        args.pooling,
+    )
+    save_head(run / "head.safetensors", head)
+    print(format_layers(layers, head.layer))
+    return {
+        "layer": head.layer,
+        "layers": layers,
+        "trained_parameters": head.weight.numel() + head.bias.numel(),
+        "seconds": time.perf_counter() - started,
+        "seconds_features": seconds_features,
+    }
+
+
+def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, record: dict) -> dict:
+    """lora_head and lora_label_scoring: LoRA by gradient, with a head or with the label words."""
+    whole = checkpoints(run)
+    start = whole[-1][1] if whole else None
+    targets = TARGETS[args.lora_targets]
+    torch.manual_seed(args.seed)
+    if start and targets:
+        attach_adapter(model, start / "adapter", record["base_fingerprint"], args.dropout)
+    elif targets:
+        inject_lora(model, targets, args.r, args.alpha, args.dropout, args.rslora)
+    parameters = lora_parameters(model)
+    head = None
+    if args.method == "lora_head":
+        # Small random values, as transformers starts its classifiers; fp32 whatever the base's.
+        shape = (len(record["labels"]), model.config.hidden_size)
+        head = nn.Parameter(torch.randn(shape).mul(0.02).to(model.head_weight.device))
+        if start:
+            with torch.no_grad():
+                head.copy_(load_head(start / "head.safetensors").weight)
+        parameters["score"] = head
+    config = LoRAConfig(
+        args.r,
+        args.alpha,
+        args.dropout,
+        targets,
+        args.rslora,
+        "CAUSAL_LM" if head is None else "SEQ_CLS",
+        str(args.model),
+    )
+
+    def loss(rows: list[int]) -> Tensor:
+        prompts = [data.prompts[data.training[row]] for row in rows]
+        classes = [data.labels[data.training[row]] for row in rows]
+        if head is None:
+            return label_loss(model, prompts, classes, args.checkpointing)
+        return head_loss(model, head, prompts, classes, args.checkpointing)
+
+    def linear_head() -> LinearHead | None:
+        if head is None:
+            return None
+        return LinearHead(head.detach(), None, model.config.num_hidden_layers, "last")
+
+    def evaluate() -> dict:
+        model.eval()
+        prompts = [data.prompts[row] for row in data.held_out]
+        scores = score_rows(model, prompts, linear_head(), args.batch_tokens)
+        model.train()
+        labels = np.array([data.labels[row] for row in data.held_out])
+        return {
+            "held_out_log_loss": log_loss(labels, scores),
+            "held_out_accuracy": float((scores.argmax(axis=1) == labels).mean()),
+        }
+
+    def write_parameters(directory: Path) -> None:
+        if targets:
+            metadata = {"base_fingerprint": record["base_fingerprint"]}
+            save_adapter(directory / "adapter", model, config, head, metadata)
+        if head is not None:
+            save_head(directory / "head.safetensors", linear_head())
+
+    plan = Plan(
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        batch_tokens=args.batch_tokens,
+        lr=args.lr,
+        warmup=args.warmup,
+        clip=args.clip,
+        eval_every=args.eval_every,
+        save_every=args.save_every,
+        seed=args.seed,
+    )
+    lengths = [len(data.prompts[row].ids) for row in data.training]
+    model.train()
+    state = fit(run, parameters, lengths, plan, loss, evaluate, write_parameters, start)
+    best = run / "checkpoints" / f"step-{state['best_step']}"
+    if targets:
+        publish(best / "adapter", run / "adapter")
+    elif head is not None:
+        write_atomically(run / "head.safetensors", (best / "head.safetensors").read_bytes())
+    return {
+        "history": state["history"],
+        "best_step": state["best_step"],
+        "steps": state["step"],
+        "trained_parameters": sum(p.numel() for p in parameters.values()),
+        "seconds": state["seconds"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
