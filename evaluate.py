@@ -3,70 +3,74 @@
     python evaluate.py --method zero_shot --model DIR --data reviews.tsv
     python evaluate.py --method zero_shot --model DIR --data news.csv --labels 体育,财经,科技 \\
         --template '新闻：{text}\\n类别：' --output results.json --predictions predictions.jsonl
+    python evaluate.py --run runs/lora --data test.tsv
+    python evaluate.py --method transplanted_head --run runs/lora_head --data test.tsv
 
-zero_shot scores each label word as the continuation of the prompt; nothing is trained.
+zero_shot           each label word's log-probability as the continuation of the prompt
+head_only           a linear head on the frozen base's hidden states (a linear probe)
+lora_head           a linear head on the LoRA-adapted base's hidden states
+lora_label_scoring  as zero_shot, on the LoRA-adapted base
+transplanted_head   lora_head's head on the base without its LoRA: an ablation
+
+A run brings its model, prompt and label words along; what is typed here goes before them.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from lora import LoRAError, load_adapter
 from qwen_min.cli import (
-    CommandParser,
-    HelpFormatter,
+    add_data_arguments,
     add_machine_arguments,
     add_prompt_arguments,
     choose_device,
     commit_outputs,
+    make_parser,
     open_outputs,
-    positive_int,
+    parse_with_given,
     run_command,
 )
 from qwen_min.config import QwenConfig
 from qwen_min.data import Example, examples_hash, read_examples
 from qwen_min.errors import UserError
-from qwen_min.loading import load_model
+from qwen_min.head import LinearHead, load_head, pooled_features
+from qwen_min.loading import checkpoint_fingerprint, load_model
 from qwen_min.metrics import evaluate_predictions
+from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt, build_prompts, parse_labels, parse_template
-from qwen_min.scoring import DEFAULT_BATCH_TOKENS, score_labels
+from qwen_min.report import format_results
+from qwen_min.run import read_run
+from qwen_min.scoring import score_labels
 from qwen_min.tokenizer import Tokenizer
 
-METHODS = ("zero_shot",)
+METHODS = ("zero_shot", "head_only", "lora_head", "lora_label_scoring", "transplanted_head")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line, grouped as `--help` shows it."""
-    parser = CommandParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--method", required=True, choices=METHODS)
-    parser.add_argument("--model", required=True, metavar="DIR", help="a model directory")
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data",
-        required=True,
-        metavar="FILE",
-        help=".tsv (label, text_a), .csv or .jsonl (label, text); labels are 0, 1, … or the words",
+    parser = make_parser(__doc__)
+    parser.add_argument("--method", choices=METHODS, help="default: the method of --run")
+    parser.add_argument("--run", metavar="DIR", help="a directory that train.py made")
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="instead of --run: a LoRA in PEFT's format, for lora_head or lora_label_scoring",
     )
-    data.add_argument("--encoding", default="utf-8", help="of the data file")
-    data.add_argument("--limit", type=positive_int, metavar="N", help="only the first N rows")
+    add_data_arguments(parser)
     add_prompt_arguments(parser)
     add_machine_arguments(parser)
-    parser.add_argument(
-        "--batch-tokens",
-        type=positive_int,
-        metavar="N",
-        default=DEFAULT_BATCH_TOKENS,
-        help="tokens that go through the model at once",
-    )
     parser.add_argument("--seed", type=int, default=0, help="of whatever is drawn at random")
-    output = parser.add_argument_group("output")
+    output = parser.add_argument_group("output (with --run, default: files in the run directory)")
     output.add_argument("--output", metavar="FILE", help="all results, as JSON")
     output.add_argument("--predictions", metavar="FILE", help="every row's scores, as JSON lines")
     return parser
@@ -74,43 +78,82 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    return run_command(evaluate, build_parser().parse_args(argv))
+    args, given = parse_with_given(build_parser(), argv)
+    return run_command(lambda args: evaluate(*with_run(args, given)), args)
 
 
-def evaluate(args: argparse.Namespace) -> int:
+def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, dict | None]:
+    """The arguments, a run's own in place of defaults, and the run's record (None without --run).
+
+    Raises UserError for methods, runs and adapters that do not go together.
+    """
+    record = None
+    if args.run:
+        record = read_run(args.run)
+        if not record.get("finished"):
+            raise UserError(
+                f"{args.run}: training has not finished; go on with: "
+                f"python train.py --resume --output {args.run}"
+            )
+        fits = [record["method"]] + ["transplanted_head"] * (record["method"] == "lora_head")
+        args.method = args.method or record["method"]
+        if args.method not in fits:
+            raise UserError(
+                f"{args.run}: a run of {record['method']}, which {args.method} cannot use; "
+                f"expected --method {' or '.join(fits)}"
+            )
+        for name in ("model", "labels", "template", "max_text_tokens", "dtype"):
+            if name not in given:
+                setattr(args, name, record["arguments"][name])
+    elif args.method is None:
+        raise UserError("--method is missing; name one, or a trained run with --run")
+    elif args.adapter and args.method not in ("lora_head", "lora_label_scoring"):
+        raise UserError(f"--adapter is for lora_head and lora_label_scoring, not {args.method}")
+    elif args.method != "zero_shot" and not args.adapter:
+        raise UserError(f"--method {args.method} needs --run, a directory that train.py made")
+    if args.run and args.adapter:
+        raise UserError("--run brings its own adapter; give --run or --adapter, not both")
+    for name in ("model", "data"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is missing; --help shows what it expects")
+    return args, record
+
+
+def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     """Read, score, measure, write; prints the table."""
     labels, template = parse_labels(args.labels), parse_template(args.template)
     device = choose_device(args.device)
+    examples, prompts = read_prompts(args, labels, template)
+    data_hash = examples_hash(examples)
+    if args.run:
+        own = args.method == record["method"]
+        ending = ("" if own else f"{args.method}-") + data_hash[:12]
+        args.output = args.output or str(Path(args.run) / f"results-{ending}.json")
+        args.predictions = args.predictions or str(Path(args.run) / f"predictions-{ending}.jsonl")
     with ExitStack() as stack:
         results_file, predictions_file = open_outputs(
             [args.output, args.predictions], stack, [args.data]
         )
-        config = QwenConfig.from_json(Path(args.model) / "config.json")
-        examples = read_examples(args.data, labels, args.encoding, args.limit)
-        places = [f"{args.data}, line {e.line}" for e in examples]
-        tokenizer = Tokenizer(args.model)
-        if tokenizer.size > config.vocab_size:
-            raise UserError(
-                f"{args.model}: tokenizer.json has {tokenizer.size} tokens, expected at most "
-                f"config.json's vocab_size, {config.vocab_size}; take both from one checkpoint"
-            )
-        prompts = build_prompts(
-            tokenizer, [e.text for e in examples], template, labels, args.max_text_tokens, places
-        )
-        check_lengths(prompts, config.max_position_embeddings, places)
         started = time.perf_counter()
-        model = load_model(args.model, args.dtype, device)
+        model, head = load_method(args, record, device)
+        if head is not None and len(head.weight) != len(labels):
+            raise UserError(
+                f"--labels names {len(labels)} classes, the trained head has {len(head.weight)}; "
+                "name as many"
+            )
         load_seconds = time.perf_counter() - started
-        warn_about_labels(prompts[0], labels)
+        if head is None:
+            warn_about_labels(prompts[0], labels)
 
         started = time.perf_counter()
         with tqdm(total=len(prompts), unit=" rows", disable=None) as bar:
-            scores = score_labels(model, prompts, args.batch_tokens, bar.update)
+            scores = score_rows(model, prompts, head, args.batch_tokens, bar.update)
         seconds = time.perf_counter() - started
         if not (finite := np.isfinite(scores).all(axis=1)).all():
             raise UserError(
-                f"{places[finite.argmin()]}: found a score that is not finite, expected numbers: "
-                "fetch the weights again, or try --dtype float32 if they overflow"
+                f"{args.data}, line {examples[finite.argmin()].line}: found a score that is not "
+                "finite, expected numbers: fetch the weights again, or try --dtype float32 if "
+                "they overflow"
             )
 
         results = {
@@ -120,17 +163,19 @@ def evaluate(args: argparse.Namespace) -> int:
             ),
             # How much of all probability the label words hold between them: near 0, the model
             # would rather have said something else, and the ranking among them means less.
-            "label_mass": float(np.exp(scores).sum(axis=1).mean()),
+            "label_mass": float(np.exp(scores).sum(axis=1).mean()) if head is None else None,
             "truncated_rows": sum(prompt.truncated for prompt in prompts),
             "tokens": sum(len(prompt.ids) for prompt in prompts),
             "seconds": seconds,
             "load_seconds": load_seconds,
             "examples_per_second": len(examples) / seconds,
-            "examples_hash": examples_hash(examples),
+            "examples_hash": data_hash,
             "label_ids": [list(ids) for ids in prompts[0].labels],
             "dtype": str(model.head_weight.dtype).removeprefix("torch."),
             "device": device,
             "torch": torch.__version__,
+            "trained_parameters": record["trained_parameters"] if record else 0,
+            "training_seconds": record["seconds"] if record else 0.0,
             "arguments": vars(args),
         }
         try:
@@ -145,6 +190,26 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def read_prompts(
+    args: argparse.Namespace, labels: Sequence[str], template: str
+) -> tuple[list[Example], list[Prompt]]:
+    """The examples of --data and their prompts, checked against the model's limits."""
+    config = QwenConfig.from_json(Path(args.model) / "config.json")
+    examples = read_examples(args.data, labels, args.encoding, args.limit)
+    places = [f"{args.data}, line {e.line}" for e in examples]
+    tokenizer = Tokenizer(args.model)
+    if tokenizer.size > config.vocab_size:
+        raise UserError(
+            f"{args.model}: tokenizer.json has {tokenizer.size} tokens, expected at most "
+            f"config.json's vocab_size, {config.vocab_size}; take both from one checkpoint"
+        )
+    prompts = build_prompts(
+        tokenizer, [e.text for e in examples], template, labels, args.max_text_tokens, places
+    )
+    check_lengths(prompts, config.max_position_embeddings, places)
+    return examples, prompts
+
+
 def check_lengths(prompts: Sequence[Prompt], max_positions: int, places: Sequence[str]) -> None:
     """Raise UserError where prompt and longest label have more tokens than the model has places."""
     for prompt, place in zip(prompts, places, strict=True):
@@ -155,6 +220,74 @@ def check_lengths(prompts: Sequence[Prompt], max_positions: int, places: Sequenc
                 "(max_position_embeddings in config.json); lower --max-text-tokens or shorten "
                 "the template"
             )
+
+
+def load_method(
+    args: argparse.Namespace, record: dict | None, device: str
+) -> tuple[Qwen, LinearHead | None]:
+    """The model that `args.method` scores with, and its head where it has one."""
+    model = load_model(args.model, args.dtype, device)
+    if args.method == "zero_shot":
+        return model, None
+    base = checkpoint_fingerprint(args.model)
+    if record and record["base_fingerprint"] != base:
+        raise UserError(
+            f"{args.run}: trained on other weights than those in {args.model} (their fingerprints "
+            "differ); give the checkpoint that it was trained on by --model"
+        )
+    run = Path(args.run) if args.run else None
+    adapter, head = Path(args.adapter) if args.adapter else run / "adapter", None
+    if run and (run / "head.safetensors").exists():
+        head = load_head(run / "head.safetensors")
+    if run is None or adapter.exists():
+        weight = attach_adapter(model, adapter, base)
+        if args.method in ("lora_head", "transplanted_head"):
+            if weight is None:
+                raise UserError(f"{adapter}: holds no head; expected a LoRA made by lora_head")
+            head = LinearHead(weight, None, model.config.num_hidden_layers, "last")
+    if args.method == "transplanted_head":
+        model = load_model(args.model, args.dtype, device)  # the base again, without the LoRA
+    if head is not None and head.weight.shape[1] != model.config.hidden_size:
+        raise UserError(
+            f"the head is for states of {head.weight.shape[1]} numbers, the model in {args.model} "
+            f"has {model.config.hidden_size}; give the model that it was trained on"
+        )
+    return model, head
+
+
+def attach_adapter(
+    model: Qwen, directory: Path, base_fingerprint: str, dropout: float | None = None
+) -> Tensor | None:
+    """Put the LoRA in `directory` on `model`, which stays in eval mode; returns its head (C, D).
+
+    Raises UserError for an adapter that cannot be read, or that was trained on other weights. One
+    that PEFT wrote does not say which weights, and is taken at its user's word.
+    """
+    try:
+        _, head, metadata = load_adapter(directory, model, dropout)
+    except LoRAError as error:
+        raise UserError(str(error)) from None
+    if metadata.get("base_fingerprint", base_fingerprint) != base_fingerprint:
+        raise UserError(
+            f"{directory}: trained on another base (its fingerprint differs from the model's); "
+            "give the checkpoint that it was trained on by --model"
+        )
+    return head
+
+
+def score_rows(
+    model: Qwen,
+    prompts: Sequence[Prompt],
+    head: LinearHead | None,
+    batch_tokens: int,
+    progress: Callable[[int], object] = lambda rows: None,
+) -> np.ndarray:
+    """Class scores (n, C): of the label words, or of the head where there is one."""
+    if head is None:
+        return score_labels(model, prompts, batch_tokens, progress)
+    every = head.layer != model.config.num_hidden_layers
+    features = pooled_features(model, prompts, head.pooling, every, batch_tokens, progress)
+    return head.scores(features[:, head.layer if every else 0])
 
 
 def warn_about_labels(prompt: Prompt, labels: Sequence[str]) -> None:
@@ -190,52 +323,6 @@ def prediction_lines(examples: Sequence[Example], scores: np.ndarray) -> str:
         + "\n"
         for index, (example, row) in enumerate(zip(examples, scores, strict=True))
     )
-
-
-def format_results(results: dict) -> str:
-    """The results as a table for a person."""
-
-    def number(value: float | None) -> str:
-        return "undefined" if value is None else f"{value:.4f}"
-
-    low, high = results["accuracy_interval"]
-    shortened = f"{results['truncated_rows']} of {results['n']} texts shortened"
-    lines = [
-        f"method        {results['method']}",
-        f"examples      {results['n']}   ({shortened})",
-        f"accuracy      {number(results['accuracy'])}   95 % interval {low:.4f} to {high:.4f}",
-        f"AUC-ROC       {number(results['auc_roc'])}",
-        f"Brier         {number(results['brier'])}   {results['brier_kind']}",
-        f"ECE           {number(results['ece'])}   15 bins",
-        f"label mass    {number(results['label_mass'])}   probability that the label words hold",
-        f"speed         {results['examples_per_second']:.1f} examples/s, "
-        f"{results['seconds']:.1f} s, {results['dtype']} on {results['device']}",
-        "",
-        "class          precision   recall       F1   examples",
-    ]
-    rows = [*results["per_class"], {"name": "macro", **results["macro"], "support": results["n"]}]
-    lines += [
-        f"{pad(row['name'], 14)} {row['precision']:9.4f} {row['recall']:8.4f} {row['f1']:8.4f} "
-        f"{row['support']:10d}"
-        for row in rows
-    ]
-    names = [row["name"] for row in results["per_class"]]
-    heads = names + ["off track"] * bool(results["off_track"])
-    lines += ["", "true \\ predicted" + "".join("  " + pad(name, 8, left=True) for name in heads)]
-    lines += [
-        pad(name, 16) + "".join(f"  {count:8d}" for count in counts)
-        for name, counts in zip(names, results["confusion_matrix"], strict=True)
-    ]
-    return "\n".join(lines)
-
-
-def pad(text: str, width: int, left: bool = False) -> str:
-    """Fill with spaces to a width in terminal columns, where a Chinese character takes two."""
-    from unicodedata import east_asian_width
-
-    columns = sum(2 if east_asian_width(char) in "WF" else 1 for char in text)
-    space = " " * max(0, width - columns)
-    return space + text if left else text + space
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from evaluate import attach_adapter, score_rows
+from evaluate import attach_adapter, read_prompts, score_rows
 from lora import (
     ATTENTION,
     MLP,
@@ -44,7 +44,7 @@ from qwen_min.cli import (
     positive_int,
     run_command,
 )
-from qwen_min.data import class_counts, examples_hash, held_out_split, read_examples
+from qwen_min.data import class_counts, examples_hash, held_out_split
 from qwen_min.errors import UserError
 from qwen_min.head import (
     POOLINGS,
@@ -60,7 +60,7 @@ from qwen_min.head import (
 from qwen_min.loading import checkpoint_fingerprint, fingerprint, load_model, save_model
 from qwen_min.metrics import log_loss
 from qwen_min.model import Qwen
-from qwen_min.prompt import Prompt, build_prompts, parse_labels, parse_template
+from qwen_min.prompt import Prompt, parse_labels, parse_template
 from qwen_min.run import (
     checkpoints,
     publish,
@@ -70,7 +70,6 @@ from qwen_min.run import (
     write_json,
 )
 from qwen_min.scoring import label_loss
-from qwen_min.tokenizer import Tokenizer
 from qwen_min.training import Plan, Stopped, TrainingFailed, fit
 
 METHODS = ("head_only", "lora_head", "lora_label_scoring")
@@ -140,10 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Read, split, train, and write the run directory."""
+    check_arguments(args)
     labels, template = parse_labels(args.labels), parse_template(args.template)
     device, run = choose_device(args.device), Path(args.output)
-    check_arguments(args)
-    examples = read_examples(args.data, labels, args.encoding, args.limit)
+    examples, prompts = read_prompts(args, labels, template)
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
     counts = class_counts([examples[i] for i in training], len(labels))
     for word, count in zip(labels, counts, strict=True):
@@ -152,9 +151,6 @@ def train(args: argparse.Namespace) -> int:
                 f"{args.data}: no row of class {word!r} in the training part; every class needs "
                 "examples: add rows, or leave its word out of --labels"
             )
-    prompts = build_prompts(
-        Tokenizer(args.model), [e.text for e in examples], template, labels, args.max_text_tokens
-    )
     model = load_model(args.model, args.dtype, device)
     frozen = dict(model.named_parameters())
     record = {
@@ -213,6 +209,9 @@ class Split:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what would fail only after the model is loaded, or train nothing."""
+    for name in ("model", "data"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is missing; --help shows what it expects")
     if args.merge and (args.method != "lora_label_scoring" or args.lora_targets == "none"):
         raise UserError(
             "--merge needs lora_label_scoring with LoRA: a plain checkpoint has no head"

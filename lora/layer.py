@@ -37,10 +37,9 @@ def check_hyperparameters(r: int, alpha: float, dropout: float) -> None:
 class LoRALinear(nn.Module):
     """y = base(x) + s·B(A(dropout(x))), with x (..., in) and y (..., out) in the base's dtype.
 
-    s = alpha/r keeps the update's size about the same when r alone is changed; under `use_rslora`
-    s = alpha/√r, which also keeps it from shrinking at large r (Kalajdzievski 2023,
-    arXiv:2312.03732). `base` is frozen in place, not copied. Raises LoRAError for an r, alpha or
-    dropout out of range.
+    s is alpha/r, or under `use_rslora` alpha/√r, with which the update does not shrink as r grows
+    (Kalajdzievski 2023, arXiv:2312.03732). `base` is frozen in place, not copied. Raises LoRAError
+    for an r, alpha or dropout out of range.
     """
 
     def __init__(
@@ -65,9 +64,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)  # (..., out)
         h = F.dropout(x.float(), self.dropout, training=self.training)  # (..., in)
-        update = F.linear(
-            F.linear(h, self.lora_A), self.lora_B
-        )  # (..., in) -> (..., r) -> (..., out)
+        h = F.linear(h, self.lora_A)  # (..., r)
+        update = F.linear(h, self.lora_B)  # (..., out)
         # dtype: y is promoted, so that the sum is formed in fp32 and rounded once.
         return (y + self.scaling * update).to(y.dtype)
 

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 
 from qwen_min.errors import UserError
 
+# Enough rows for the matrix products to run at full speed, few enough for what a layer writes to
+# stay near the processor.
+DEFAULT_BATCH_TOKENS = 2048
+
 
 def token_budget_batches(
     lengths: Sequence[int], budget: int, max_rows: int | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+from qwen_min.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.errors import UserError
 from qwen_min.loading import DTYPES
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, DEFAULT_TEMPLATE
@@ -39,6 +40,45 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
+
+
+def make_parser(description: str) -> CommandParser:
+    """A parser whose help keeps the description's examples as they are and shows every default."""
+    return CommandParser(description=description, formatter_class=HelpFormatter)
+
+
+def parse_with_given(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, dict]:
+    """All arguments, and those among them that were typed and not left at their default.
+
+    What a run was trained with takes the place of a default, never of what somebody typed.
+    """
+    args = parser.parse_args(argv)
+    # argparse gives a default only to what the namespace does not hold yet.
+    unset = object()
+    again = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    return args, {name: value for name, value in vars(again).items() if value is not unset}
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, which labelled texts, how many tokens at once."""
+    parser.add_argument("--model", metavar="DIR", help="a model directory")
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        metavar="FILE",
+        help=".tsv (label, text_a), .csv or .jsonl (label, text); labels are 0, 1, … or the words",
+    )
+    group.add_argument("--encoding", default="utf-8", help="of the data file")
+    group.add_argument("--limit", type=positive_int, metavar="N", help="only the first N rows")
+    group.add_argument(
+        "--batch-tokens",
+        type=positive_int,
+        metavar="N",
+        default=DEFAULT_BATCH_TOKENS,
+        help="tokens that go through the model at once",
+    )
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:

@@ -121,8 +121,11 @@ def _check_names_and_shapes(
             f"{directory}: {len(wrong)} tensor(s) of the wrong shape: {name} is "
             f"{list(tensors[name].shape)}, config.json makes it {list(shapes[name])}"
         )
-    if odd := sorted(name for name in tensors if not tensors[name].is_floating_point()):
-        raise UserError(f"{directory}: {_some(odd)} not of a floating-point dtype")
+    if odd := sorted(name for name in tensors if tensors[name].dtype not in DTYPES.values()):
+        raise UserError(
+            f"{directory}: {_some(odd)} of dtype {tensors[odd[0]].dtype}, expected one of "
+            f"{', '.join(DTYPES)}; use unquantised weights"
+        )
 
 
 def _some(names: list[str]) -> str:
@@ -151,9 +154,10 @@ def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(tensors, aside / SINGLE, metadata={"format": "pt"})
         os.replace(aside, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is either, by who notices it
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"{out}: cannot be written ({error.strerror}); name another") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{out}: cannot be written ({reason}); name another") from None
 
 
 def tensor_hashes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:

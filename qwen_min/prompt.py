@@ -55,12 +55,11 @@ def shorten(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
 
     A character whose bytes are spread over several tokens is kept whole or left out whole.
     """
-    offsets = tokenizer.offsets(text)
-    keep = max_tokens
-    while len(offsets) > max_tokens:
-        # Encoding the shorter text anew can merge its end in another way, hence the loop.
-        text = text[: min(offsets[keep - 1][1], offsets[keep][0])]
-        offsets, keep = tokenizer.offsets(text), keep - 1
+    # Cut where the first token too many starts: its character, if spread, goes whole, and an accent
+    # that NFC joins to the letter before stays. Encoding the shorter text anew can cut whitespace
+    # in another way, into more tokens, hence the loop; each round takes a character at least.
+    while len(offsets := tokenizer.offsets(text)) > max_tokens:
+        text = text[: offsets[max_tokens][0]]
     return text
 
 
@@ -83,13 +82,13 @@ def build_prompts(
     """
     # Markup cuts the template into pieces that are encoded apart, as every tokenizer cuts there.
     pieces = tokenizer.split_markup(template)
-    place = next(i for i, piece in enumerate(pieces) if FIELD in piece)
-    before = _encode_frame(tokenizer, pieces[:place])
-    between = _encode_frame(tokenizer, pieces[place + 1 : -1])
-    tail_is_text = place == len(pieces) - 1
+    at = next(i for i, piece in enumerate(pieces) if FIELD in piece)
+    before = _encode_frame(tokenizer, pieces[:at])
+    between = _encode_frame(tokenizer, pieces[at + 1 : -1])
+    tail_is_text = at == len(pieces) - 1
 
     kept = [shorten(tokenizer, text, max_text_tokens) for text in texts]
-    filled = [pieces[place].replace(FIELD, text) for text in kept]
+    filled = [pieces[at].replace(FIELD, text) for text in kept]
     encoded = tokenizer.encode_batch(filled)
     # continued[class][row]: the last piece of the prompt, with the label behind it.
     if tail_is_text:
@@ -102,18 +101,23 @@ def build_prompts(
 
     prompts = []
     for row, (text, short, stem) in enumerate(zip(texts, kept, stems, strict=True)):
+        place = places[row] if places else f"row {row + 1}"
         words = []
         for word, rows in zip(labels, continued, strict=True):
             whole = rows[row]
             if whole[: len(stem)] != stem or len(whole) == len(stem):
                 tail = tokenizer.decode(stem[-3:])
-                place = places[row] if places else f"row {row + 1}"
                 raise UserError(
                     f"{place}: the end of the prompt, {tail!r}, and the label {word!r} merge "
                     "into one token; end the template with a character that does not, such as `：`"
                 )
             words.append(tuple(whole[len(stem) :]))
         head = before if tail_is_text else [*before, *encoded[row], *between]
+        if not head and not stem:
+            raise UserError(
+                f"{place}: no token is left of the prompt, so nothing could predict a label; "
+                f"write words around {FIELD} in the template, or allow more text tokens"
+            )
         prompts.append(Prompt((*head, *stem), tuple(words), short != text))
     return prompts
 

@@ -10,6 +10,7 @@ last. Whenever a process dies, what carries its proper name is complete. No pick
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -22,7 +23,6 @@ from types import FrameType
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
 
 from qwen_min.errors import UserError
 
@@ -39,11 +39,14 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); what was saved before is intact: make "
             "room, then go on with --resume"
         ) from None
+    finally:
+        # Gone where it was renamed. On a read-only file system even this is refused.
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -82,7 +85,8 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     if not args.resume:
         if not args.method:
             raise UserError("--method is missing; name the method to train")
-        if (Path(args.output) / "run.json").exists():
+        # Checkpoints without their run.json would be gone on with, as if they were this run's.
+        if any((Path(args.output) / name).exists() for name in ("run.json", "checkpoints")):
             raise UserError(
                 f"--output {args.output} holds a run already; go on with it by --resume, or name "
                 "another directory"
@@ -97,7 +101,9 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
                 f"--resume: --{name.replace('_', '-')} is {value!r} but the run has "
                 f"{before.get(name)!r}; leave it out, or start another run"
             )
-    return argparse.Namespace(**{**before, **{name: given[name] for name in FREE if name in given}})
+    free = {name: given[name] for name in FREE if name in given}
+    # The directory may have been moved since: it is the one that was read.
+    return argparse.Namespace(**(before | free | {"output": args.output}))
 
 
 def start_record(run: Path, record: dict, resume: bool) -> dict:
@@ -145,11 +151,12 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Path
         os.replace(aside, target)
         _sync(target.parent)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
             f"{target}: cannot be written ({error.strerror}); earlier checkpoints are intact: make "
             "room, then go on with --resume"
         ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # gone where it was renamed
     return target
 
 
@@ -161,8 +168,10 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     found = []
     for path in (run / "checkpoints").glob("step-*"):
         try:
+            step = int(path.name.removeprefix("step-"))
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            whole = all(_size_and_hash(path / name) == entry for name, entry in manifest.items())
+            matches = [_size_and_hash(path / name) == entry for name, entry in manifest.items()]
+            whole = bool(matches) and all(matches)
         except (OSError, ValueError, AttributeError):
             whole = False
         if not whole:
@@ -170,28 +179,48 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
                 f"{path}: does not match its {MANIFEST}; remove this directory and go on from the "
                 "checkpoint before it with --resume"
             )
-        found.append((int(path.name.removeprefix("step-")), path))
+        found.append((step, path))
     return sorted(found)
 
 
 def prune_checkpoints(run: Path, keep: Sequence[int]) -> None:
     """Remove the checkpoints of other steps than `keep`, and what a killed process left behind."""
-    for path in (run / "checkpoints").iterdir():
-        if path.name in [f"step-{step}" for step in keep]:
-            continue
-        # It loses its name before it loses its files: a kill in between leaves no half checkpoint.
-        doomed = path.with_name(f".{path.name.lstrip('.')}.removed")
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    for path in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (run / "checkpoints").glob("step-*"):
+        if path.name not in [f"step-{step}" for step in keep]:
+            # It loses its name before its files: a kill in between leaves no half checkpoint.
+            doomed = path.with_name(f".{path.name}.removed")
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def publish(source: Path, target: Path) -> None:
-    """Copy a directory of small files to `target`, whole or not at all; one that is there goes."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    """Copy a directory's files, small ones, to `target`, which then holds nothing else.
+
+    Readers find all old files or all new ones. A directory cannot replace another in one step: a
+    kill between the two renames leaves none, until it is published again, but never a part.
+    """
+    aside, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(aside, target)
+    try:
+        aside.mkdir()
+        for path in source.iterdir():
+            if path.is_file():
+                write_atomically(aside / path.name, path.read_bytes())
+        _sync(aside)
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(aside, target)
+    except OSError as error:
+        raise UserError(
+            f"{target}: cannot be written ({error.strerror}); checkpoints are intact: make room, "
+            "then go on with --resume"
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _size_and_hash(path: Path) -> list:
@@ -225,44 +254,43 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> b
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], path: Path) -> None:
     """Give an optimizer the state that `optimizer_bytes` wrote into the file `path`.
 
-    Raises UserError if it does not belong to these parameters.
+    Raises UserError if it is not that of exactly these parameters.
     """
     try:
         tensors = load(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not an optimizer's state ({error}); start a new run") from None
-    state: dict[int, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        name, _, key = full_name.rpartition("/")
-        if name not in names:
-            raise UserError(f"{path}: {name} is not trained by this run; start a new run")
-        state.setdefault(list(names).index(name), {})[key] = tensor
+    keys = ("exp_avg", "exp_avg_sq", "step")
+    if odd := sorted(tensors.keys() ^ {f"{name}/{key}" for name in names for key in keys}):
+        raise UserError(
+            f"{path}: {len(odd)} tensors missing or not of this run (first: {odd[0]}); start a new "
+            "run"
+        )
+    state = {i: {key: tensors[f"{name}/{key}"] for key in keys} for i, name in enumerate(names)}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-class Log:
-    """log.jsonl: a line for each step; lines after the step that is resumed from are dropped."""
+def trim_log(path: Path, step: int) -> None:
+    """Make log.jsonl ready to go on after `step`: later lines are dropped; step 0 empties it."""
+    kept = []
+    if step and path.exists():
+        lines = path.read_text(encoding="utf-8").split("\n")
+        # The last line may be cut: the process died while it was written.
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    write_atomically(path, "".join(line + "\n" for line in kept).encode())
 
-    def __init__(self, path: Path, step: int):
-        kept = []
-        if step and path.exists():
-            lines = path.read_text(encoding="utf-8").split("\n")
-            # The last line may be cut: the process died while it was written.
-            kept = [
-                line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step
-            ]
-        write_atomically(path, "".join(line + "\n" for line in kept).encode())
-        self._file = path.open("a", encoding="utf-8")
 
-    def append(self, **fields: object) -> None:
-        """One line, on the disk before the call returns."""
-        self._file.write(json.dumps(fields) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+def append_log(path: Path, **fields: object) -> None:
+    """One line more, out of this process before the call returns: it survives a kill."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(fields) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); checkpoints are intact: make room, "
+            "then go on with --resume"
+        ) from None
 
 
 class StopRequest:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as BaseTokenizer
+from tokenizers import models
 
 from qwen_min.errors import UserError
 
@@ -34,6 +35,11 @@ class Tokenizer:
             raise UserError(
                 f"{path}: not a usable tokenizer ({type(error).__name__}: {reason}); fetch it again"
             ) from None
+        if not isinstance(self._base.model, models.BPE):
+            raise UserError(
+                f"{path}: a {type(self._base.model).__name__} tokenizer, where Qwen's is BPE; take "
+                "the file that came with the weights"
+            )
         self._base.no_truncation()
         self._base.no_padding()
         ids = [*self._base.get_vocab().values(), *self.markup.values()]

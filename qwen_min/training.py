@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from qwen_min.batching import shuffled_batches, token_budget_batches
 from qwen_min.run import (
-    Log,
     StopRequest,
+    append_log,
     optimizer_bytes,
     prune_checkpoints,
     restore_optimizer,
     save_checkpoint,
+    trim_log,
     write_atomically,
     write_json,
 )
@@ -109,7 +110,9 @@ def fit(
         save_checkpoint(run, state["step"], write)
         prune_checkpoints(run, [state["step"], best_step(state["history"])])
 
-    log, stop = Log(run / "log.jsonl", state["step"]), StopRequest()
+    log = run / "log.jsonl"
+    trim_log(log, state["step"])
+    stop = StopRequest()
     bar = tqdm(total=steps, initial=state["step"], unit=" steps", disable=None)
     try:
         while state["step"] < steps:
@@ -139,8 +142,8 @@ def fit(
 
             tokens = sum(lengths[row] for row in rows)
             speed = tokens / (time.perf_counter() - step_started)
-            log.append(
-                step=state["step"], loss=mean_loss, lr=rate, grad_norm=norm, tokens_per_s=speed
+            append_log(
+                log, step=state["step"], loss=mean_loss, lr=rate, grad_norm=norm, tokens_per_s=speed
             )
             bar.update()
             bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{rate:.1e}", tok_s=f"{speed:.0f}")
@@ -149,11 +152,12 @@ def fit(
                 save()
             elif state["step"] % plan.save_every == 0 or stop.signal is not None:
                 save()
+            else:
+                continue  # nothing is saved: a signal that comes right now waits for the next step
             if stop.signal is not None and state["step"] < steps:
                 raise Stopped(stop.signal, state["step"])
     finally:
         bar.close()
-        log.close()
         stop.restore()
     return {**state, "best_step": best_step(state["history"])}
 

@@ -86,6 +86,7 @@ REPOS = {
     },
     "org/cut": {commit("8"): WANTED | {"model.safetensors": BIG}},
     "org/broken": {commit("9"): SINGLE},
+    "org/short": {commit("9"): SINGLE},
     "org/gated": {commit("a"): SINGLE},
     "org/stranger": {commit("b"): SINGLE},
     "org/pickled": {commit("c"): WANTED | {"pytorch_model.bin": b"pickle"}},
@@ -193,6 +194,8 @@ class Handler(BaseHTTPRequestHandler):
             "X_Repo_Commit": found,
             "Accept_Ranges": "bytes",
         }
+        if repo == "org/short" and name == "model.safetensors":  # a mirror that lost the end
+            headers["X_Linked_Size"] = str(len(body) + 1)
         cut_at = None
         if self.command == "GET" and name == "model.safetensors":
             if repo == "org/broken":
@@ -251,6 +254,7 @@ HUB_ERRORS = {
     "org/portal": "JSON",
     "org/slow": "time",
     "org/broken": "3 bytes",
+    "org/short": "file should be of size 8 but has size 7",
     "org/files-down": "the answer is HTTP 502;",
     "org/pickled": "the model has none (weights are read from safetensors alone)",
     "org/no-tokenizer": "the model has none",

@@ -24,7 +24,7 @@ CHAINS = (
 TEXT = ("tokenizer", "data", "prompt", "batching")
 MODEL = ("config", "model", "loading")
 # These are handed a model that somebody else has loaded.
-TAKE_THE_MODEL = ("scoring", "head", "generation")
+TAKE_THE_MODEL = ("qwen_min.scoring", "qwen_min.head", "qwen_min.generation")
 COMMANDS = ("train", "evaluate")
 # What a module may import beyond the standard library.
 ONLY = {
@@ -106,8 +106,6 @@ def broken_rules(sources: Mapping[str, str]) -> list[str]:
             keep_apart(module, *chain[i + 1 :])
     for name in TEXT:
         keep_apart(f"qwen_min.{name}", *(f"qwen_min.{other}" for other in MODEL))
-    for name in TAKE_THE_MODEL:
-        keep_apart(f"qwen_min.{name}", "qwen_min.loading")
     keep_apart("evaluate", "train")
 
     for module, found in imported.items():
@@ -116,6 +114,8 @@ def broken_rules(sources: Mapping[str, str]) -> list[str]:
         apart = {"qwen_min": "lora", "lora": "qwen_min"}.get(package)
         for other in {apart, *COMMANDS} & tops if apart else ():
             broken.append(f"{module} imports {other}")
+        if module in TAKE_THE_MODEL and "qwen_min.loading" in found:
+            broken.append(f"{module} imports qwen_min.loading")
         if "tests" in tops:
             broken.append(f"{module} imports the tests")
         if "" in tops:  # which module a dot means is left to the reader, and to this one
@@ -168,9 +168,9 @@ def test_the_project_keeps_the_rules():
         ("qwen_min.prompt", "import qwen_min.config", "prompt reaches qwen_min.config"),
         ("qwen_min.tokenizer", "import qwen_min.prompt", "tokenizer reaches qwen_min.prompt"),
         ("qwen_min.data", "import qwen_min.batching", "data reaches qwen_min.batching"),
-        ("qwen_min.scoring", "import qwen_min.loading", "scoring reaches qwen_min.loading"),
-        ("qwen_min.generation", "import qwen_min.loading", "generation reaches qwen_min.loading"),
-        ("qwen_min.head", "import qwen_min.loading", "head reaches qwen_min.loading"),
+        ("qwen_min.scoring", "import qwen_min.loading", "scoring imports qwen_min.loading"),
+        ("qwen_min.generation", "import qwen_min.loading", "generation imports qwen_min.loading"),
+        ("qwen_min.head", "import qwen_min.loading", "head imports qwen_min.loading"),
         ("qwen_min.run", "import pickle", "qwen_min.run imports pickle"),
         ("qwen_min.run", "from joblib import dump", "qwen_min.run imports joblib"),
         ("train", "import torch\ntorch.save(1, 'x')", "train uses torch.save"),

@@ -8,11 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_reference
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from qwen_min import loading
 from qwen_min.errors import UserError
-from qwen_min.loading import INDEX, SINGLE, fingerprint, load_model, read_tensors, tensor_hashes
+from qwen_min.loading import (
+    INDEX,
+    SINGLE,
+    checkpoint_fingerprint,
+    fingerprint,
+    load_model,
+    read_tensors,
+    save_model,
+    tensor_hashes,
+)
 
 IDS = torch.arange(7, 71)[None]  # (1, 64)
 NORM = "model.norm.weight"
@@ -128,6 +140,7 @@ def test_shards_equal_the_single_file(tmp_path, untied):
     single, sharded = load_model(tmp_path), load_model(directory)
     assert tensor_hashes(single.state_dict().items()) == tensor_hashes(sharded.state_dict().items())
     assert fingerprint(single.state_dict().items()) == fingerprint(sharded.state_dict().items())
+    assert checkpoint_fingerprint(tmp_path) == checkpoint_fingerprint(directory)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -171,7 +184,8 @@ def test_links_are_followed(tmp_path, untied):
     """The hub's cache consists of links into another directory."""
     for path in untied[0].iterdir():
         (tmp_path / path.name).symlink_to(path)
-    assert fingerprint(load_model(tmp_path).state_dict().items()) == fingerprint(load_model(untied[0]).state_dict().items())
+    assert torch.equal(logits(tmp_path), logits(untied[0]))
+    assert checkpoint_fingerprint(tmp_path) == checkpoint_fingerprint(untied[0])
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
@@ -223,11 +237,11 @@ def test_misshapen_tensors(tmp_path, tied):
     refused(load_model, tmp_path, tmp_path, "9 tensor", "mlp.down_proj", "[32, 48]", "[32, 64]")
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
-def test_whole_numbers_are_no_weights(tmp_path, tied, dtype):
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_whole_numbers_and_quantised_ones_are_no_weights(tmp_path, tied, dtype):
     config, tensors = tied
-    write(tmp_path, config, tensors | {NORM: torch.ones(32, dtype=dtype)})
-    refused(load_model, tmp_path, tmp_path, "1 tensor", NORM, "floating-point")
+    write(tmp_path, config, tensors | {NORM: torch.ones(32).to(dtype)})
+    refused(load_model, tmp_path, tmp_path, "1 tensor", NORM, "float32, bfloat16")
 
 
 def test_directory(tmp_path, tied):
@@ -302,6 +316,15 @@ def test_malformed_safetensors(tmp_path, content):
     refused(read_tensors, tmp_path, tmp_path / "a.safetensors", "safetensors", "fetch it again")
 
 
+def test_unreadable_file(tmp_path, monkeypatch):
+    def denied(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / SINGLE).write_bytes(WHOLE)
+    monkeypatch.setattr(loading, "safe_open", denied)  # root may read every file
+    refused(read_tensors, tmp_path, tmp_path / SINGLE, "Permission denied")
+
+
 def test_header_over_100_mb(tmp_path):
     """Declared and there, as a hole in a sparse file, so that its size alone is what is wrong."""
     size = 100_000_001
@@ -320,16 +343,15 @@ def test_truncated_anywhere(tmp_path):
 def test_any_byte_of_the_header_may_be_wrong(tmp_path):
     """Either the file still reads, as under another name, or it is one line: no traceback."""
     for position in range(len(WHOLE) - len(DATA)):
-        for bit in (1, 16, 128):
-            content = bytearray(WHOLE)
-            content[position] ^= bit
-            (tmp_path / SINGLE).write_bytes(content)
-            try:
-                tensors = read_tensors(tmp_path)
-            except UserError as error:
-                assert len(str(error).splitlines()) == 1
-            else:
-                assert sorted(tensor.numel() for tensor in tensors.values()) == [2, 4]
+        content = bytearray(WHOLE)
+        content[position] ^= 1 << position % 8
+        (tmp_path / SINGLE).write_bytes(content)
+        try:
+            tensors = read_tensors(tmp_path)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+        else:
+            assert sorted(tensor.numel() for tensor in tensors.values()) == [2, 4]
 
 
 def test_names_with_line_breaks_stay_on_one_line(tmp_path, tied):
@@ -440,25 +462,36 @@ def test_an_empty_weight_map_lacks_everything(tmp_path, tied):
 # ---- hashes --------------------------------------------------------------------------------------
 
 
-def test_one_bit_changes_the_hash_of_its_tensor_alone(reference):
-    model = load_model(reference[0])
-    tensors = model.state_dict()
-    before, whole = tensor_hashes(tensors.items()), fingerprint(model.state_dict().items())
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.2.self_attn.k_proj.bias", NORM]
+)
+def test_one_bit_changes_the_hash_of_its_tensor_alone(tmp_path, tied, name):
+    config, tensors = tied
+    before = tensor_hashes(tensors.items())
     assert before.keys() == tensors.keys() and len(set(before.values())) == len(before)
-    for name, module_name in (
-        ("model.embed_tokens.weight", "model.embed_tokens"),
-        ("model.layers.2.self_attn.k_proj.bias", "model.layers.2.self_attn.k_proj"),
-        (NORM, "model.norm"),
-    ):
-        changed = tensors[name].clone()
-        changed.view(torch.int32).view(-1)[-1] ^= 1  # the last number's last bit
-        after = tensor_hashes((tensors | {name: changed}).items())
-        assert {key for key in before if before[key] != after[key]} == {name}
-        parameter = getattr(model.get_submodule(module_name), name.rpartition(".")[2])
-        original, parameter.data = parameter.data, changed
-        assert fingerprint(model.state_dict().items()) != whole
-        parameter.data = original
-        assert fingerprint(model.state_dict().items()) == whole
+    changed = tensors[name].clone()
+    changed.view(torch.int32).view(-1)[-1] ^= 1  # the last number's last bit
+    after = tensor_hashes((tensors | {name: changed}).items())
+    assert {key for key in before if before[key] != after[key]} == {name}
+
+    whole = fingerprint(tensors.items())
+    assert fingerprint((tensors | {name: changed}).items()) != whole
+    assert checkpoint_fingerprint(write(tmp_path, config, tensors)) == whole
+    write(tmp_path, config, tensors | {name: changed})
+    assert checkpoint_fingerprint(tmp_path) != whole
+
+
+def test_fingerprint_is_of_names_too_and_of_no_order(tied):
+    tensors = tied[1]
+    whole = fingerprint(tensors.items())
+    assert fingerprint(reversed(tensors.items())) == whole
+    # Two norms that change places: the same tensors, another model.
+    norms = [f"model.layers.0.{name}_layernorm.weight" for name in ("input", "post_attention")]
+    swapped = dict(zip(norms, (tensors[name] for name in reversed(norms)), strict=True))
+    assert fingerprint((tensors | swapped).items()) != whole
+    less = {name: tensor for name, tensor in tensors.items() if name != NORM}
+    assert fingerprint(less.items()) != whole
+    assert fingerprint((less | {NORM + "s": tensors[NORM]}).items()) != whole
 
 
 def test_hash_is_of_dtype_shape_and_bytes():
@@ -476,11 +509,44 @@ def test_hash_is_of_dtype_shape_and_bytes():
     assert digest(nan) == digest(nan.clone())  # the other way round
 
 
-def test_fingerprint_is_of_names_too(reference):
-    """Two norms that change places: the same tensors, another model."""
-    model = load_model(reference[0])
-    layer = model.model.layers[0]
-    before = fingerprint(model.state_dict().items())
-    first, second = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-    layer.input_layernorm.weight, layer.post_attention_layernorm.weight = second, first
-    assert fingerprint(model.state_dict().items()) != before
+# ---- saving --------------------------------------------------------------------------------------
+
+
+def test_saved_model_is_the_same_model(tmp_path, reference, untied):
+    for number, (directory, _) in enumerate((reference, untied)):
+        model = load_model(directory)
+        save_model(model, directory, tmp_path / f"out{number}")
+        again = load_model(tmp_path / f"out{number}")
+        assert fingerprint(again.state_dict().items()) == fingerprint(model.state_dict().items())
+        assert again.config == model.config
+        assert torch.equal(again.logits(again(IDS)), model.logits(model(IDS)))
+        tokenizer = (directory / "tokenizer.json").read_bytes()
+        assert (tmp_path / f"out{number}" / "tokenizer.json").read_bytes() == tokenizer
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out0", "out1"]
+
+
+def test_saved_dtype_is_declared(tmp_path, reference):
+    save_model(load_model(reference[0], dtype="bfloat16"), reference[0], tmp_path / "out")
+    assert load_model(tmp_path / "out").config.torch_dtype == "bfloat16"
+    reread = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert reread.dtype == torch.bfloat16
+
+
+def test_saving_leaves_all_or_nothing(tmp_path, reference, monkeypatch):
+    directory, _ = reference
+    model = load_model(directory)
+
+    def save(out: Path) -> None:
+        save_model(model, directory, out)
+
+    (tmp_path / "there").mkdir()
+    refused(save, tmp_path / "there", tmp_path / "there", "exists")
+    (tmp_path / "file").touch()
+    refused(save, tmp_path / "file" / "out", tmp_path / "file" / "out", "cannot be written")
+
+    def full(*arguments: object, **options: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(loading, "save_file", full)
+    refused(save, tmp_path / "out", tmp_path / "out", "No space left")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]

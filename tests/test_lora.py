@@ -150,6 +150,8 @@ def test_initial_update_is_zero_and_a_is_uniform() -> None:
     torch.manual_seed(0)
     base = linear()
     wrapped = LoRALinear(base, 16, ALPHA, dropout=0.5)
+    trainable = [name for name, p in wrapped.named_parameters() if p.requires_grad]
+    assert trainable == ["lora_A", "lora_B"] and wrapped.base is base
     x = torch.randn(4, 32)
     assert torch.equal(wrapped(x), base(x))  # train mode: dropout never touches the base's path
     bound = 1 / math.sqrt(32)

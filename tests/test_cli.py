@@ -1,0 +1,325 @@
+"""What the two commands share: one-line errors, exit statuses, files that appear whole or not."""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_min.cli import (
+    CommandParser,
+    Output,
+    add_machine_arguments,
+    add_prompt_arguments,
+    choose_device,
+    commit_outputs,
+    make_parser,
+    open_outputs,
+    parse_with_given,
+    positive_int,
+    run_command,
+)
+from qwen_min.errors import UserError
+from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_TEMPLATE, parse_labels, parse_template
+
+FULL = OSError(28, "No space left on device")
+
+
+def fails(*_: object, **__: object) -> None:
+    raise FULL
+
+
+def parser() -> CommandParser:
+    made = make_parser("What it is for:\n\n    command --limit 3")
+    made.add_argument("--limit", type=positive_int)
+    add_prompt_arguments(made)
+    add_machine_arguments(made)
+    return made
+
+
+# Arguments
+
+
+def test_the_defaults_are_those_of_the_prompt():
+    args = parser().parse_args([])
+    assert parse_labels(args.labels) == DEFAULT_LABELS
+    assert parse_template(args.template) == DEFAULT_TEMPLATE
+
+
+def test_help_shows_every_argument_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "\n\nWhat it is for:\n\n    command --limit 3\n\n" in out
+    shown = " ".join(out.split())
+    for argument, default in {
+        "--labels": "负面,正面",
+        "--template": r"评论：{text}\n情感倾向：",
+        "--max-text-tokens": "256",
+        "--dtype": "auto",
+        "--device": "auto",
+    }.items():
+        assert f"(default: {default})" in shown.partition(f" {argument} ")[2]
+
+
+@pytest.mark.parametrize("text", ["1", " 7 ", "100000"])
+def test_positive_int(text):
+    assert positive_int(text) == int(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--limit", "0"], ("--limit", "'0'", "at least 1")),
+        (["--limit", "-3"], ("--limit", "'-3'", "at least 1")),
+        (["--limit", "1.5"], ("--limit", "'1.5'", "whole number")),
+        (["--limit", ""], ("--limit", "''", "whole number")),
+        (["--max-text-tokens", "0"], ("--max-text-tokens", "'0'", "at least 1")),
+        (["--dtype", "int8"], ("--dtype", "'int8'", "bfloat16")),
+        (["--device", "tpu"], ("--device", "'tpu'", "cuda")),
+        (["--labels"], ("--labels", "expected one argument")),
+        (["--bogus", "two\nlines"], ("--bogus", r"two\nlines")),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(arguments)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith("error: ") and err.endswith("; --help shows the arguments\n")
+    assert err.count("\n") == 1
+    assert all(word in err for word in words)
+
+
+def test_a_device_that_is_there_is_taken_and_another_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == "cpu"
+    for name in ("cuda", "mps"):
+        with pytest.raises(UserError, match=f"--device {name}: .* auto or cpu"):
+            choose_device(name)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto") == choose_device("mps") == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == choose_device("cuda") == "cuda"
+    assert choose_device("cpu") == "cpu"
+
+
+def test_what_was_typed_is_told_from_the_defaults():
+    """Also where the typed value is the default's, or only a beginning of the name was typed."""
+    args, given = parse_with_given(parser(), ["--dtype", "auto", "--lim", "3"])
+    assert (args.dtype, args.limit, args.max_text_tokens) == ("auto", 3, 256)
+    assert given == {"dtype": "auto", "limit": 3}
+    assert parse_with_given(parser(), [])[1] == {}
+
+
+# Exit statuses
+
+
+def status_of(command) -> int:
+    return run_command(command, argparse.Namespace())
+
+
+def test_the_commands_own_status_is_passed_on(capsys):
+    assert [status_of(lambda args: 0), status_of(lambda args: 3)] == [0, 3]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_users_mistake_is_one_line_whatever_it_quotes(capsys):
+    def command(args: argparse.Namespace) -> int:
+        raise UserError("a\nfile\r.tsv: no such file; check the path")
+
+    assert status_of(command) == 2
+    assert capsys.readouterr() == ("", "error: a\\nfile\\r.tsv: no such file; check the path\n")
+
+
+def test_ctrl_c(capsys):
+    assert status_of(lambda args: signal.raise_signal(signal.SIGINT)) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        status_of(lambda args: 1 // 0)
+
+
+def test_a_terminal_that_cannot_show_a_label_shows_its_code(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert status_of(lambda args: print("F1 of 负面") or 0) == 0
+    assert written.getvalue() == rb"F1 of \u8d1f\u9762" + b"\n"
+
+
+def test_a_reader_that_has_left_gets_no_traceback(monkeypatch):
+    """As with `| head`: neither at once nor when Python flushes and closes stdout at its end."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    stdout = os.fdopen(write_end, "w")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert status_of(lambda args: print("F1") or 0) == 141
+    stdout.close()
+
+
+# Output files
+
+
+def test_an_output_appears_whole_and_only_at_its_end(tmp_path):
+    path = tmp_path / "r.json"
+    with Output(path) as output:
+        assert not path.exists()
+        output.commit('{"词": "正面\\n"}\n')
+        assert path.read_bytes() == '{"词": "正面\\n"}\n'.encode()
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_without_commit_nothing_changes(tmp_path):
+    kept = tmp_path / "kept.json"
+    kept.write_text("earlier")
+    with pytest.raises(UserError), contextlib.ExitStack() as stack:
+        open_outputs([str(kept), None, str(tmp_path / "new.json")], stack, [])
+        assert len([*tmp_path.iterdir()]) == 3  # kept, and two that are being written
+        raise UserError("something else went wrong")
+    assert [*tmp_path.iterdir()] == [kept] and kept.read_text() == "earlier"
+
+
+def test_an_existing_file_is_replaced(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text("earlier and longer")
+    with Output(path) as output:
+        assert path.read_text() == "earlier and longer"
+        output.commit("new")
+    assert [*tmp_path.iterdir()] == [path] and path.read_text() == "new"
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "r.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    for text in ("created", "replaced"):
+        with Output(link) as output:
+            output.commit(text)
+        assert link.is_symlink() and not target.is_symlink() and target.read_text() == text
+    assert [*target.parent.iterdir()] == [target]
+
+
+def test_a_name_that_is_not_utf8_stays_json(tmp_path):
+    with Output(tmp_path / "r.json") as output:
+        output.commit(json.dumps({"data": "\udcff评论.tsv"}, ensure_ascii=False))
+    text = (tmp_path / "r.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"data": "\udcff评论.tsv"} and "评论" in text
+
+
+@pytest.mark.parametrize(
+    "path", ["missing/r.json", "directory", "", ".", "/", "file/r.json", "x" * 300]
+)
+def test_what_cannot_be_written_is_known_at_once(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("directory").mkdir()
+    Path("file").touch()
+    with pytest.raises(UserError, match=r"cannot be written .*; name a file in a directory"):
+        Output(path)
+    assert sorted(os.listdir()) == ["directory", "file"] and not os.listdir("directory")
+
+
+def test_a_read_only_file_is_not_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    path.write_text("kept")
+    path.chmod(0o444)
+    if os.access(path, os.W_OK):  # root may write all the same
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(UserError, match="Permission denied"):
+        Output(path)
+    assert [*tmp_path.iterdir()] == [path] and path.read_text() == "kept"
+
+
+@pytest.mark.parametrize("one", ["b.json", "./b.json", "link.json", "../{}/b.json"])
+def test_no_output_replaces_another_or_the_data(one, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("link.json").symlink_to("b.json")
+    one = one.format(tmp_path.name)
+    with contextlib.ExitStack() as stack:
+        for paths, inputs in (([one, "b.json"], []), ([None, one], ["b.json"])):
+            with pytest.raises(UserError, match="already the data or another output"):
+                open_outputs(paths, stack, inputs)
+        assert os.listdir() == ["link.json"]
+        assert open_outputs([None, "c.json"], stack, ["b.json"])[0] is None
+
+
+def test_stdout_that_the_shell_sends_to_a_file_is_continued(capfd):
+    os.write(1, b"before\n")  # capfd puts a file where the shell would
+    with Output("/dev/stdout") as output:
+        output.commit("between\n")
+    os.write(1, b"after\n")
+    assert capfd.readouterr() == ("before\nbetween\nafter\n", "")
+
+
+def test_a_pipe_is_written_through(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with Output(pipe) as output:
+        output.commit("through\n")
+    assert os.read(reader, 100) == b"through\n"
+    os.close(reader)
+    assert [*tmp_path.iterdir()] == [pipe] and pipe.is_fifo()
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch) -> Path:
+    """The temporary directory of a test that fills a disk."""
+    directory = tmp_path / "temporary"
+    directory.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    return directory
+
+
+def test_a_write_that_fails_at_the_end_is_rescued(temporary, tmp_path, monkeypatch):
+    path, other = tmp_path / "r.json", tmp_path / "p.jsonl"
+    path.write_text("earlier")
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(UserError) as error, contextlib.ExitStack() as stack:
+        outputs = open_outputs([str(path), None, str(other)], stack, [])
+        commit_outputs([*zip(outputs, ["词\udcff", "none", "lines"], strict=True)])
+    assert path.read_text() == "earlier"
+    assert {*tmp_path.iterdir()} == {path, temporary}
+    rescued = {file.suffix: file for file in temporary.iterdir()}
+    assert len(rescued) == 2
+    assert rescued[".json"].read_bytes() == "词\\udcff".encode()
+    assert rescued[".jsonl"].read_bytes() == b"lines"
+    message = str(error.value)
+    assert message.count("cannot be written (No space left on device)") == 2
+    assert all(str(name) in message for name in (path, other, *rescued.values()))
+
+
+def test_one_output_that_fails_does_not_cost_the_other(temporary, tmp_path):
+    broken, whole = Output(tmp_path / "a.json"), Output(tmp_path / "b.json")
+    with pytest.raises(UserError, match=r"a\.json: cannot be written"), broken, whole:
+        broken._aside.unlink()  # as by somebody who cleans up while the run goes on
+        commit_outputs([(broken, "first"), (whole, "second")])
+    assert (tmp_path / "b.json").read_text() == "second"
+    assert [file.read_text() for file in temporary.iterdir()] == ["first"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device, others do not")
+def test_a_full_device(temporary):
+    with pytest.raises(UserError, match=r"/dev/full: .*No space.*move that where"):  # noqa: SIM117
+        with Output("/dev/full") as output:
+            output.commit("all of it")
+    assert [file.read_text() for file in temporary.iterdir()] == ["all of it"]
+
+
+def test_where_even_the_rescue_fails_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", fails)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", fails)
+    with pytest.raises(UserError, match=r"nor can a temporary file .*run again"):  # noqa: SIM117
+        with Output(tmp_path / "r.json") as output:
+            output.commit("lost")
+    assert not [*tmp_path.iterdir()]
