@@ -29,6 +29,7 @@ from lora import (
     ATTENTION,
     MLP,
     LoRAConfig,
+    LoRAError,
     inject_lora,
     lora_parameters,
     merge_lora,
@@ -274,7 +275,10 @@ def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, re
     if start and targets:
         attach_adapter(model, start / "adapter", record["base_fingerprint"], args.dropout)
     elif targets:
-        inject_lora(model, targets, args.r, args.alpha, args.dropout, args.rslora)
+        try:
+            inject_lora(model, targets, args.r, args.alpha, args.dropout, args.rslora)
+        except LoRAError as error:
+            raise UserError(str(error)) from None
     parameters = lora_parameters(model)
     head = None
     if args.method == "lora_head":

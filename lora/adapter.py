@@ -77,7 +77,8 @@ def save_adapter(
     if head is not None:
         tensors[HEAD_KEY] = head.detach().float()
     tensors = {key: t.cpu().contiguous() for key, t in tensors.items()}
-    header = {"format": "pt", **(metadata or {})}
+    # One key: safetensors writes several in an order of its own, and equal adapters would differ.
+    header = {"metadata": json.dumps(metadata or {}, sort_keys=True)}
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -199,11 +200,13 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata, copied into memory: the file may be replaced while they are in use."""
     try:
         with safe_open(path, framework="pt") as file:
-            keys, metadata = list(file.keys()), dict(file.metadata() or {})
+            keys, header = list(file.keys()), file.metadata() or {}
             tensors = {key: file.get_tensor(key).clone() for key in keys}
-    except (OSError, SafetensorError) as error:
+        metadata = json.loads(header.get("metadata", "{}"))
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is not an object")
+    except (OSError, SafetensorError, ValueError) as error:
         raise LoRAError(f"{path}: {error}; expected a safetensors file") from error
-    metadata.pop("format", None)
     return tensors, metadata
 
 

@@ -5,6 +5,7 @@ computed once, and a logistic regression on them is solved to its optimum.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +104,15 @@ def cached_features(
 
     weights: the fingerprint of base and adapter. The key also covers dtype, pooling, layers and the
     prompts' ids, and with these the tokenizer, the template, the cut and the texts. Rows are kept
-    by files of CACHE_ROWS, so that a killed run loses a file at most.
+    by files of CACHE_ROWS, so that a killed run loses a file at most. Raises UserError where
+    nothing can be kept.
     """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{directory}: {error.strerror}; name a directory for features by --feature-cache"
+        ) from None
     setting = f"{weights} {model.head_weight.dtype} {pooling} {all_layers}"
     parts = []
     for start in range(0, len(prompts), CACHE_ROWS):
@@ -114,9 +122,8 @@ def cached_features(
         try:
             part = load(path.read_bytes())["features"]
             progress(len(chunk))
-        except (FileNotFoundError, SafetensorError, KeyError):
+        except (OSError, SafetensorError, KeyError):  # absent, or damaged
             part = pooled_features(model, chunk, pooling, all_layers, batch_tokens, progress)
-            directory.mkdir(parents=True, exist_ok=True)
             write_atomically(path, save({"features": part}))
         parts.append(part)
     return torch.cat(parts)
@@ -143,11 +150,15 @@ def head_loss(
 
 
 def save_head(path: Path, head: LinearHead) -> None:
-    """Write a head; layer and pooling stand in the file's metadata."""
+    """Write a head; layer and pooling stand in the file's metadata, as JSON under one key.
+
+    Several keys would be written in an order that changes: equal heads, unequal files.
+    """
     tensors = {"weight": head.weight.cpu().contiguous()}
     if head.bias is not None:
         tensors["bias"] = head.bias.cpu().contiguous()
-    write_atomically(path, save(tensors, {"layer": str(head.layer), "pooling": head.pooling}))
+    metadata = json.dumps({"layer": head.layer, "pooling": head.pooling})
+    write_atomically(path, save(tensors, {"head": metadata}))
 
 
 def load_head(path: Path) -> LinearHead:
@@ -156,10 +167,13 @@ def load_head(path: Path) -> LinearHead:
         with safe_open(path, framework="pt") as file:
             names, metadata = set(file.keys()), file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in names}
-        bias = tensors.pop("bias", None)
-        (weight,) = tensors.values()
-        return LinearHead(weight, bias, int(metadata["layer"]), metadata["pooling"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        weight, bias = tensors.pop("weight"), tensors.pop("bias", None)
+        head = LinearHead(weight, bias, **json.loads(metadata["head"]))
+        whole = weight.ndim == 2 and (bias is None or bias.shape == weight.shape[:1])
+        if tensors or not whole or type(head.layer) is not int or head.pooling not in POOLINGS:
+            raise ValueError(f"tensors {sorted(names)}, {metadata}")
+        return head
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a head that train.py wrote ({reason}); train again") from None
 
@@ -179,7 +193,7 @@ def solve_logistic(
         [parameters],
         max_iter=1000,
         tolerance_grad=1e-7,
-        tolerance_change=1e-12,
+        tolerance_change=0,  # the gradient alone says when it is done
         line_search_fn="strong_wolfe",
     )
 

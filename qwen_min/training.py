@@ -58,7 +58,7 @@ class Plan:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """The rate of step 0 … steps-1: a linear rise, then half a cosine down to zero."""
+    """The rate of step 0 … steps-1: a linear rise, then half a cosine, zero after the last step."""
     rising = math.ceil(warmup * steps)
     if step < rising:
         return peak * (step + 1) / rising
@@ -124,6 +124,7 @@ def fit(
                 group["lr"] = rate
             # Dropout of a step is drawn from its number: a resumed run draws the same.
             torch.manual_seed(plan.seed * 1_000_003 + state["step"])
+            optimizer.zero_grad()
             mean_loss = 0.0
             for part in token_budget_batches([lengths[row] for row in rows], plan.batch_tokens):
                 part_loss = loss([rows[i] for i in part]) / len(rows)
@@ -137,7 +138,6 @@ def fit(
                     "checkpoint is kept: look at these rows, or lower --lr"
                 )
             optimizer.step()
-            optimizer.zero_grad()
             state["step"] += 1
 
             tokens = sum(lengths[row] for row in rows)

@@ -13,6 +13,8 @@ import pytest
 # Before any library reads them: tests never look for a hub, and say so if one tries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Models this small gain nothing from a second thread, and lose much where another program runs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -248,6 +248,28 @@ def test_template_refused(argument, times):
 # ---- truncation -------------------------------------------------------------------------------
 
 
+def test_shortening_ends_and_keeps_what_fits(tokenizer):
+    """No round without a shorter text, even if a single character has more tokens than allowed."""
+
+    class Watched:
+        def offsets(self, text: str) -> list[tuple[int, int]]:
+            lengths.append(len(text))
+            assert len(lengths) < 20
+            return tokenizer.offsets(text)
+
+    rng = random.Random(5)
+    emptied = 0
+    for text in ["".join(rng.choices(ODD, k=rng.randrange(25))) for _ in range(1000)]:
+        max_tokens = rng.randrange(1, 12)
+        lengths = []
+        kept = shorten(Watched(), text, max_tokens)
+        assert text.startswith(kept)
+        assert len(tokenizer.encode(kept)) <= max_tokens
+        assert lengths == sorted(set(lengths), reverse=True)
+        emptied += kept == "" != text
+    assert emptied
+
+
 def beginnings(tokenizer: Tokenizer, text: str, limit: int) -> list[tuple[int, int]]:
     """(characters, tokens) of what may be kept: it ends with a token, inside of no character."""
     offsets = tokenizer.offsets(text)[:limit]
@@ -296,28 +318,6 @@ def test_a_letter_keeps_its_accent(tokenizer):
     for max_tokens in range(1, 5 * size):
         kept = shorten(tokenizer, accented * 5, max_tokens)
         assert kept == accented * (max_tokens // size)
-
-
-def test_shortening_ends_and_keeps_what_fits(tokenizer):
-    """No round without a shorter text, even if a single character has more tokens than allowed."""
-
-    class Watched:
-        def offsets(self, text: str) -> list[tuple[int, int]]:
-            lengths.append(len(text))
-            assert len(lengths) < 20
-            return tokenizer.offsets(text)
-
-    rng = random.Random(5)
-    emptied = 0
-    for text in ["".join(rng.choices(ODD, k=rng.randrange(25))) for _ in range(1000)]:
-        max_tokens = rng.randrange(1, 12)
-        lengths = []
-        kept = shorten(Watched(), text, max_tokens)
-        assert text.startswith(kept)
-        assert len(tokenizer.encode(kept)) <= max_tokens
-        assert lengths == sorted(set(lengths), reverse=True)
-        emptied += kept == "" != text
-    assert emptied
 
 
 def test_cutting_can_make_more_tokens(tmp_path):

@@ -5,12 +5,12 @@ read as fp32 for the exact comparisons, so that both programs compute from the s
 """
 
 import gc
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from make_checkpoint import ensure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_min.data import read_examples
@@ -19,9 +19,19 @@ from qwen_min.loading import load_model
 from qwen_min.prompt import DEFAULT_TEMPLATE, build_prompts
 from qwen_min.scoring import score_label, score_labels
 from qwen_min.tokenizer import Tokenizer
+from tests.real.make_checkpoint import ensure
 
 pytestmark = pytest.mark.real
 SAMPLE = Path(__file__).parents[2] / "qwen_min" / "sample" / "test.tsv"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cores():
+    """Real weights are worth every core; the small ones elsewhere are not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +83,9 @@ def test_logits_fp32(checkpoint, fp32, texts):
         assert (packed - expected).abs().max() < 5e-4
 
 
-@pytest.mark.parametrize("labels", [("负面", "正面"), ("负向", "正向"), ("不太满意", "非常满意", "满意")])
+@pytest.mark.parametrize(
+    "labels", [("负面", "正面"), ("负向", "正向"), ("不太满意", "非常满意", "满意")]
+)
 def test_label_scores_fp32(checkpoint, fp32, texts, labels):
     ours, reference = fp32
     prompts = build_prompts(Tokenizer(checkpoint), texts, labels=labels)

@@ -1,0 +1,533 @@
+"""The command train.py, and evaluate.py on what it made: small checkpoint, CPU, one thread."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, make_reference
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import train
+from lora import lora_parameters
+from qwen_min.loading import load_model
+from qwen_min.run import checkpoints
+
+WORDS = "坏,好"  # of three tokens and of one: neither merges with the template's end
+LORA = ["lora_head", "lora_label_scoring"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("base")
+    make_reference(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """The first 48 rows of the sample, cut short: seconds count here, not accuracy."""
+    rows = (REPO / "qwen_min/sample/train.tsv").read_text(encoding="utf-8").split("\n")[:49]
+    path = tmp_path_factory.mktemp("data") / "train.tsv"
+    path.write_text("\n".join(row[:60] for row in rows) + "\n", encoding="utf-8")
+    return path
+
+
+def arguments(method: str, base: Path, data: Path, run: Path, *more: object) -> list[str]:
+    given = ["--method", method, "--model", base, "--data", data, "--output", run]
+    return [str(a) for a in (*given, "--labels", WORDS, "--lr", 0.01, "--epochs", 2, *more)]
+
+
+@pytest.fixture(scope="module")
+def runs(base, data, tmp_path_factory) -> dict[str, Path]:
+    """One finished run of each method."""
+    root = tmp_path_factory.mktemp("runs")
+    for method in train.METHODS:
+        assert train.main(arguments(method, base, data, root / method)) == 0
+    return {method: root / method for method in train.METHODS}
+
+
+def record(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text(encoding="utf-8"))
+
+
+def scores_of(capsys, *args: object) -> np.ndarray:
+    """Scores (n, C) that evaluate.py writes for the given arguments."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "predictions.jsonl"
+        assert evaluate.main([*(str(a) for a in args), "--predictions", str(path)]) == 0
+        lines = path.read_text(encoding="utf-8").splitlines()
+    capsys.readouterr()
+    return np.array([json.loads(line)["scores"] for line in lines])
+
+
+def one_line(capsys, status: int, *args: object) -> str:
+    """Run train.py with `args`, which must end with `status` and one line; returns the line."""
+    assert train.main([str(a) for a in args]) == status
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_a_run_is_complete_and_froze_its_base(method, runs, base):
+    run, found = runs[method], record(runs[method])
+    assert found["finished"]
+    assert found["frozen_before"] == found["frozen_after"] == found["base_fingerprint"]
+    assert found["training_rows"] + found["held_out_rows"] == 48
+    assert not [path for path in run.rglob("*") if ".partial" in path.name]
+    assert not [path for path in run.rglob("*") if path.suffix in (".pt", ".pkl", ".bin", ".pth")]
+    if method == "head_only":
+        assert found["trained_parameters"] == 2 * 32 + 2
+        return
+    steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == list(range(1, found["steps"] + 1))
+    assert {"loss", "lr", "tokens_per_s"} <= steps[0].keys()
+    kept = [step for step, _ in checkpoints(run)]
+    assert set(kept) == {found["best_step"], found["steps"]}
+    best = run / "checkpoints" / f"step-{found['best_step']}" / "adapter"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (run / "adapter" / name).read_bytes() == (best / name).read_bytes()
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_evaluation_in_a_new_process_is_equal_to_the_bit(method, runs, data, capsys):
+    here = scores_of(capsys, "--run", runs[method], "--data", data)
+    again = scores_of(capsys, "--run", runs[method], "--data", data)
+    assert np.array_equal(here, again)
+    command = [sys.executable, "evaluate.py", "--run", runs[method], "--data", data]
+    subprocess.run(command, cwd=REPO, check=True, capture_output=True)
+    (path,) = runs[method].glob("predictions-[0-9a-f]*.jsonl")
+    there = [json.loads(line)["scores"] for line in path.read_text().splitlines()]
+    assert np.array_equal(here, np.array(there))
+    (results,) = runs[method].glob("results-[0-9a-f]*.json")
+    assert json.loads(results.read_text())["examples_hash"][:12] in results.name
+
+
+def test_transplanted_head_is_the_same_head_on_the_bare_base(runs, base, data, capsys):
+    from qwen_min.data import read_examples
+    from qwen_min.head import pooled_features
+    from qwen_min.prompt import build_prompts
+    from qwen_min.tokenizer import Tokenizer
+
+    run = runs["lora_head"]
+    found = scores_of(capsys, "--method", "transplanted_head", "--run", run, "--data", data)
+    weight = load_file(run / "adapter/adapter_model.safetensors")["base_model.model.score.weight"]
+    words = WORDS.split(",")
+    texts = [example.text for example in read_examples(data, words)]
+    prompts = build_prompts(Tokenizer(base), texts, labels=words)
+    features = pooled_features(load_model(base), prompts, "last", False, 2048)[:, 0]
+    np.testing.assert_allclose(found, (features @ weight.T).numpy(), atol=1e-5)
+    adapted = scores_of(capsys, "--run", run, "--data", data)
+    assert np.abs(found - adapted).max() > 1e-2
+
+
+def test_peft_gives_our_label_scores(runs, base, data, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from qwen_min.data import read_examples
+    from qwen_min.prompt import build_prompts
+    from qwen_min.tokenizer import Tokenizer
+
+    run, words = runs["lora_label_scoring"], WORDS.split(",")
+    ours = scores_of(capsys, "--run", run, "--data", data, "--limit", 5)
+    reference = AutoModelForCausalLM.from_pretrained(base)
+    reference = PeftModel.from_pretrained(reference, run / "adapter").eval()
+    texts = [example.text for example in read_examples(data, words, limit=5)]
+    for row, prompt in enumerate(build_prompts(Tokenizer(base), texts, labels=words)):
+        for column, label in enumerate(prompt.labels):
+            ids = torch.tensor([[*prompt.ids, *label]])
+            with torch.no_grad():
+                log_probs = reference(ids).logits[0].log_softmax(-1)
+            places = range(len(prompt.ids) - 1, ids.shape[1] - 1)
+            expected = sum(log_probs[p, t].item() for p, t in zip(places, label, strict=True))
+            # fp32 rounding of log-probabilities of some tens.
+            assert ours[row, column] == pytest.approx(expected, abs=1e-4)
+
+
+def test_peft_gives_our_class_logits(runs, base, data, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    from qwen_min.data import read_examples
+    from qwen_min.prompt import build_prompts
+    from qwen_min.tokenizer import Tokenizer
+
+    run, words = runs["lora_head"], WORDS.split(",")
+    ours = scores_of(capsys, "--run", run, "--data", data, "--limit", 5)
+    reference = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=2, pad_token_id=0
+    )
+    reference = PeftModel.from_pretrained(reference, run / "adapter").eval()
+    texts = [example.text for example in read_examples(data, words, limit=5)]
+    for row, prompt in enumerate(build_prompts(Tokenizer(base), texts, labels=words)):
+        with torch.no_grad():
+            expected = reference(torch.tensor([prompt.ids])).logits[0]
+        np.testing.assert_allclose(ours[row], expected.numpy(), atol=1e-4)
+
+
+def test_an_adapter_that_peft_wrote_evaluates_here(base, data, tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"
+    )
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    peft.save_pretrained(tmp_path / "peft")
+    common = ["--model", base, "--data", data, "--labels", WORDS]
+    ours = scores_of(
+        capsys, "--method", "lora_label_scoring", "--adapter", tmp_path / "peft", *common
+    )
+    peft.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "merged" / name).write_bytes((base / name).read_bytes())
+    common[1] = tmp_path / "merged"
+    np.testing.assert_allclose(scores_of(capsys, "--method", "zero_shot", *common), ours, atol=1e-4)
+
+
+def test_merge_is_loaded_by_transformers_and_by_us(runs, base, data, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    run, out = runs["lora_label_scoring"], tmp_path / "merged"
+    assert train.main(["--resume", "--output", str(run), "--merge", str(out)]) == 0
+    capsys.readouterr()
+    ours = scores_of(capsys, "--run", run, "--data", data)
+    merged = scores_of(
+        capsys, "--method", "zero_shot", "--model", out, "--data", data, "--labels", WORDS
+    )
+    np.testing.assert_allclose(merged, ours, atol=1e-4)
+    reference, plain = AutoModelForCausalLM.from_pretrained(out), load_model(out)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            plain.logits(plain(ids)), reference(ids).logits, atol=2e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("more", [("--layer", "best"), ("--pooling", "mean"), ("--layer", 1)])
+def test_probe_settings(more, base, data, tmp_path, capsys):
+    assert train.main(arguments("head_only", base, data, tmp_path / "run", *more)) == 0
+    found = record(tmp_path / "run")
+    if more[1] == "best":
+        losses = {int(k): v["held_out_log_loss"] for k, v in found["layers"].items()}
+        assert sorted(losses) == [0, 1, 2, 3]
+        assert found["layer"] == min(losses, key=losses.get)
+        assert capsys.readouterr().out.count("\n") >= 5  # each layer's accuracy is shown
+    scores_of(capsys, "--run", tmp_path / "run", "--data", data)
+
+
+def test_a_probe_on_adapted_features(runs, base, data, tmp_path, capsys):
+    plain, adapted = runs["head_only"], tmp_path / "run"
+    adapter = runs["lora_label_scoring"] / "adapter"
+    args = arguments("head_only", base, data, adapted, "--adapter", adapter)
+    assert train.main(args) == 0
+    capsys.readouterr()
+    a, b = (scores_of(capsys, "--run", run, "--data", data) for run in (plain, adapted))
+    assert np.abs(a - b).max() > 1e-3
+
+
+def test_features_are_computed_once(base, data, tmp_path, monkeypatch):
+    first = arguments("head_only", base, data, tmp_path / "a")
+    assert train.main(first) == 0
+    monkeypatch.setattr("qwen_min.head.pooled_features", None)  # a forward would now raise
+    cache = ["--feature-cache", tmp_path / "a" / "features"]
+    assert train.main(arguments("head_only", base, data, tmp_path / "b", *cache)) == 0
+
+
+@pytest.mark.parametrize("method", LORA)
+def test_bf16_base_trains_and_stays_frozen(method, base, data, tmp_path):
+    args = arguments(method, base, data, tmp_path / "run", "--dtype", "bfloat16", "--epochs", 1)
+    assert train.main(args) == 0
+    found = record(tmp_path / "run")
+    assert found["frozen_before"] == found["frozen_after"] != found["base_fingerprint"]
+    tensors = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    moved = [t.abs().max() > 0 for name, t in tensors.items() if "lora_B" in name]
+    assert all(moved)
+
+
+# --- faults that need a killed process -----------------------------------------------------------
+
+
+def in_child(args: list[str], prepare=lambda: None) -> int:
+    """Fork; the child runs train.py with `args` and exits. Returns its process id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    try:  # in the child: nothing of pytest's may run after this
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        prepare()
+        os._exit(train.main(args))
+    finally:
+        os._exit(99)
+
+
+def result_bytes(run: Path) -> dict[str, bytes]:
+    """Weights and optimizer state at the end, and the best adapter."""
+    _, last = checkpoints(run)[-1]
+    paths = [*last.rglob("*.safetensors"), *(run / "adapter").iterdir()]
+    return {str(path.relative_to(run)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("method", LORA)
+def test_twenty_kills_change_no_byte(method, base, data, tmp_path):
+    """SIGKILL at 20 random moments, every other one inside a save, and resumed each time."""
+    more = ["--save-every", 1, "--eval-every", 4, "--epochs", 8]
+    args = arguments(method, base, data, tmp_path / "whole", *more)
+    assert os.waitpid(in_child(args), 0)[1] == 0
+    rng, run, seen = random.Random(0), tmp_path / "killed", -1
+
+    def die_in_a_save(countdown: int) -> None:
+        """The process kills itself at its n-th rename or sync; saves are made of these."""
+        replace, fsync = os.replace, os.fsync
+
+        def counted(*args):
+            nonlocal countdown
+            countdown -= 1
+            if countdown == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return (replace if len(args) == 2 else fsync)(*args)
+
+        os.replace = os.fsync = counted
+
+    kills = 0
+    while kills < 20:
+        started = (run / "run.json").exists()
+        args = arguments(method, base, data, run, *more, *["--resume"] * started)
+        if kills % 2:
+            child = in_child(args, lambda: die_in_a_save(rng.randint(2, 60)))
+        else:
+            child = in_child(args)
+            time.sleep(rng.uniform(0.02, 0.4))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if (run / "run.json").exists():
+            steps = [step for step, _ in checkpoints(run)]  # raises for one that is not whole
+            assert max(steps, default=-1) >= seen  # none that was seen is lost
+            seen = max(steps, default=-1)
+            assert not record(run)["finished"], "the run is too short for so many kills"
+        kills += os.WIFSIGNALED(status)
+    args = arguments(method, base, data, run, *more, "--resume")
+    assert os.waitpid(in_child(args), 0)[1] == 0
+    assert result_bytes(run) == result_bytes(tmp_path / "whole")
+    logs = [(path / "log.jsonl").read_text() for path in (run, tmp_path / "whole")]
+    killed, whole = ([json.loads(line) for line in log.splitlines()] for log in logs)
+    assert [(x["step"], x["loss"]) for x in killed] == [(x["step"], x["loss"]) for x in whole]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(number, status, base, data, tmp_path):
+    run = tmp_path / "run"
+    args = arguments("lora_head", base, data, run, "--epochs", 50, "--save-every", 1000)
+    command = [sys.executable, str(REPO / "train.py"), *args, "--eval-every", "1000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    log = run / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "--resume --output" in out.decode()
+    ((step, _),) = checkpoints(run)
+    assert len(log.read_text().splitlines()) == step >= 3
+    assert not record(run)["finished"]
+
+
+# --- one line, and the status --------------------------------------------------------------------
+
+
+def test_non_finite_loss_stops_before_the_step(base, data, tmp_path, capsys, monkeypatch):
+    real, calls = train.label_loss, []
+
+    def poisoned(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(train, "label_loss", poisoned)
+    run = tmp_path / "run"
+    args = arguments("lora_label_scoring", base, data, run, "--save-every", 2)
+    line = one_line(capsys, 1, *args)
+    assert "step 5" in line
+    assert "rows [" in line
+    assert [step for step, _ in checkpoints(run)][-1] == 4
+    assert not record(run)["finished"]
+
+
+def test_other_base_is_refused(runs, data, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    model = make_reference(other)
+    tensors = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    tensors["model.layers.2.mlp.down_proj.weight"][0, 0] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    for args in (
+        ["--run", runs["lora_head"]],
+        ["--method", "lora_label_scoring", "--adapter", runs["lora_label_scoring"] / "adapter"],
+    ):
+        args = [*args, "--model", other, "--labels", WORDS, "--data", data]
+        assert evaluate.main([str(a) for a in args]) == 2
+        assert "fingerprint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop(sorted(t)[0]), "1 missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "1 unexpected"),
+    ],
+)
+def test_an_adapter_with_other_keys_is_refused(change, said, runs, data, tmp_path, capsys):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(runs["lora_label_scoring"], run)
+    path = run / "adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    assert evaluate.main(["--run", str(run), "--data", str(data)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "run"),
+    [
+        ("transplanted_head", "head_only"),
+        ("transplanted_head", "lora_label_scoring"),
+        ("lora_head", "lora_label_scoring"),
+        ("zero_shot", "lora_head"),
+    ],
+)
+def test_a_run_of_another_method_is_refused(method, run, runs, data, capsys):
+    args = ["--method", method, "--run", str(runs[run]), "--data", str(data)]
+    assert evaluate.main(args) == 2
+    err = capsys.readouterr().err
+    assert f"a run of {run}" in err and err.count("\n") == 1
+
+
+def test_output_that_holds_a_run_is_refused(runs, base, data, capsys):
+    line = one_line(capsys, 2, *arguments("lora_head", base, data, runs["lora_head"]))
+    assert "--resume" in line
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--r", "--seed", "--batch-size", "--max-text-tokens"])
+def test_resume_with_another_argument_names_it(flag, runs, capsys):
+    value = {"--lr": "0.5"}.get(flag, "77")
+    line = one_line(capsys, 2, "--resume", "--output", runs["lora_head"], flag, value)
+    assert flag in line and value in line
+
+
+def test_resume_with_other_data_is_refused(runs, base, data, tmp_path, capsys):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(runs["lora_head"], run)
+    changed = tmp_path / "train.tsv"
+    changed.write_text(data.read_text(encoding="utf-8") + "1\t多一行\n", encoding="utf-8")
+    found = record(run)
+    found["arguments"]["data"] = str(changed)
+    (run / "run.json").write_text(json.dumps(found), encoding="utf-8")
+    assert "data" in one_line(capsys, 2, "--resume", "--output", run)
+
+
+BAD = {
+    "no method": ([], "--method is missing"),
+    "nothing to train": (["--method", "lora_label_scoring", "--lora-targets", "none"], "none"),
+    "merge of a head": (["--method", "lora_head", "--merge", "x"], "--merge"),
+    "adapter elsewhere": (["--method", "lora_head", "--adapter", "x"], "--adapter"),
+    "no rate": (["--method", "lora_head", "--lr", "0"], "--lr"),
+    "dropout of one": (["--method", "lora_head", "--dropout", "1"], "--dropout"),
+    "no such layer": (["--method", "head_only", "--layer", "4"], "--layer"),
+    "no adapter there": (["--method", "head_only", "--adapter", "nowhere"], "nowhere"),
+    "resume of nothing": (["--resume", "--output", "nowhere"], "nowhere"),
+    "resume of no directory": (["--resume"], "--output"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case, base, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args, said = BAD[case]
+    common = ["--model", base, "--data", data, "--labels", WORDS]
+    line = one_line(capsys, 2, *args, *([] if "--resume" in args else common))
+    assert said in line
+
+
+def test_a_class_without_training_rows_is_refused(base, tmp_path, capsys):
+    path = tmp_path / "one.tsv"
+    path.write_text("label\ttext\n" + "".join(f"1\t第{i}条\n" for i in range(20)), encoding="utf-8")
+    line = one_line(capsys, 2, *arguments("lora_head", base, path, tmp_path / "run"))
+    assert "坏" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_target_names_that_match_nothing_are_refused(base, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(train.TARGETS, "attention", ("query_proj",))
+    line = one_line(capsys, 2, *arguments("lora_head", base, data, tmp_path / "run"))
+    assert "query_proj" in line
+
+
+def test_evaluation_leaves_train_mode_on_and_dropout_off(base, data, tmp_path, monkeypatch):
+    """The held-out evaluation inside training must not disturb it, nor be disturbed."""
+    modes = []
+    score, step = train.score_rows, train.head_loss
+
+    def noted_score(model, *args):
+        modes.append(("evaluation", model.training))
+        first, second = score(model, *args), score(model, *args)
+        assert np.array_equal(first, second)
+        return first
+
+    def noted_step(model, *args):
+        modes.append(("step", model.training))
+        return step(model, *args)
+
+    monkeypatch.setattr(train, "score_rows", noted_score)
+    monkeypatch.setattr(train, "head_loss", noted_step)
+    args = arguments("lora_head", base, data, tmp_path / "run", "--dropout", 0.5, "--eval-every", 2)
+    assert train.main(args) == 0
+    assert set(modes) == {("evaluation", False), ("step", True)}
+    assert modes.index(("evaluation", False)) < len(modes) - 2  # with steps after it
+
+
+def test_only_lora_and_head_have_gradients(base, data, tmp_path, monkeypatch):
+    seen = {}
+    real = train.fit
+
+    def noted(run, parameters, *args):
+        found = real(run, parameters, *args)
+        seen["parameters"] = parameters
+        return found
+
+    models = []
+    load = train.load_model
+    monkeypatch.setattr(train, "fit", noted)
+    monkeypatch.setattr(train, "load_model", lambda *a: models.append(load(*a)) or models[-1])
+    assert train.main(arguments("lora_head", base, data, tmp_path / "run")) == 0
+    (model,) = models
+    ours = {id(p) for p in lora_parameters(model).values()}
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (id(parameter) in ours), name
+        assert parameter.requires_grad or parameter.grad is None, name
+    assert set(seen["parameters"]) == {*lora_parameters(model), "score"}
