@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lora import LoRAError, load_adapter
+from lora import LoRAError, load_adapter, lora_modules
 from qwen_min.cli import (
     add_data_arguments,
     add_machine_arguments,
@@ -267,6 +267,8 @@ def attach_adapter(
         _, head, metadata = load_adapter(directory, model, dropout)
     except LoRAError as error:
         raise UserError(str(error)) from None
+    if any(name.endswith("lm_head") for name in lora_modules(model)):
+        raise UserError(f"{directory}: has a LoRA on lm_head, which stays frozen here; train anew")
     if metadata.get("base_fingerprint", base_fingerprint) != base_fingerprint:
         raise UserError(
             f"{directory}: trained on another base (its fingerprint differs from the model's); "

@@ -148,7 +148,6 @@ def test_files_are_those_of_peft(tmp_path: Path, task: str) -> None:
         with safe_open(tmp_path / side / "adapter_model.safetensors", "pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             described[side] = {k: (s.get_shape(), s.get_dtype()) for k, s in slices.items()}
-            assert file.metadata() == {"format": "pt"}
     assert described["ours"] == described["theirs"]
     assert len(described["ours"]) == 16 + (task == "SEQ_CLS")
     assert (HEAD_KEY in described["ours"]) == (task == "SEQ_CLS")

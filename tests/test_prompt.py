@@ -115,10 +115,12 @@ def test_rows_are_independent(tokenizer):
         assert build(tokenizer, [], template) == []
 
 
-def test_braces_in_a_text_stay_as_they_are(tokenizer):
+def test_braces_stay_as_they_are(tokenizer):
+    """Those of a text, and all others of the template."""
     for text in ("{0} {text} {label}", "{text}", "{{", "}{", "%s {} \\n \\1 $1"):
-        [prompt] = build(tokenizer, [text])
-        assert tokenizer.decode(prompt.ids) == DEFAULT_TEMPLATE.replace("{text}", text, 1)
+        for before, after in (("评论：", "\n情感倾向："), ('{{"{0}": ["', '"], {label}}：')):
+            [prompt] = build(tokenizer, [text], before + "{text}" + after)
+            assert tokenizer.decode(prompt.ids) == before + text + after
 
 
 def test_markup_counts_in_the_template_and_not_in_a_text(tokenizer, theirs):
@@ -164,6 +166,10 @@ def test_a_label_that_begins_with_punctuation_and_merges_with_nothing(tokenizer)
     for label in ("。负面", "，正面", "！", "(good)", " 负面"):
         [ids, _] = label_ids(tokenizer, label, "好评")
         assert tokenizer.decode(ids) == label
+    # Behind other punctuation a label can have other tokens than alone.
+    [ids, _] = label_ids(tokenizer, "：负面", "好评")
+    assert tokenizer.decode(ids) == "：负面"
+    assert ids != tokenizer.encode("：负面")
 
 
 @pytest.mark.parametrize(

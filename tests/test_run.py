@@ -60,18 +60,20 @@ class Killed(BaseException):
 def fail(patch: pytest.MonkeyPatch, at: int, error: BaseException) -> None:
     """The `at`-th file operation from now on raises `error` instead of being done.
 
-    After a kill every later one does so too: a dead process does not clean up. An fsync that fails
-    loses half of what was written.
+    After a kill every later one does so too: a dead process does not clean up. Opening a file to
+    write it leaves it empty, and an fsync that fails loses half of what was written.
     """
     count = itertools.count(1)
 
     def failing(name: str, real: Callable) -> Callable:
         def operation(*args, **kwargs):
             number = next(count)
+            if number == at and args[1:2] == ("wb",):
+                real(*args, **kwargs).close()
+            if number == at and name == "fsync":
+                with contextlib.suppress(OSError):  # a descriptor that only reads
+                    os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
             if number == at or (number > at and isinstance(error, Killed)):
-                if name == "fsync" and number == at:
-                    with contextlib.suppress(OSError):  # a descriptor that only reads
-                        os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
                 raise error
             return real(*args, **kwargs)
 
