@@ -44,6 +44,7 @@ from qwen_min.config import QwenConfig
 from qwen_min.data import Example, examples_hash, read_examples
 from qwen_min.errors import UserError
 from qwen_min.head import LinearHead, load_head, pooled_features
+from qwen_min.hub import resolve_model
 from qwen_min.loading import checkpoint_fingerprint, load_model
 from qwen_min.metrics import evaluate_predictions
 from qwen_min.model import Qwen
@@ -66,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="instead of --run: a LoRA in PEFT's format, for lora_head or lora_label_scoring",
     )
-    add_data_arguments(parser)
+    add_data_arguments(parser, "test.tsv")
     add_prompt_arguments(parser)
     add_machine_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of whatever is drawn at random")
@@ -113,17 +114,14 @@ def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace,
         raise UserError(f"--method {args.method} needs --run, a directory that train.py made")
     if args.run and args.adapter:
         raise UserError("--run brings its own adapter; give --run or --adapter, not both")
-    for name in ("model", "data"):
-        if getattr(args, name) is None:
-            raise UserError(f"--{name} is missing; --help shows what it expects")
     return args, record
 
 
 def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     """Read, score, measure, write; prints the table."""
     labels, template = parse_labels(args.labels), parse_template(args.template)
-    device = choose_device(args.device)
-    examples, prompts = read_prompts(args, labels, template)
+    device, directory = choose_device(args.device), resolve_model(args.model)
+    examples, prompts = read_prompts(args, directory, labels, template)
     data_hash = examples_hash(examples)
     if args.run:
         own = args.method == record["method"]
@@ -135,7 +133,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
             [args.output, args.predictions], stack, [args.data]
         )
         started = time.perf_counter()
-        model, head = load_method(args, record, device)
+        model, head = load_method(args, directory, record, device)
         if head is not None and len(head.weight) != len(labels):
             raise UserError(
                 f"--labels names {len(labels)} classes, the trained head has {len(head.weight)}; "
@@ -191,16 +189,16 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
 
 
 def read_prompts(
-    args: argparse.Namespace, labels: Sequence[str], template: str
+    args: argparse.Namespace, directory: Path, labels: Sequence[str], template: str
 ) -> tuple[list[Example], list[Prompt]]:
     """The examples of --data and their prompts, checked against the model's limits."""
-    config = QwenConfig.from_json(Path(args.model) / "config.json")
+    config = QwenConfig.from_json(directory / "config.json")
     examples = read_examples(args.data, labels, args.encoding, args.limit)
     places = [f"{args.data}, line {e.line}" for e in examples]
-    tokenizer = Tokenizer(args.model)
+    tokenizer = Tokenizer(directory)
     if tokenizer.size > config.vocab_size:
         raise UserError(
-            f"{args.model}: tokenizer.json has {tokenizer.size} tokens, expected at most "
+            f"{directory}: tokenizer.json has {tokenizer.size} tokens, expected at most "
             f"config.json's vocab_size, {config.vocab_size}; take both from one checkpoint"
         )
     prompts = build_prompts(
@@ -223,13 +221,13 @@ def check_lengths(prompts: Sequence[Prompt], max_positions: int, places: Sequenc
 
 
 def load_method(
-    args: argparse.Namespace, record: dict | None, device: str
+    args: argparse.Namespace, directory: Path, record: dict | None, device: str
 ) -> tuple[Qwen, LinearHead | None]:
     """The model that `args.method` scores with, and its head where it has one."""
-    model = load_model(args.model, args.dtype, device)
+    model = load_model(directory, args.dtype, device)
     if args.method == "zero_shot":
         return model, None
-    base = checkpoint_fingerprint(args.model)
+    base = checkpoint_fingerprint(directory)
     if record and record["base_fingerprint"] != base:
         raise UserError(
             f"{args.run}: trained on other weights than those in {args.model} (their fingerprints "
@@ -246,7 +244,7 @@ def load_method(
                 raise UserError(f"{adapter}: holds no head; expected a LoRA made by lora_head")
             head = LinearHead(weight, None, model.config.num_hidden_layers, "last")
     if args.method == "transplanted_head":
-        model = load_model(args.model, args.dtype, device)  # the base again, without the LoRA
+        model = load_model(directory, args.dtype, device)  # the base again, without the LoRA
     if head is not None and head.weight.shape[1] != model.config.hidden_size:
         raise UserError(
             f"the head is for states of {head.weight.shape[1]} numbers, the model in {args.model} "

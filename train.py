@@ -58,6 +58,7 @@ from qwen_min.head import (
     load_head,
     save_head,
 )
+from qwen_min.hub import resolve_model
 from qwen_min.loading import checkpoint_fingerprint, fingerprint, load_model, save_model
 from qwen_min.metrics import log_loss
 from qwen_min.model import Qwen
@@ -82,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line, grouped as `--help` shows it."""
     parser = make_parser(__doc__)
     parser.add_argument("--method", choices=METHODS, help="required, unless --resume")
-    add_data_arguments(parser)
+    add_data_arguments(parser, "train.tsv")
     parser.add_argument("--data-seed", type=int, default=0, help="of the held-out part")
     add_prompt_arguments(parser)
     add_machine_arguments(parser)
@@ -142,8 +143,9 @@ def train(args: argparse.Namespace) -> int:
     """Read, split, train, and write the run directory."""
     check_arguments(args)
     labels, template = parse_labels(args.labels), parse_template(args.template)
-    device, run = choose_device(args.device), Path(args.output)
-    examples, prompts = read_prompts(args, labels, template)
+    device, directory = choose_device(args.device), resolve_model(args.model)
+    run = Path(args.output)
+    examples, prompts = read_prompts(args, directory, labels, template)
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
     counts = class_counts([examples[i] for i in training], len(labels))
     for word, count in zip(labels, counts, strict=True):
@@ -152,14 +154,14 @@ def train(args: argparse.Namespace) -> int:
                 f"{args.data}: no row of class {word!r} in the training part; every class needs "
                 "examples: add rows, or leave its word out of --labels"
             )
-    model = load_model(args.model, args.dtype, device)
+    model = load_model(directory, args.dtype, device)
     frozen = dict(model.named_parameters())
     record = {
         "method": args.method,
         "arguments": vars(args),
         "labels": list(labels),
         "template": template,
-        "base_fingerprint": checkpoint_fingerprint(args.model),
+        "base_fingerprint": checkpoint_fingerprint(directory),
         "frozen_before": fingerprint(frozen.items()),
         "data_hash": examples_hash(examples),
         "training_rows": len(training),
@@ -190,10 +192,10 @@ def train(args: argparse.Namespace) -> int:
         write_json(run / "run.json", record)
     print(f"{run}: finished; evaluate it with: python evaluate.py --run {run} --data FILE")
     if args.merge:
-        merged = load_model(args.model, args.dtype, device)
+        merged = load_model(directory, args.dtype, device)
         attach_adapter(merged, run / "adapter", record["base_fingerprint"])
         merge_lora(merged)
-        save_model(merged, args.model, args.merge)
+        save_model(merged, directory, args.merge)
         print(f"{args.merge}: base and LoRA, merged; use it with --model {args.merge}")
     return 0
 
@@ -210,9 +212,6 @@ class Split:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what would fail only after the model is loaded, or train nothing."""
-    for name in ("model", "data"):
-        if getattr(args, name) is None:
-            raise UserError(f"--{name} is missing; --help shows what it expects")
     if args.merge and (args.method != "lora_label_scoring" or args.lora_targets == "none"):
         raise UserError(
             "--merge needs lora_label_scoring with LoRA: a plain checkpoint has no head"

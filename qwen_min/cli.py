@@ -17,6 +17,7 @@ from qwen_min.errors import UserError
 from qwen_min.loading import DTYPES
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, DEFAULT_TEMPLATE
 
+SAMPLE = Path(__file__).parent / "sample"  # reviews written for this project
 STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 
@@ -61,13 +62,18 @@ def parse_with_given(
     return args, {name: value for name, value in vars(again).items() if value is not unset}
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, which labelled texts, how many tokens at once."""
-    parser.add_argument("--model", metavar="DIR", help="a model directory")
+def add_data_arguments(parser: argparse.ArgumentParser, sample: str) -> None:
+    """Which model, which texts (by default the sample's file `sample`), how many tokens at once."""
+    parser.add_argument(
+        "--model",
+        default="tiny",
+        help="tiny (embedded), a directory, or a hub name such as Qwen/Qwen2.5-1.5B[@REVISION]",
+    )
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
         metavar="FILE",
+        default=str(SAMPLE / sample),
         help=".tsv (label, text_a), .csv or .jsonl (label, text); labels are 0, 1, … or the words",
     )
     group.add_argument("--encoding", default="utf-8", help="of the data file")

@@ -351,7 +351,7 @@ def empty_model() -> None:
 HEADER = "label\ttext_a\n"
 # What is done to the workplace, what is changed in the arguments, what the line says.
 SEEN_BEFORE_LOADING: dict[str, tuple[Callable[[], object] | None, dict, tuple[str, ...]]] = {
-    "no model directory": (None, {"model": "nowhere"}, ("nowhere", "no such", "directory")),
+    "no model directory": (None, {"model": "nowhere"}, ("nowhere", "neither", "directory")),
     "empty model directory": (empty_model, {}, ("model/config.json", "no such", "tokenizer.json")),
     "a file as model": (None, {"model": "reviews.tsv"}, ("reviews.tsv",)),
     "another architecture": (
@@ -466,10 +466,10 @@ def test_a_read_only_output(workplace, monkeypatch):
     refused(("out/results.json: cannot be written", "Permission denied", "is yours"))
 
 
-def test_the_arguments_that_must_be_given():
+def test_the_argument_that_must_be_given():
     status, out, err = command("--data", "reviews.tsv")
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: ") and "--model" in err
+    assert err.startswith("error: ") and "--method" in err
 
 
 def change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> None:

@@ -150,7 +150,7 @@ def run(args: argparse.Namespace, step) -> dict:
 
 
 def gemm_rate(args: argparse.Namespace) -> tuple[float, int]:
-    """(FLOP/s of products at the model's own shapes, N): 2,048 tokens through one layer's weights."""
+    """(FLOP/s of products at the model's own shapes, N): 2,048 tokens through one layer."""
     model = load_model(args.model, args.dtype)
     layer = model.model.layers[0]
     weights = [m.weight for m in layer.modules() if isinstance(m, torch.nn.Linear)]
