@@ -5,7 +5,6 @@ review that somebody wrote. Here text is only ever text: the added tokens are ta
 tokenizer and kept in a table, `markup`, for those who compose a prompt and mean them.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,27 +20,28 @@ class Tokenizer:
 
     def __init__(self, directory: str | Path):
         path = Path(directory) / "tokenizer.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            self.markup = {token["content"]: token["id"] for token in raw["added_tokens"]}
-            raw["added_tokens"] = []
-            self._base = BaseTokenizer.from_str(json.dumps(raw))
-        except FileNotFoundError:
+        if not path.exists():
             raise UserError(
                 f"{path}: no such file; a model directory holds tokenizer.json beside the weights"
-            ) from None
+            )
+        try:
+            whole = BaseTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for a malformed file
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{path}: not a usable tokenizer ({type(error).__name__}: {reason}); fetch it again"
             ) from None
-        if not isinstance(self._base.model, models.BPE):
+        if not isinstance(whole.model, models.BPE):
             raise UserError(
-                f"{path}: a {type(self._base.model).__name__} tokenizer, where Qwen's is BPE; take "
-                "the file that came with the weights"
+                f"{path}: a {type(whole.model).__name__} tokenizer, where Qwen's is BPE; take the "
+                "file that came with the weights"
             )
-        self._base.no_truncation()
-        self._base.no_padding()
+        self.markup = {t.content: id_ for id_, t in whole.get_added_tokens_decoder().items()}
+        # The same parts, put together without added tokens, truncation and padding.
+        self._base = BaseTokenizer(whole.model)
+        self._base.normalizer = whole.normalizer
+        self._base.pre_tokenizer = whole.pre_tokenizer
+        self._base.decoder = whole.decoder
         ids = [*self._base.get_vocab().values(), *self.markup.values()]
         self.size = max(ids) + 1  # ids below this exist; the model's V is larger
         self._markup_pattern = "|".join(
