@@ -18,6 +18,7 @@ Shapes:
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,18 @@ class RMSNorm(nn.Module):
         h = x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How texts lie end to end, N tokens in all, and what each token sees."""
+
+    lengths: list[int]  # of each text; their sum is N
+    cos: Tensor  # (N, 1, Dh), of each token's position in its text
+    sin: Tensor
+    # For each text (T, keys): which keys each token sees. None: those up to itself.
+    masks: list[Tensor | None]
+    only: Tensor | None = None  # places of the texts' last tokens, where these alone are asked for
 
 
 def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -119,21 +132,14 @@ class Attention(nn.Module):
         return self.o_proj(out.reshape(B, T, self.heads * self.head_dim))
 
     def forward_packed(
-        self,
-        x: Tensor,  # (N, D)
-        cos: Tensor,
-        sin: Tensor,
-        lengths: Sequence[int],
-        masks: Sequence[Tensor | None],
-        past: Sequence[KeysValues] | None,
-        queries: Tensor | None,
+        self, x: Tensor, layout: Layout, past: Sequence[KeysValues] | None
     ) -> tuple[Tensor, list[KeysValues]]:
-        """Several texts end to end: one product per weight, then attention text by text.
+        """Texts end to end, x (N, D): one product per weight, then attention text by text.
 
-        queries: rows of x, one for each text, that alone are asked for (the last token of each);
-        None asks for all. Returns (N or number of texts, D) and the texts' keys and values, past
-        included.
+        Returns (N, D), or (number of texts, D) where the layout asks for last tokens alone, and
+        each text's keys and values, those of `past` included.
         """
+        cos, sin, lengths, masks = layout.cos, layout.sin, layout.lengths, layout.masks
         k = self.k_norm(self.k_proj(x).view(-1, self.kv_heads, self.head_dim))
         v = self.v_proj(x).view(-1, self.kv_heads, self.head_dim)
         k = rotate(k, cos, sin)
@@ -144,21 +150,22 @@ class Attention(nn.Module):
                 for (old_k, old_v), (new_k, new_v) in zip(past, keys_values, strict=True)
             ]
 
-        if queries is not None:
-            x, cos, sin = x[queries], cos[queries], sin[queries]
+        if layout.only is not None:
+            # A text's last token sees every key, so it needs no mask.
+            x, cos, sin = x[layout.only], cos[layout.only], sin[layout.only]
             lengths, masks = [1] * len(lengths), [None] * len(lengths)
         q = self.q_norm(self.q_proj(x).view(-1, self.heads, self.head_dim))
         q = rotate(q, cos, sin)
 
         outs = []
-        texts = zip(q.split(lengths), keys_values, masks, strict=True)
-        for q_text, (k_text, v_text), mask in texts:
+        for q_text, (k_text, v_text), mask in zip(
+            q.split(lengths), keys_values, masks, strict=True
+        ):
             out = F.scaled_dot_product_attention(
                 q_text.transpose(0, 1)[None],  # (1, H, T, Dh)
                 k_text.transpose(0, 1)[None],  # (1, K, T with past, Dh)
                 v_text.transpose(0, 1)[None],
                 attn_mask=mask,
-                # A single query is a text's last token: it sees every key, and needs no mask.
                 is_causal=mask is None and len(q_text) > 1,
                 enable_gqa=self.heads != self.kv_heads,
             )
@@ -195,12 +202,10 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward_packed(
-        self, x: Tensor, cos: Tensor, sin: Tensor, lengths, masks, past, queries
+        self, x: Tensor, layout: Layout, past: Sequence[KeysValues] | None
     ) -> tuple[Tensor, list[KeysValues]]:
-        attended, keys_values = self.self_attn.forward_packed(
-            self.input_layernorm(x), cos, sin, lengths, masks, past, queries
-        )
-        x = (x if queries is None else x[queries]) + attended
+        attended, keys_values = self.self_attn.forward_packed(self.input_layernorm(x), layout, past)
+        x = (x if layout.only is None else x[layout.only]) + attended
         return x + self.mlp(self.post_attention_layernorm(x)), keys_values
 
 
@@ -250,35 +255,39 @@ class QwenModel(nn.Module):
             layer but the last, whose output the final norm turns into the returned states.
         checkpointing: recompute each layer in the backward pass instead of keeping activations.
         """
-        if visible is None:
-            steps = [torch.arange(length) for length in lengths]
-        else:
-            steps = [seen.sum(1).cpu() - 1 for seen in visible]
-        starts = [0] * len(lengths) if past is None else [len(k) for k, _ in past[0]]
-        positions = torch.cat([step + start for step, start in zip(steps, starts, strict=True)])
-        masks = [
-            _attention_mask(length, start, None if visible is None else visible[i], ids.device)
-            for i, (length, start) in enumerate(zip(lengths, starts, strict=True))
-        ]
-        cos, sin = rotary_cos_sin(
-            positions.to(ids.device), self.config.head_dim, self.config.rope_theta
-        )
+        layout = self._layout(lengths, past, visible)
         last = torch.tensor(lengths, device=ids.device).cumsum(0) - 1
-
         x = self.embed_tokens(ids)  # (N, D)
         cache: Cache = []
         for i, layer in enumerate(self.layers):
             if streams is not None:
                 streams.append(x)
-            queries = last if last_only and i == len(self.layers) - 1 else None
-            layer_past = None if past is None else past[i]
-            arguments = (x, cos, sin, lengths, masks, layer_past, queries)
+            if last_only and i == len(self.layers) - 1:
+                layout = replace(layout, only=last)
+            arguments = (x, layout, None if past is None else past[i])
             if checkpointing:
                 x, keys_values = checkpoint(layer.forward_packed, *arguments, use_reentrant=False)
             else:
                 x, keys_values = layer.forward_packed(*arguments)
             cache.append(keys_values)
         return self.norm(x), cache
+
+    def _layout(
+        self, lengths: Sequence[int], past: Cache | None, visible: Sequence[Tensor] | None
+    ) -> Layout:
+        """Positions and masks for `forward_packed`, whose arguments these are."""
+        device = self.embed_tokens.weight.device
+        starts = [0] * len(lengths) if past is None else [len(k) for k, _ in past[0]]
+        positions, masks = [], []
+        for i, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+            seen = None if visible is None else visible[i]
+            steps = torch.arange(length) if seen is None else seen.sum(dim=1) - 1
+            positions.append(start + steps)
+            masks.append(_attention_mask(length, start, seen, device))
+        cos, sin = rotary_cos_sin(
+            torch.cat(positions).to(device), self.config.head_dim, self.config.rope_theta
+        )
+        return Layout(list(lengths), cos, sin, masks)
 
 
 def _attention_mask(

@@ -9,7 +9,7 @@ from torch import nn
 
 import qwen_min.model as model_module
 from qwen_min.loading import load_model
-from qwen_min.model import Attention, Qwen, RMSNorm, rotary_cos_sin
+from qwen_min.model import Attention, Layout, Qwen, RMSNorm, rotary_cos_sin
 
 # fp32 sums of a few hundred products, in another order: a few units in the last place of values
 # up to 10 (2^-20 each).
@@ -174,7 +174,7 @@ def test_large_bf16_attention_is_finite(reference):
     x = 1e4 * torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     cos, sin = rotary_cos_sin(torch.arange(20), 8, 1e4)
     definition = attention(x, cos, sin)
-    packed, _ = attention.forward_packed(x[0], cos, sin, [20], [None], None, None)
+    packed, _ = attention.forward_packed(x[0], Layout([20], cos, sin, [None]), None)
     assert definition.isfinite().all()
     assert packed.isfinite().all()
 
