@@ -52,18 +52,6 @@ class RMSNorm(nn.Module):
         return self.weight * h.to(x.dtype)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How texts lie end to end, N tokens in all, and what each token sees."""
-
-    lengths: list[int]  # of each text; their sum is N
-    cos: Tensor  # (N, 1, Dh), of each token's position in its text
-    sin: Tensor
-    # For each text (T, keys): which keys each token sees. None: those up to itself.
-    masks: list[Tensor | None]
-    only: Tensor | None = None  # places of the texts' last tokens, where these alone are asked for
-
-
 def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles (Su et al. 2021, arXiv:2104.09864).
 
@@ -86,6 +74,42 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # dtype: cos and sin go to the activations' dtype and the rotation happens there.
     first, second = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How texts lie end to end, N tokens in all, and what each token sees."""
+
+    lengths: list[int]  # of each text; their sum is N
+    cos: Tensor  # (N, 1, Dh), of each token's position in its text
+    sin: Tensor
+    # For each text, which keys each token sees (T, keys); None: those up to itself.
+    masks: list[Tensor | None]
+    only: Tensor | None = None  # places of the texts' last tokens, where these alone are asked for
+
+
+def lay_out(
+    config: QwenConfig,
+    device: torch.device,
+    lengths: Sequence[int],
+    past: Cache | None,
+    visible: Sequence[Tensor] | None,
+) -> Layout:
+    """The layout for `QwenModel.forward_packed`, where the last three arguments are explained."""
+    positions, masks = [], []
+    for i, length in enumerate(lengths):
+        start = 0 if past is None else len(past[0][i][0])
+        seen = (
+            torch.ones(length, length, dtype=torch.bool).tril() if visible is None else visible[i]
+        )
+        positions.append(start + seen.sum(dim=1) - 1)
+        # `is_causal` of scaled_dot_product_attention counts from the first key, not from the last,
+        # so tokens that continue a cache need a mask of their own (pytorch#108108).
+        plain = visible is None and start == 0
+        before = torch.ones(length, start, dtype=torch.bool)
+        masks.append(None if plain else torch.cat([before, seen], dim=1).to(device))
+    cos, sin = rotary_cos_sin(torch.cat(positions).to(device), config.head_dim, config.rope_theta)
+    return Layout(list(lengths), cos, sin, masks)
 
 
 class Attention(nn.Module):
@@ -255,7 +279,7 @@ class QwenModel(nn.Module):
             layer but the last, whose output the final norm turns into the returned states.
         checkpointing: recompute each layer in the backward pass instead of keeping activations.
         """
-        layout = self._layout(lengths, past, visible)
+        layout = lay_out(self.config, ids.device, lengths, past, visible)
         last = torch.tensor(lengths, device=ids.device).cumsum(0) - 1
         x = self.embed_tokens(ids)  # (N, D)
         cache: Cache = []
@@ -271,39 +295,6 @@ class QwenModel(nn.Module):
                 x, keys_values = layer.forward_packed(*arguments)
             cache.append(keys_values)
         return self.norm(x), cache
-
-    def _layout(
-        self, lengths: Sequence[int], past: Cache | None, visible: Sequence[Tensor] | None
-    ) -> Layout:
-        """Positions and masks for `forward_packed`, whose arguments these are."""
-        device = self.embed_tokens.weight.device
-        starts = [0] * len(lengths) if past is None else [len(k) for k, _ in past[0]]
-        positions, masks = [], []
-        for i, (length, start) in enumerate(zip(lengths, starts, strict=True)):
-            seen = None if visible is None else visible[i]
-            steps = torch.arange(length) if seen is None else seen.sum(dim=1) - 1
-            positions.append(start + steps)
-            masks.append(_attention_mask(length, start, seen, device))
-        cos, sin = rotary_cos_sin(
-            torch.cat(positions).to(device), self.config.head_dim, self.config.rope_theta
-        )
-        return Layout(list(lengths), cos, sin, masks)
-
-
-def _attention_mask(
-    length: int, start: int, visible: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """Which keys (T, start + T) each new token sees; None where plain causality says it all.
-
-    `is_causal` of scaled_dot_product_attention counts from the first key, not from the last, so
-    that tokens continuing a cache need a mask of their own (pytorch#108108).
-    """
-    if visible is None and (start == 0 or length == 1):
-        return None
-    if visible is None:
-        visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    before = torch.ones(length, start, dtype=torch.bool, device=device)
-    return torch.cat([before, visible.to(device)], dim=1)
 
 
 class Qwen(nn.Module):
