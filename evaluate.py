@@ -34,9 +34,7 @@ from qwen_min.cli import (
     add_machine_arguments,
     add_prompt_arguments,
     choose_device,
-    commit_outputs,
     make_parser,
-    open_outputs,
     parse_with_given,
     run_command,
 )
@@ -48,6 +46,7 @@ from qwen_min.hub import resolve_model
 from qwen_min.loading import checkpoint_fingerprint, load_model
 from qwen_min.metrics import evaluate_predictions
 from qwen_min.model import Qwen
+from qwen_min.output import commit_outputs, open_outputs
 from qwen_min.prompt import Prompt, build_prompts, parse_labels, parse_template
 from qwen_min.report import format_results
 from qwen_min.run import read_run

@@ -39,10 +39,10 @@ from qwen_min.cli import (
     add_data_arguments,
     add_machine_arguments,
     add_prompt_arguments,
+    add_training_arguments,
     choose_device,
     make_parser,
     parse_with_given,
-    positive_int,
     run_command,
 )
 from qwen_min.data import class_counts, examples_hash, held_out_split
@@ -92,44 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="go on with the run in --output")
     run.add_argument("--merge", metavar="DIR", help="also write base + LoRA as a plain checkpoint")
     run.add_argument("--seed", type=int, default=0, help="of initial values, order and dropout")
-    head = parser.add_argument_group("head_only")
-    head.add_argument("--pooling", choices=POOLINGS, default="last", help="token(s) to read")
-    head.add_argument(
-        "--layer",
-        default="last",
-        help="last, best (chosen on the held-out part), or a number: 0 is the embedding",
-    )
-    head.add_argument("--adapter", metavar="DIR", help="probe the base adapted by this LoRA")
-    head.add_argument("--feature-cache", metavar="DIR", help="default: features/ in the run")
-    lora = parser.add_argument_group("lora_head, lora_label_scoring")
-    lora.add_argument(
-        "--lora-targets",
-        choices=TARGETS,
-        default="attention",
-        help="projections that get a LoRA: q, k, v, o; with gate, up, down; or none",
-    )
-    # A few hundred to a few thousand rows: a small rank is enough to move a decision, and alpha
-    # twice the rank is the customary scale at which 2e-4 is a safe rate.
-    lora.add_argument("--r", type=positive_int, default=8, help="rank of the LoRA")
-    lora.add_argument("--alpha", type=float, default=16.0, help="scale: the update is alpha/r · BA")
-    lora.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(r) instead")
-    # Some regularisation, since two passes over little data already fit it closely.
-    lora.add_argument("--dropout", type=float, default=0.05, help="on the LoRA's input")
-    lora.add_argument("--epochs", type=positive_int, default=2, help="passes over the data")
-    lora.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
-    # Adam's second moments mean little in the first steps; they get small ones.
-    lora.add_argument("--warmup", type=float, default=0.1, help="share of steps with a rising rate")
-    lora.add_argument("--batch-size", type=positive_int, default=8, help="rows in one step")
-    lora.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    lora.add_argument(
-        "--eval-every", type=positive_int, metavar="STEPS", help="default: twice an epoch"
-    )
-    lora.add_argument(
-        "--save-every", type=positive_int, metavar="STEPS", default=50, help="at least"
-    )
-    lora.add_argument(
-        "--checkpointing", action="store_true", help="recompute activations: slower, less memory"
-    )
+    add_training_arguments(parser, POOLINGS, TARGETS)
     return parser
 
 

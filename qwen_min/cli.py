@@ -1,15 +1,11 @@
-"""What the two commands share: arguments, one-line errors, and outputs that are opened early."""
+"""What the two commands share: their arguments, and one line for a mistake."""
 
 import argparse
-import contextlib
-import errno
 import io
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
 from qwen_min.batching import DEFAULT_BATCH_TOKENS
@@ -18,7 +14,6 @@ from qwen_min.loading import DTYPES
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, DEFAULT_TEMPLATE
 
 SAMPLE = Path(__file__).parent / "sample"  # reviews written for this project
-STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -127,6 +122,50 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_training_arguments(
+    parser: argparse.ArgumentParser, poolings: Iterable[str], targets: Iterable[str]
+) -> None:
+    """How each method is trained. The defaults serve a few hundred to a few thousand rows."""
+    head = parser.add_argument_group("head_only")
+    head.add_argument("--pooling", choices=poolings, default="last", help="token(s) to read")
+    head.add_argument(
+        "--layer",
+        default="last",
+        help="last, best (chosen on the held-out part), or a number: 0 is the embedding",
+    )
+    head.add_argument("--adapter", metavar="DIR", help="probe the base adapted by this LoRA")
+    head.add_argument("--feature-cache", metavar="DIR", help="default: features/ in the run")
+    lora = parser.add_argument_group("lora_head, lora_label_scoring")
+    lora.add_argument(
+        "--lora-targets",
+        choices=targets,
+        default="attention",
+        help="projections that get a LoRA: q, k, v, o; with gate, up, down; or none",
+    )
+    # A few hundred to a few thousand rows: a small rank is enough to move a decision, and alpha
+    # twice the rank is the customary scale at which 2e-4 is a safe rate.
+    lora.add_argument("--r", type=positive_int, default=8, help="rank of the LoRA")
+    lora.add_argument("--alpha", type=float, default=16.0, help="scale: the update is alpha/r · BA")
+    lora.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(r) instead")
+    # Some regularisation, since two passes over little data already fit it closely.
+    lora.add_argument("--dropout", type=float, default=0.05, help="on the LoRA's input")
+    lora.add_argument("--epochs", type=positive_int, default=2, help="passes over the data")
+    lora.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
+    # Adam's second moments mean little in the first steps; they get small ones.
+    lora.add_argument("--warmup", type=float, default=0.1, help="share of steps with a rising rate")
+    lora.add_argument("--batch-size", type=positive_int, default=8, help="rows in one step")
+    lora.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    lora.add_argument(
+        "--eval-every", type=positive_int, metavar="STEPS", help="default: twice an epoch"
+    )
+    lora.add_argument(
+        "--save-every", type=positive_int, metavar="STEPS", default=50, help="at least"
+    )
+    lora.add_argument(
+        "--checkpointing", action="store_true", help="recompute activations: slower, less memory"
+    )
+
+
 def choose_device(name: str) -> str:
     """ "auto" → cuda, mps or cpu, whichever is there. Raises UserError for one that is not."""
     import torch
@@ -167,111 +206,3 @@ def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Nam
 def _one_line(message: str) -> str:
     """A message may quote a path or an argument, and either may hold a newline."""
     return message.replace("\r", "\\r").replace("\n", "\\n")
-
-
-class Output:
-    """A result file that is opened before the work starts and appears, whole, at its end.
-
-    A path that cannot be written is so known at once and not after an hour. The text is written
-    aside and renamed; if even that fails (a full disk) it goes to the temporary directory, and the
-    error says where. Without `commit` nothing is left behind.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._target = Path(os.path.realpath(path))  # a link stays; what it points to is replaced
-        self._aside: Path | None = None
-        try:
-            if str(path) in STREAMS:
-                # Opened by its name, a stream that the shell sends to a file would empty that file.
-                opened: Path | int = STREAMS[str(path)]
-            elif self.path.exists() and not self.path.is_file():
-                opened = self.path  # a device or a pipe is written through, never replaced
-            elif self.path.exists() and not os.access(self.path, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            else:
-                opened = self._target.parent / f".{self._target.name}.{os.getpid()}.partial"
-                self._aside = opened
-            # A file's name may hold half of a surrogate pair, which has no UTF-8: JSON's escape for
-            # it, as in "\udcff", is what backslashreplace writes.
-            self._file = open(  # noqa: SIM115
-                opened,
-                "w",
-                encoding="utf-8",
-                errors="backslashreplace",
-                newline="\n",
-                closefd=not isinstance(opened, int),
-            )
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); name a file in a directory "
-                "that exists and is yours"
-            ) from None
-
-    def commit(self, text: str) -> None:
-        """Write `text` and put the file in its place."""
-        try:
-            with self._file as file:
-                file.write(text)
-            if self._aside:
-                os.replace(self._aside, self._target)
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); {self._rescue(text)}"
-            ) from None
-
-    def _rescue(self, text: str) -> str:
-        """Write `text` to the temporary directory; says where, and what to do."""
-        try:
-            with tempfile.NamedTemporaryFile(
-                "wb", prefix="qwen_min-", suffix=self.path.suffix, delete=False
-            ) as file:
-                file.write(text.encode("utf-8", "backslashreplace"))
-        except OSError as error:
-            return f"nor can a temporary file ({error.strerror}); make room and run again"
-        return f"what was for it is in {file.name}: move that where there is room"
-
-    def __enter__(self) -> "Output":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
-        if self._aside:
-            self._aside.unlink(missing_ok=True)
-
-
-def open_outputs(
-    paths: Sequence[str | None], stack: contextlib.ExitStack, inputs: Sequence[str]
-) -> list[Output | None]:
-    """An Output for each path that is given; `stack` removes what is never committed.
-
-    Raises UserError where one would replace another or one of the files `inputs`.
-    """
-    taken = {os.path.realpath(path) for path in inputs}
-    for path in paths:
-        if path is not None and os.path.realpath(path) in taken:
-            raise UserError(
-                f"{path}: this file is already the data or another output; give each its own"
-            )
-        if path is not None:
-            taken.add(os.path.realpath(path))
-    return [None if path is None else stack.enter_context(Output(path)) for path in paths]
-
-
-def commit_outputs(texts: Sequence[tuple[Output | None, str]]) -> None:
-    """Commit every output that is given, even where another fails. Raises UserError if one did."""
-    failures = []
-    for output, text in texts:
-        try:
-            if output:
-                output.commit(text)
-        except UserError as error:
-            failures.append(str(error))
-    if failures:
-        raise UserError("; ".join(failures))

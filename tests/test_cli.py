@@ -15,18 +15,16 @@ import torch
 
 from qwen_min.cli import (
     CommandParser,
-    Output,
     add_machine_arguments,
     add_prompt_arguments,
     choose_device,
-    commit_outputs,
     make_parser,
-    open_outputs,
     parse_with_given,
     positive_int,
     run_command,
 )
 from qwen_min.errors import UserError
+from qwen_min.output import Output, commit_outputs, open_outputs
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_TEMPLATE, parse_labels, parse_template
 
 FULL = OSError(28, "No space left on device")

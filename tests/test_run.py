@@ -342,7 +342,7 @@ def wait_at(number):
         def operation(*args, **kwargs):
             if next(count) == number:
                 say("waiting")
-                time.sleep(60)
+                time.sleep(20)
             return real(*args, **kwargs)
         return operation
     io.open = waiting(io.open)
