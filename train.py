@@ -135,7 +135,8 @@ def train(args: argparse.Namespace) -> int:
     }
     record = start_record(run, record, args.resume)
     if not record["finished"]:
-        data = Split(prompts, [example.label for example in examples], training, held_out)
+        lines, labels_of = [e.line for e in examples], [e.label for e in examples]
+        data = Split(prompts, labels_of, lines, training, held_out)
         try:
             method = train_head if args.method == "head_only" else train_lora
             found = method(args, run, model, data, record)
@@ -143,7 +144,7 @@ def train(args: argparse.Namespace) -> int:
             print(f"{stopped}; go on with: python train.py --resume --output {run}")
             return 128 + stopped.signal
         except TrainingFailed as failure:
-            print(f"error: {failure}", file=sys.stderr)
+            print(f"error: {failure} (rows: lines of {args.data})", file=sys.stderr)
             return 1
         after = fingerprint(frozen.items())
         if after != record["frozen_before"]:
@@ -169,6 +170,7 @@ class Split:
 
     prompts: Sequence[Prompt]
     labels: Sequence[int]
+    lines: Sequence[int]  # of the file
     training: Sequence[int]
     held_out: Sequence[int]
 
@@ -304,7 +306,8 @@ def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, re
     )
     lengths = [len(data.prompts[row].ids) for row in data.training]
     model.train()
-    state = fit(run, parameters, lengths, plan, loss, evaluate, write_parameters, start)
+    lines = [data.lines[row] for row in data.training]
+    state = fit(run, parameters, lengths, plan, loss, evaluate, write_parameters, start, lines)
     best = run / "checkpoints" / f"step-{state['best_step']}"
     if targets:
         publish(best / "adapter", run / "adapter")

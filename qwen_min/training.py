@@ -74,6 +74,7 @@ def fit(
     evaluate: Callable[[], dict],
     write_parameters: Callable[[Path], None],
     checkpoint: Path | None = None,
+    places: Sequence[int] | None = None,
 ) -> dict:
     """Minimise the mean of `loss` over rows; returns step, seconds, history and best_step.
 
@@ -82,11 +83,12 @@ def fit(
     evaluate() measures on held-out rows and returns at least held_out_log_loss; the step where that
     is lowest is the best. write_parameters(directory) puts the trained parameters into a directory.
     checkpoint: of the same run, to go on from; the parameters have been read from it already.
+    places: what to call each row in an error, such as its line in a file; default: 1, 2, …
 
     Raises TrainingFailed before the optimizer's step where loss or gradient is not finite, and
     Stopped after a step and a checkpoint on SIGINT or SIGTERM.
     """
-    names = list(parameters)
+    names, places = list(parameters), places or range(1, len(lengths) + 1)
     # Decay would pull A and B, which are a small change already, towards no change at all.
     optimizer = torch.optim.AdamW(parameters.values(), lr=plan.lr, weight_decay=0.0)
     state = {"step": 0, "seconds": 0.0, "history": []}
@@ -134,7 +136,7 @@ def fit(
             if not (math.isfinite(mean_loss) and math.isfinite(norm)):
                 raise TrainingFailed(
                     f"step {state['step'] + 1}: loss {mean_loss}, gradient norm {norm}, in rows "
-                    f"{[row + 1 for row in rows]}; nothing was changed by this step, the last "
+                    f"{[places[row] for row in rows]}; nothing was changed by this step, the last "
                     "checkpoint is kept: look at these rows, or lower --lr"
                 )
             optimizer.step()

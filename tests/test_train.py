@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import train
 from lora import lora_parameters
+from qwen_min.data import held_out_split, read_examples
 from qwen_min.loading import load_model
 from qwen_min.run import checkpoints
 
@@ -115,7 +116,6 @@ def test_evaluation_in_a_new_process_is_equal_to_the_bit(method, runs, data, cap
 
 
 def test_transplanted_head_is_the_same_head_on_the_bare_base(runs, base, data, capsys):
-    from qwen_min.data import read_examples
     from qwen_min.head import pooled_features
     from qwen_min.prompt import build_prompts
     from qwen_min.tokenizer import Tokenizer
@@ -136,7 +136,6 @@ def test_peft_gives_our_label_scores(runs, base, data, capsys):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from qwen_min.data import read_examples
     from qwen_min.prompt import build_prompts
     from qwen_min.tokenizer import Tokenizer
 
@@ -160,7 +159,6 @@ def test_peft_gives_our_class_logits(runs, base, data, capsys):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    from qwen_min.data import read_examples
     from qwen_min.prompt import build_prompts
     from qwen_min.tokenizer import Tokenizer
 
@@ -368,7 +366,11 @@ def test_non_finite_loss_stops_before_the_step(base, data, tmp_path, capsys, mon
     args = arguments("lora_label_scoring", base, data, run, "--save-every", 2)
     line = one_line(capsys, 1, *args)
     assert "step 5" in line
-    assert "rows [" in line
+    named = [int(row) for row in line.split("rows [")[1].split("]")[0].split(", ")]
+    training, _ = held_out_split(read_examples(data, WORDS.split(",")), train.HELD_OUT, 0)
+    # Lines of the file, whose first is the header; the fifth step's eight rows.
+    assert len(named) == 8
+    assert set(named) <= {row + 2 for row in training}
     assert [step for step, _ in checkpoints(run)][-1] == 4
     assert not record(run)["finished"]
 
