@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora import LoRAError, load_adapter, lora_modules
+from qwen_min.audit import clean_part, training_texts
 from qwen_min.cli import (
     add_data_arguments,
     add_machine_arguments,
@@ -67,6 +68,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="instead of --run: a LoRA in PEFT's format, for lora_head or lora_label_scoring",
     )
     add_data_arguments(parser, "test.tsv")
+    parser.add_argument(
+        "--train-data",
+        metavar="FILE",
+        help="also measure on the rows that are not in it (default: what --run was trained on)",
+    )
     add_prompt_arguments(parser)
     add_machine_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of whatever is drawn at random")
@@ -113,6 +119,8 @@ def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace,
         raise UserError(f"--method {args.method} needs --run, a directory that train.py made")
     if args.run and args.adapter:
         raise UserError("--run brings its own adapter; give --run or --adapter, not both")
+    if args.model is None:
+        raise UserError("--model is missing; give a directory or a hub name (README, Start)")
     return args, record
 
 
@@ -122,6 +130,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     device, directory = choose_device(args.device), resolve_model(args.model)
     examples, prompts = read_prompts(args, directory, labels, template)
     data_hash = examples_hash(examples)
+    training = training_texts(args.train_data, args.encoding, labels, record)
     if args.run:
         own = args.method == record["method"]
         ending = ("" if own else f"{args.method}-") + data_hash[:12]
@@ -129,7 +138,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         args.predictions = args.predictions or str(Path(args.run) / f"predictions-{ending}.jsonl")
     with ExitStack() as stack:
         results_file, predictions_file = open_outputs(
-            [args.output, args.predictions], stack, [args.data]
+            [args.output, args.predictions], stack, [args.data, *filter(None, [args.train_data])]
         )
         started = time.perf_counter()
         model, head = load_method(args, directory, record, device)
@@ -158,6 +167,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
             **evaluate_predictions(
                 [e.label for e in examples], scores.argmax(axis=1), scores, list(labels)
             ),
+            "clean": clean_part(training, examples, scores.argmax(axis=1)),
             # How much of all probability the label words hold between them: near 0, the model
             # would rather have said something else, and the ranking among them means less.
             "label_mass": float(np.exp(scores).sum(axis=1).mean()) if head is None else None,
@@ -174,6 +184,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
             "trained_parameters": record["trained_parameters"] if record else 0,
             "training_seconds": record["seconds"] if record else 0.0,
             "arguments": vars(args),
+            "training_arguments": record["arguments"] if record else None,
         }
         try:
             commit_outputs(

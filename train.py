@@ -177,6 +177,8 @@ class Split:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what would fail only after the model is loaded, or train nothing."""
+    if args.model is None:
+        raise UserError("--model is missing; give a directory or a hub name (README, Start)")
     if args.merge and (args.method != "lora_label_scoring" or args.lora_targets == "none"):
         raise UserError(
             "--merge needs lora_label_scoring with LoRA: a plain checkpoint has no head"

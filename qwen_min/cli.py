@@ -61,8 +61,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, sample: str) -> None:
     """Which model, which texts (by default the sample's file `sample`), how many tokens at once."""
     parser.add_argument(
         "--model",
-        default="tiny",
-        help="tiny (embedded), a directory, or a hub name such as Qwen/Qwen2.5-1.5B[@REVISION]",
+        help="required: a directory, or a hub name such as Qwen/Qwen2.5-1.5B[@REVISION]",
     )
     group = parser.add_argument_group("data")
     group.add_argument(

@@ -73,7 +73,9 @@ class Method:
 
     def summary(self) -> tuple[dict, dict]:
         """Mean and sample standard deviation over the seeds, by measure; None where undefined."""
-        columns = {key: [r.measures[key] for r in self.seeds.values()] for key in self.first.measures}
+        columns = {
+            key: [r.measures[key] for r in self.seeds.values()] for key in self.first.measures
+        }
         whole = {key: None not in values for key, values in columns.items()}
         mean = {k: statistics.fmean(v) if whole[k] else None for k, v in columns.items()}
         several = len(self.seeds) > 1
@@ -99,7 +101,7 @@ def read_all(arguments: Sequence[str]) -> list[Result]:
 
 
 def read_result(path: Path) -> Result:
-    """One results file with its predictions. Raises UserError for what evaluate.py did not write."""
+    """One results file with its predictions. Raises UserError for what is none of evaluate.py."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in NEEDED if key not in results]
@@ -123,11 +125,10 @@ def read_result(path: Path) -> Result:
         training = read_run(run)["arguments"]
     settings = {k: v for k, v in arguments.items() if k not in ASIDE}
     for name, value in (training or {}).items():
-        # What both have, and alike, is said once; the rows trained on are no seed's affair.
-        if name not in ASIDE | settings.keys() or name in ("data", "limit"):
-            settings[f"train_{name}" if name in arguments else name] = value
-        elif name in settings and value != settings[name]:
-            settings[f"train_{name}"] = value
+        # What both have, and alike, is said once. The rows trained on are no seed's affair.
+        if name in ASIDE - {"data", "limit"} or (name in settings and settings[name] == value):
+            continue
+        settings[f"train_{name}" if name in arguments else name] = value
     return Result(
         path=path,
         results=results,
@@ -196,12 +197,12 @@ def gather(results: Sequence[Result]) -> list[Method]:
     firsts = [next(iter(group.values())) for group in groups]
     names = [method_name(first, firsts) for first in firsts]
     # The same evaluation twice, or values that look alike once shortened.
-    for i, first in enumerate(firsts):
-        if names.count(names[i]) > 1 or names[i] in names[:i]:
-            names[i] += f" ({first.path})"
+    names = [
+        f"{name} ({first.path})" if names.count(name) > 1 else name
+        for name, first in zip(names, firsts, strict=True)
+    ]
     return [
-        Method(name, dict(sorted(group.items())))
-        for name, group in zip(names, groups, strict=True)
+        Method(name, dict(sorted(group.items()))) for name, group in zip(names, groups, strict=True)
     ]
 
 
@@ -213,7 +214,11 @@ def same_method(a: Result, b: Result) -> bool:
 def identity(result: Result) -> dict:
     """What is the same for every seed of a method."""
     results = result.results
-    return {"examples": results["examples_hash"][:8], **result.settings, "method": results["method"]}
+    return {
+        "examples": results["examples_hash"][:8],
+        **result.settings,
+        "method": results["method"],
+    }
 
 
 def method_name(result: Result, among: Sequence[Result]) -> str:
@@ -258,7 +263,7 @@ def compare(a: Method, b: Method) -> dict:
     if not seeds:
         found = " and ".join(", ".join(map(str, m.seeds)) for m in (a, b))
         return pair | {"not_compared": f"no seed in common: {found}"}
-    return pair | {"tests": [test(a.seeds[i], b.seeds[j]) for i, j in seeds]}
+    return pair | {"tests": [paired_test(a.seeds[i], b.seeds[j]) for i, j in seeds]}
 
 
 def paired_seeds(a: Method, b: Method) -> list[tuple[int, int]]:
@@ -271,7 +276,7 @@ def paired_seeds(a: Method, b: Method) -> list[tuple[int, int]]:
     return [(seed, seed) for seed in a.seeds if seed in b.seeds]
 
 
-def test(a: Result, b: Result) -> dict:
+def paired_test(a: Result, b: Result) -> dict:
     """One paired test of two results on the same examples."""
     if not np.array_equal(a.predictions.labels, b.predictions.labels):
         raise UserError(

@@ -1,4 +1,4 @@
-"""`--model NAME` to a local directory: the embedded checkpoint, a directory, or the hub."""
+"""`--model NAME` to a local directory: one that is there, or a model of the hub."""
 
 import json
 import os
@@ -7,7 +7,6 @@ from pathlib import Path
 
 from qwen_min.errors import UserError
 
-EMBEDDED = Path(__file__).parent / "tiny"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # A path's beginning, a backslash, a closing slash, or more slashes than a hub name has.
 PATH_LIKE = re.compile(r"^[./~]|\\|/$|^[^@]*/[^@]*/")
@@ -15,21 +14,18 @@ PATH_LIKE = re.compile(r"^[./~]|\\|/$|^[^@]*/[^@]*/")
 HUB_NAME = re.compile(r"(?!.*\.\.)[\w.-]+/[\w.-]+(@[^\s@]+)?", re.ASCII)
 WAYS_AROUND = (
     "ways around it: a local directory as --model, HF_ENDPOINT=URL of a mirror, HF_HUB_OFFLINE=1 "
-    'with a filled cache, --model tiny, or no hub at all (see "No model hub" in README.md)'
+    'with a filled cache, or no hub at all (see "No model hub" in README.md)'
 )
 
 
 def resolve_model(name: str) -> Path:
     """Directory with config.json, tokenizer.json and safetensors for what `--model` names.
 
-    `tiny` is the embedded checkpoint, whatever the working directory holds (`./tiny` is a path).
     An existing directory is itself: no network, and huggingface_hub is not even imported.
     `owner/name` and `owner/name@revision` are hub names: only the files above are downloaded, all
     from one commit, by huggingface_hub, which itself reads HF_ENDPOINT, HF_HOME, HF_TOKEN and
     HF_HUB_OFFLINE. Raises UserError for whatever stands in the way.
     """
-    if name == "tiny":
-        return EMBEDDED
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return Path(path)
@@ -41,7 +37,7 @@ def resolve_model(name: str) -> Path:
     if not HUB_NAME.fullmatch(name):
         raise UserError(
             f"--model {name!r} is neither a directory nor a hub name; "
-            "expected tiny, a local directory, or owner/name[@revision]"
+            "expected a local directory or owner/name[@revision]"
         )
     repo, _, revision = name.partition("@")
     return _download(repo, revision or "main")

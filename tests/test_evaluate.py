@@ -466,10 +466,12 @@ def test_a_read_only_output(workplace, monkeypatch):
     refused(("out/results.json: cannot be written", "Permission denied", "is yours"))
 
 
-def test_the_argument_that_must_be_given(capsys):
-    assert evaluate.main(["--data", "reviews.tsv"]) == 2
+@pytest.mark.parametrize("given", [("--model", "x"), ("--method", "zero_shot")])
+def test_the_arguments_that_must_be_given(given, capsys):
+    assert evaluate.main([*given, "--data", "reviews.tsv"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: --method") and err.count("\n") == 1
+    missing = ({"--model", "--method"} - {given[0]}).pop()
+    assert err.startswith(f"error: {missing} is missing") and err.count("\n") == 1
 
 
 def change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> None:

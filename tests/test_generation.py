@@ -35,9 +35,7 @@ def test_a_text_ends_at_its_stop_token_and_the_others_go_on(reference):
     prompts = [[5, 6, 7], [100, 200], [42]]
     whole = greedy_cached(ours, prompts, 8)
     stop = {whole[1][3]}  # the second text ends at its fourth token at the latest
-    expected = [
-        new[: next((i for i, t in enumerate(new) if t in stop), len(new))] for new in whole
-    ]
+    expected = [new[: next((i for i, t in enumerate(new) if t in stop), len(new))] for new in whole]
     assert len(expected[1]) <= 3
     assert greedy_cached(ours, prompts, 8, stop) == expected
     assert [greedy(ours, p, 8, stop) for p in prompts] == expected

@@ -19,7 +19,7 @@ import pytest
 
 from qwen_min import hub as hub_module
 from qwen_min.errors import UserError
-from qwen_min.hub import EMBEDDED, resolve_model
+from qwen_min.hub import resolve_model
 
 REPO = Path(__file__).resolve().parent.parent
 # Prints one JSON line per name; anything but a UserError is a bug and ends it with a traceback.
@@ -298,7 +298,7 @@ def contents(directory: str | Path) -> dict[str, bytes]:
 
 def check_line(line: str, *said: str) -> None:
     assert "\n" not in line
-    ways = ("local directory", "HF_ENDPOINT", "HF_HUB_OFFLINE=1", "--model tiny", '"No model hub"')
+    ways = ("local directory", "HF_ENDPOINT", "HF_HUB_OFFLINE=1", '"No model hub"')
     for part in (*said, *ways):
         assert part in line
 
@@ -306,20 +306,11 @@ def check_line(line: str, *said: str) -> None:
 # --- local names ---
 
 
-def test_tiny_is_the_embedded_checkpoint_and_dot_tiny_the_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny").mkdir()
-    assert EMBEDDED == REPO / "qwen_min" / "tiny"
-    assert resolve_model("tiny") == EMBEDDED
-    assert resolve_model("./tiny").resolve() == tmp_path / "tiny"
-
-
 def test_local_names_reach_for_no_network_and_no_hub_library(tmp_path):
     (tmp_path / "org" / "model").mkdir(parents=True)
     (tmp_path / "file").touch()
     names = [
         str(tmp_path),
-        "tiny",
         "~/org/model",
         "~/org/model/",
         "~/nothing",
@@ -329,7 +320,6 @@ def test_local_names_reach_for_no_network_and_no_hub_library(tmp_path):
     found = run(names, NO_SOCKETS, HOME=tmp_path)
     assert not any(line["imported"] for line in found.values())
     assert found[str(tmp_path)]["path"] == str(tmp_path)
-    assert found["tiny"]["path"] == str(EMBEDDED)
     assert Path(found["~/org/model"]["path"]) == tmp_path / "org" / "model"
     assert Path(found["~/org/model/"]["path"]) == tmp_path / "org" / "model"
     assert all("error" in found[name] for name in names[-3:])

@@ -455,6 +455,7 @@ def test_resume_with_other_data_is_refused(runs, base, data, tmp_path, capsys):
 
 BAD = {
     "no method": ([], "--method is missing"),
+    "no model": (["--method", "lora_head"], "--model is missing"),
     "nothing to train": (["--method", "lora_label_scoring", "--lora-targets", "none"], "none"),
     "merge of a head": (["--method", "lora_head", "--merge", "x"], "--merge"),
     "adapter elsewhere": (["--method", "lora_head", "--adapter", "x"], "--adapter"),
@@ -472,7 +473,7 @@ def test_bad_arguments(case, base, data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args, said = BAD[case]
     common = ["--model", base, "--data", data, "--labels", WORDS]
-    line = one_line(capsys, 2, *args, *([] if "--resume" in args else common))
+    line = one_line(capsys, 2, *args, *([] if "--resume" in args or case == "no model" else common))
     assert said in line
 
 

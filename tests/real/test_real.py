@@ -5,7 +5,6 @@ read as fp32 for the exact comparisons, so that both programs compute from the s
 """
 
 import gc
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +18,9 @@ from qwen_min.loading import load_model
 from qwen_min.prompt import DEFAULT_TEMPLATE, build_prompts
 from qwen_min.scoring import score_label, score_labels
 from qwen_min.tokenizer import Tokenizer
-from tests.real.make_checkpoint import ensure
 
 pytestmark = pytest.mark.real
 SAMPLE = Path(__file__).parents[2] / "qwen_min" / "sample" / "test.tsv"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_cores():
-    """Real weights are worth every core; the small ones elsewhere are not."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count())
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def checkpoint() -> Path:
-    return ensure("0.5b", "bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +54,9 @@ def test_tokens_equal_transformers(checkpoint, texts):
 
 @torch.no_grad()
 def test_logits_fp32(checkpoint, fp32, texts):
-    """Both forms within float32 rounding: logits reach about 30, where fp32 steps by 2e-6; 24
-    layers of sums over up to 4,864 products amplify that some tenfold (measured: 8e-5)."""
+    """Within float32 rounding. Logits reach 22 here, where fp32 steps by 2e-6; 24 layers of sums of
+    up to 4,864 products, formed in another order, amplify that. Measured: no difference at all for
+    the definition, 1.2e-4 at most for the packed form."""
     ours, reference = fp32
     tokenizer = Tokenizer(checkpoint)
     for text in texts[:8]:

@@ -1,0 +1,268 @@
+"""The audit's counts, on rows made for each case and on the real files; accuracy on clean rows."""
+
+import contextlib
+import io
+import json
+import unicodedata
+from pathlib import Path
+
+import pytest
+from conftest import REPO, make_tokenizer
+
+import evaluate
+from qwen_min import audit
+from qwen_min.audit import clean_part, findings, normalised, read, training_texts
+from qwen_min.data import Example, examples_hash
+from qwen_min.metrics import wilson_interval
+
+WORDS = ("负面", "正面")
+REAL = REPO.parent / "shared" / "data" / "chnsenticorp"
+A = [
+    ("房间很干净，服务也好。", 1),
+    ("书的印刷很差。", 0),
+    ("房间很干净，服务也好。", 1),  # line 4: line 2 again
+    ("房间 很干净,服务也好", 1),  # line 5: the same, normalised
+    ("书的印刷很差。", 1),  # line 6: line 3 again, with the other label
+    ("屏幕不错", 1),
+]
+B = [
+    ("书的印刷很差。", 0),  # line 2: in A, there with both labels
+    ("屏幕不错！", 0),  # line 3: in A, normalised, with the other label
+    ("散热不好", 0),
+    ("散热不好", 0),  # line 5: line 4 again
+]
+
+
+def command(*arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = audit.main([str(a) for a in arguments])
+        except SystemExit as stop:
+            status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def tsv(path: Path, rows: list[tuple[str, int]]) -> Path:
+    lines = ["label\ttext_a", *(f"{label}\t{text}" for text, label in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def files(tmp_path) -> tuple[Path, Path]:
+    return tsv(tmp_path / "a.tsv", A), tsv(tmp_path / "b.tsv", B)
+
+
+def counted(out: str) -> dict[str, list[str]]:
+    """The table's rows by what they count."""
+    lines = out.split("\n\n")[0].splitlines()[1:]
+    cells = [[c.strip() for c in line.split("  ") if c.strip()] for line in lines]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_counts(files):
+    status, out, err = command(*files)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0].split() == ["a.tsv", "b.tsv"]
+    table = counted(out)
+    assert table["rows"] == ["6", "4"]
+    assert table["class 负面"] == ["1 (16.7%)", "4 (100.0%)"]
+    assert table["class 正面"] == ["5 (83.3%)", "0 (0.0%)"]
+    assert table["duplicates: rows with an earlier row's text"] == ["2", "1"]
+    assert table["the same, normalised"] == ["3", "1"]
+    assert table["texts with several labels"] == ["1", "0"]
+    assert table["these, normalised"] == ["1", "0"]
+    # Lengths of A: 4, 7, 7, 11, 11, 11; of B: 4, 4, 5, 7, a median of 4.5.
+    assert table["characters: median, 95th percentile, longest"] == ["9, 11, 11", "4, 7, 7"]
+    assert "rows of b.tsv that stand in a.tsv: 1 of 4 verbatim, 2 normalised (50.0%)" in out
+    assert "labels in the two together: 1 verbatim, 2 normalised" in out
+    assert "tokens" not in out
+
+
+def test_the_list_names_every_row(files):
+    a, b = files
+    out = command(a, b, "--list")[1]
+    listed = out.split("\n\n")[-1].splitlines()
+    assert listed == [
+        f"{a}, line 3: labelled 负面, otherwise in line 6: 书的印刷很差。",
+        f"{a}, line 4: duplicate of line 2: 房间很干净，服务也好。",
+        f"{a}, line 5: duplicate of line 2, normalised: 房间 很干净,服务也好",
+        f"{a}, line 6: duplicate of line 3: 书的印刷很差。",
+        f"{a}, line 6: labelled 正面, otherwise in line 3: 书的印刷很差。",
+        f"{a}, line 7: labelled 正面, otherwise in b.tsv, line 3, normalised: 屏幕不错",
+        f"{b}, line 2: stands in a.tsv, line 3: 书的印刷很差。",
+        f"{b}, line 2: labelled 负面, otherwise in a.tsv, line 6: 书的印刷很差。",
+        f"{b}, line 3: stands in a.tsv, line 7, normalised: 屏幕不错！",
+        f"{b}, line 3: labelled 负面, otherwise in a.tsv, line 7, normalised: 屏幕不错！",
+        f"{b}, line 5: duplicate of line 4: 散热不好",
+    ]
+
+
+def test_one_file_alone(files):
+    status, out, _ = command(files[0])
+    assert status == 0
+    assert "stand in" not in out
+    assert "together" not in out
+    assert "b.tsv" not in command(files[0], "--list")[1]
+
+
+def test_tokens_and_the_cut(tmp_path, files):
+    make_tokenizer(tmp_path)
+    data = tsv(tmp_path / "long.tsv", [("差" * 9, 0), ("a b c", 1)])
+    tokens = read(str(data), WORDS, "utf-8", audit.Tokenizer(tmp_path)).tokens
+    assert tokens[0] > tokens[1] > 1
+    for cut, over in ((tokens[0], "0"), (tokens[0] - 1, "1"), (1, "2")):
+        out = command(data, "--model", tmp_path, "--max-text-tokens", cut, "--list")[1]
+        table = counted(out)
+        assert table[f"texts that the cut at {cut} tokens shortens"] == [over]
+        assert out.count(f"tokens, cut to {cut}: ") == int(over)
+    found = table["tokens: median, 95th percentile, longest"]
+    assert found[0].startswith(f"{sum(tokens) / 2:.0f}, ")
+    assert found[0].endswith(f", {max(tokens)}")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("ＡＢＣ１２", "ABC12", True),  # full width
+        ("很 好\t吃\u3000\u200b", "很好吃", True),  # blanks, also of no width
+        ("好，真的好！", "好,真的好", True),
+        ("……", "。。", False),  # NFKC makes six dots of the first
+        ("？！", "。", False),
+        ("？！", "?!", True),
+        ("很好", "很 不好", False),
+        ("ABC", "abc", False),
+        ("3+2", "32", False),  # symbols are no punctuation
+        ("e\u0301", "é", True),
+    ],
+)
+def test_what_counts_as_one_text(one, other, same):
+    assert (normalised(one) == normalised(other)) is same
+    assert normalised(one)
+
+
+def test_no_punctuation_is_left():
+    every = "".join(map(chr, [*range(0x20, 0xD800), *range(0xE000, 0x11000)]))
+    kinds = {unicodedata.category(char)[0] for char in normalised(every)}
+    assert kinds == {"L", "M", "N", "S"}
+
+
+def test_the_counts_of_the_real_files():
+    if not REAL.exists():
+        pytest.skip("needs ChnSentiCorp, which is not part of the project, in ../shared/data")
+    status, out, _ = command(REAL / "train.tsv", REAL / "dev.tsv")
+    assert status == 0
+    table = counted(out)
+    assert table["rows"] == ["9600", "1200"]
+    assert table["class 正面"][1].startswith("593 ")
+    assert table["duplicates: rows with an earlier row's text"] == ["1351", "22"]
+    assert "rows of dev.tsv that stand in train.tsv: 338 of 1200 verbatim" in out
+    assert "labels in the two together: 32 verbatim" in out
+    # The list has the very rows that the table counts.
+    files = [read(str(REAL / f"{n}.tsv"), WORDS, "utf-8", None) for n in ("train", "dev")]
+    listed = findings(files, WORDS, 256)
+    exact = [line for line in listed if ", normalised: " not in line]
+    assert sum(": stands in train.tsv, line " in line for line in exact) == 338
+    for file, rows in zip(files, (1351, 22), strict=True):
+        start = f"{file.name}, line "
+        assert sum(": duplicate of " in x and x.startswith(start) for x in exact) == rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "required: A"),
+        (["a.tsv", "b.tsv", "c.tsv"], "unrecognized arguments: c.tsv"),
+        (["missing.tsv"], "missing.tsv: cannot be read"),
+        (["a.tsv", "a.tsv"], "given twice"),
+        (["a.tsv", "--labels", "好"], "at least two classes"),
+        (["a.tsv", "--encoding", "latin-9000"], "not a text encoding"),
+        (["a.tsv", "gbk.tsv"], "not valid utf-8"),
+        (["a.tsv", "--model", "."], "tokenizer.json: no such file"),
+        (["a.tsv", "--max-text-tokens", "0"], "not a whole number of at least 1"),
+        (["three.tsv"], "found the label '2'"),
+    ],
+)
+def test_a_mistake_gets_one_line(files, monkeypatch, arguments, part):
+    monkeypatch.chdir(files[0].parent)
+    Path("gbk.tsv").write_bytes("label\ttext_a\n1\t很好\n".encode("gb18030"))
+    tsv(Path("three.tsv"), [("好", 2)])
+    status, out, err = command(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert part in err
+
+
+def test_encoding_and_labels(tmp_path):
+    path = tmp_path / "gbk.csv"
+    path.write_bytes("label,text\n好,不错\n差,太慢\n中,还行\n".encode("gb18030"))
+    out = command(path, "--encoding", "gb18030", "--labels", "差,中,好")[1]
+    assert counted(out)["class 中"] == ["1 (33.3%)"]
+
+
+# Accuracy on the clean part
+
+
+def test_clean_part_on_a_worked_example():
+    texts = ["很好", "很好！", "不好", "太慢", "还行"]
+    examples = [Example(text, i % 2, i + 2) for i, text in enumerate(texts)]
+    training = ("train.tsv", ["很好", "书很好"])
+    found = clean_part(training, examples, [0, 1, 0, 0, 1])
+    # Of the three that are clean, classes 0, 1, 0, the first alone is right.
+    assert found == {
+        "train_data": "train.tsv",
+        "n": 3,
+        "accuracy": 1 / 3,
+        "accuracy_interval": list(wilson_interval(1, 3)),
+    }
+    assert clean_part(None, examples, [0] * 5) is None
+    none_left = clean_part(("train.tsv", texts), examples, [0] * 5)
+    assert (none_left["n"], none_left["accuracy"]) == (0, None)
+    assert "accuracy_interval" in json.dumps(none_left)
+
+
+def test_a_run_knows_its_training_data(tmp_path, capsys):
+    path = tsv(tmp_path / "a.tsv", A)
+    examples = [Example(text, label, 0) for text, label in A]
+    arguments = {"data": str(path), "labels": "负面,正面", "encoding": "utf-8", "limit": 4}
+    record = {"arguments": arguments, "data_hash": examples_hash(examples[:4])}
+    found = training_texts(None, "ascii", ("x", "y"), record)
+    assert found == (str(path), [text for text, _ in A[:4]])
+    assert training_texts(None, "utf-8", WORDS, None) is None
+    # What somebody names goes before what the run knows, and is read whole.
+    other = tsv(tmp_path / "b.tsv", B)
+    assert training_texts(str(other), "utf-8", WORDS, record)[1] == [text for text, _ in B]
+    assert capsys.readouterr().err == ""
+
+    tsv(path, B)
+    assert training_texts(None, "utf-8", WORDS, record) is None
+    changed = capsys.readouterr().err
+    assert "has changed since the run was trained on it" in changed
+    path.unlink()
+    assert training_texts(None, "utf-8", WORDS, record) is None
+    gone = capsys.readouterr().err
+    assert "cannot be read: No such file" in gone
+    assert gone.count("\n") == changed.count("\n") == 1
+
+
+def test_evaluate_says_how_it_does_on_clean_rows(tmp_path, reference, files, capsys):
+    b = tsv(tmp_path / "test.tsv", B[1:])
+    given = ["--method", "zero_shot", "--model", reference[0], "--data", b, "--device", "cpu"]
+    given += ["--template", r"{text}\n情感倾向：\n", "--output", tmp_path / "r.json"]
+    assert evaluate.main([*map(str, given), "--train-data", str(files[0])]) == 0
+    clean = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["clean"]
+    assert (clean["n"], clean["train_data"]) == (2, str(files[0]))  # 屏幕不错！ stands in A
+    assert clean["accuracy"] in (0.0, 1.0)  # two rows of one text and one class
+    line = next(x for x in capsys.readouterr().out.splitlines() if "clean part" in x)
+    assert line.split()[2] == f"{clean['accuracy']:.4f}"
+    assert f"2 texts that are not in {files[0]}" in line
+
+    assert evaluate.main([*map(str, given), "--train-data", str(b)]) == 0
+    assert "every text stands in" in capsys.readouterr().out
+    assert evaluate.main([*map(str, given), "--train-data", "missing.tsv"]) == 2
+    assert "missing.tsv: cannot be read" in capsys.readouterr().err
+    assert evaluate.main([*map(str, given[:-1]), str(files[0]), "--train-data", str(files[0])]) == 2
+    assert "already the data or another output" in capsys.readouterr().err

@@ -1,0 +1,540 @@
+"""The report: one table, seeds as one row, paired tests, refusals, and pictures without boxes."""
+
+import contextlib
+import io
+import json
+import re
+import statistics
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics as sk
+
+from qwen_min import plots, report
+from qwen_min.compare import compare, gather, read_all
+from qwen_min.data import Example, examples_hash
+from qwen_min.metrics import auc_roc, evaluate_predictions
+
+N = 120
+WORDS = ["负面", "正面"]
+
+
+def command(*arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = report.main([str(a) for a in arguments])
+        except SystemExit as stop:
+            status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def labels_of(examples: int, classes: int = 2) -> np.ndarray:
+    return np.random.default_rng(examples).integers(0, classes, N)
+
+
+def evaluated(
+    directory: Path,
+    method: str,
+    skill: float = 1.0,
+    noise: int = 0,
+    examples: int = 1,
+    words: list[str] = WORDS,
+    training: dict | None = None,
+    name: str = "results.json",
+    predicted: np.ndarray | None = None,
+    **arguments: object,
+) -> Path:
+    """What evaluate.py leaves for a method of this skill: results, and predictions beside them.
+
+    `examples` stands for the file; `noise` for whatever is drawn at random in training.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    labels = labels_of(examples, len(words))
+    scores = np.random.default_rng(noise).normal(size=(N, len(words)))
+    scores[np.arange(N), labels] += skill
+    if predicted is not None:
+        scores = np.eye(len(words))[predicted]
+    run = None
+    if training is not None:
+        run = str(directory)
+        record = {"method": method, "arguments": training, "history": []}
+        (directory / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    rows = [Example(f"text {i} of {examples}", int(y), i) for i, y in enumerate(labels)]
+    results = {
+        "method": method,
+        **evaluate_predictions(labels, scores.argmax(axis=1), scores, words),
+        "examples_hash": examples_hash(rows),
+        "seconds": 2.5 + noise,
+        "trained_parameters": 1000 if training else 0,
+        "training_seconds": 60.0 if training else 0.0,
+        "training_arguments": training,
+        "arguments": {
+            "method": method, "run": run, "adapter": None, "model": "tiny", "seed": 0,
+            "data": f"{examples}.tsv", "limit": None, "encoding": "utf-8", "device": "cpu",
+            "labels": ",".join(words), "template": "{text}：", "output": name, "predictions": None,
+        } | arguments,
+    }  # fmt: skip
+    lines = [
+        {"index": i, "label": int(y), "prediction": int(s.argmax()), "scores": s.tolist()}
+        for i, (y, s) in enumerate(zip(labels, scores, strict=True))
+    ]
+    path = directory / name
+    path.write_text(json.dumps(results, ensure_ascii=False), encoding="utf-8")
+    beside = path.with_name(name.replace("results", "predictions")).with_suffix(".jsonl")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def trained(seed: int, **changes: object) -> dict:
+    return {"method": "lora_head", "data": "train.tsv", "seed": seed, "lr": 2e-4} | changes
+
+
+@pytest.fixture
+def seeds(tmp_path) -> list[Path]:
+    """zero_shot, and lora_head with three seeds, each a run directory."""
+    paths = [evaluated(tmp_path / "zero", "zero_shot", 0.5)]
+    for seed in (2, 0, 1):
+        run = tmp_path / f"lora-{seed}"
+        evaluated(run, "lora_head", 2.0, 5 + seed, training=trained(seed), name="results-a.json")
+        (run / "log.jsonl").write_text(
+            "".join(
+                json.dumps({"step": step, "loss": 2 / step + 0.01 * seed, "lr": 2e-4 / step}) + "\n"
+                for step in range(1, 41)
+            )
+        )
+        paths.append(run)
+    return paths
+
+
+def as_json(*paths: object) -> dict:
+    status, out, _ = command(*paths, "--format", "json")
+    assert status == 0
+    return json.loads(out)
+
+
+# Paired tests
+
+
+def test_mcnemar_and_difference_on_a_worked_example(tmp_path):
+    """100 rows right by both, 12 by A alone, 3 by B alone, 5 by neither."""
+    labels = labels_of(1)
+    a, b = labels.copy(), labels.copy()
+    a[100:103] ^= 1
+    b[103:115] ^= 1
+    a[115:] ^= 1
+    b[115:] ^= 1
+    paths = [evaluated(tmp_path / name, name, predicted=p) for name, p in (("A", a), ("B", b))]
+    (pair,) = as_json(*paths)["pairs"]
+    (test,) = pair["tests"]
+    assert (test["only_a"], test["only_b"]) == (12, 3)
+    # 2 · (C(15,0) + C(15,1) + C(15,2) + C(15,3)) / 2^15 = 2 · 576 / 32768
+    assert test["p"] == 1152 / 32768 == pytest.approx(stats.binomtest(3, 15).pvalue, rel=1e-12)
+    assert test["difference"] == pytest.approx(9 / 120, abs=1e-15)
+
+    found = stats.bootstrap(
+        ((a == labels).astype(float) - (b == labels),),
+        np.mean,
+        n_resamples=10_000,
+        method="percentile",
+        random_state=1,
+    ).confidence_interval
+    # Two percentiles of 10,000 draws each; the difference moves in steps of 1/120.
+    assert test["interval"] == pytest.approx([found.low, found.high], abs=1.01 / N)
+    row = next(line for line in command(*paths)[1].splitlines() if "+0.0750" in line).split()
+    assert row[:3] == ["A", "B", "+0.0750"]
+    assert row[-3:] == ["12", "3", "0.0352"]
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_paired_tests_against_scipy(tmp_path, case):
+    paths = [evaluated(tmp_path / str(i), f"m{i}", 0.5 + i / 2, 10 * case + i) for i in (0, 1)]
+    a, b = read_all(paths)
+    (test,) = compare(*gather([a, b]))["tests"]
+    right = [r.predictions.predicted == r.predictions.labels for r in (a, b)]
+    only_a, only_b = (right[0] & ~right[1]).sum(), (right[1] & ~right[0]).sum()
+    assert test["p"] == pytest.approx(stats.binomtest(only_a, only_a + only_b).pvalue, rel=1e-12)
+    difference = right[0].astype(float) - right[1]
+    error = difference.std() / np.sqrt(N)
+    normal = stats.norm.interval(0.95, difference.mean(), error)
+    # The normal approximation, at n = 120: off by less than a third of a standard error.
+    assert test["interval"] == pytest.approx(normal, abs=error / 3)
+    # Both in float64, rounded at other places.
+    expected = a.results["accuracy"] - b.results["accuracy"]
+    assert test["difference"] == pytest.approx(expected, abs=1e-15)
+
+
+def test_other_examples_are_not_compared(tmp_path):
+    paths = [evaluated(tmp_path / str(i), f"m{i}", examples=i) for i in (1, 2)]
+    paths.append(evaluated(tmp_path / "3", "m3", examples=2, noise=1))
+    pairs = as_json(*paths)["pairs"]
+    assert [len(pair["tests"]) for pair in pairs] == [0, 0, 1]
+    hashes = [json.loads(p.read_text())["examples_hash"][:8] for p in paths[:2]]
+    for pair in pairs[:2]:
+        assert all(h in pair["not_compared"] for h in hashes)
+        assert "different examples: 120 examples" in pair["not_compared"]
+    text = command(*paths)[1]
+    assert "m1 and m2: not compared, evaluated on different examples" in text
+    assert text.count("not compared") == 2
+
+
+def test_without_predictions_there_is_a_row_and_no_test(tmp_path):
+    a, b = (evaluated(tmp_path / m, m, noise=i) for i, m in enumerate("AB"))
+    a.with_name("predictions.jsonl").unlink()
+    status, out, _ = command(a, b)
+    assert status == 0
+    assert f"A and B: not compared, no predictions beside {a}" in out
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["A", "B"]
+
+
+def test_predictions_are_found_where_the_results_say(tmp_path):
+    a, b = (evaluated(tmp_path, m, noise=i, name=f"{m}.json") for i, m in enumerate("AB"))
+    for path in (a, b):  # written by --predictions X.jsonl, beside the results
+        content = json.loads(path.read_text())
+        content["arguments"]["predictions"] = f"gone/rows-of-{path.stem}.jsonl"
+        path.write_text(json.dumps(content))
+        path.with_suffix(".jsonl").rename(tmp_path / f"rows-of-{path.stem}.jsonl")
+    assert len(as_json(a, b)["pairs"][0]["tests"]) == 1
+
+
+# Seeds
+
+
+def test_seeds_are_one_row(seeds):
+    found = as_json(*seeds)
+    zero, lora = found["methods"]
+    assert (zero["name"], lora["name"]) == ("zero_shot", "lora_head")
+    assert [row["seed"] for row in lora["seeds"]] == [0, 1, 2]
+    for key in ("accuracy", "auc_roc", "recall_0", "seconds"):
+        values = [row[key] for row in lora["seeds"]]
+        assert len(set(values)) > 1
+        assert lora["mean"][key] == pytest.approx(statistics.mean(values), rel=1e-12)
+        assert lora["standard_deviation"][key] == pytest.approx(statistics.stdev(values), rel=1e-12)
+    assert zero["standard_deviation"]["accuracy"] is None
+    # What has no seed is tested against each.
+    (pair,) = found["pairs"]
+    assert [(test["seed_a"], test["seed_b"]) for test in pair["tests"]] == [(0, 0), (0, 1), (0, 2)]
+    for test, row in zip(pair["tests"], lora["seeds"], strict=True):
+        assert test["difference"] == pytest.approx(zero["mean"]["accuracy"] - row["accuracy"])
+
+    text = command(*seeds)[1]
+    assert sum(line.startswith("lora_head ") for line in text.splitlines()) == 1
+    assert f"sd {lora['standard_deviation']['accuracy']:.4f}, 3 seeds" in text
+    for row in lora["seeds"]:
+        line = next(x for x in text.splitlines() if x.startswith(f"lora_head, seed {row['seed']}"))
+        assert f"{row['accuracy']:.4f}" in line
+
+
+def test_paired_seed_by_seed(tmp_path, seeds):
+    for seed in (1, 2, 3):
+        run = tmp_path / f"other-{seed}"
+        evaluated(
+            run, "lora_label_scoring", 2.0, seed, training=trained(seed), name="results-a.json"
+        )
+        seeds.append(run)
+    pairs = {(pair["a"], pair["b"]): pair for pair in as_json(*seeds)["pairs"]}
+    tests = pairs["lora_head", "lora_label_scoring"]["tests"]
+    assert [(test["seed_a"], test["seed_b"]) for test in tests] == [(1, 1), (2, 2)]
+    (refused,) = as_json(seeds[1], seeds[2], seeds[-1])["pairs"]
+    assert refused["not_compared"] == "no seed in common: 0, 2 and 3"
+
+
+def test_other_arguments_are_another_method(tmp_path):
+    for i, changes in enumerate(({}, {"lr": 1e-3}, {"seed": 1}, {"data": "more.tsv"})):
+        training = trained(0) | changes
+        evaluated(tmp_path / str(i), "lora_head", 1.0, i, training=training, name="results-a.json")
+    names = [m["name"] for m in as_json(*(tmp_path / str(i) for i in range(4)))["methods"]]
+    assert names == [
+        "lora_head train_data=train.tsv lr=0.0002",
+        "lora_head train_data=train.tsv lr=0.001",
+        "lora_head train_data=more.tsv lr=0.0002",
+    ]
+
+
+def test_the_run_tells_what_older_results_do_not(seeds):
+    """Results without training_arguments: run.json has them."""
+    for run in seeds[1:]:
+        path = run / "results-a.json"
+        results = json.loads(path.read_text())
+        del results["training_arguments"]
+        path.write_text(json.dumps(results))
+    assert [len(m["seeds"]) for m in as_json(*seeds)["methods"]] == [1, 3]
+
+
+def test_the_same_twice_is_two_rows_and_one_file_once(tmp_path):
+    a, b = (evaluated(tmp_path / name, "zero_shot") for name in "AB")
+    names = [m["name"] for m in as_json(a, b, a)["methods"]]
+    assert names == [f"zero_shot ({a})", f"zero_shot ({b})"]
+
+
+# Formats
+
+
+def test_every_number_is_in_the_table(tmp_path):
+    path = evaluated(tmp_path, "zero_shot")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    head, row = command(path)[1].splitlines()[:2]
+    assert head.split("  ")[0] == "method"
+    for key in ("accuracy", "precision", "recall", "f1", "auc_roc", "brier", "ece"):
+        assert f"{results[key]:.4f}" in row
+    low, high = results["accuracy_interval"]
+    assert f"{low:.4f} to {high:.4f}" in row
+    for entry in results["per_class"]:
+        assert f"recall {entry['name']}" in head
+        assert f"{entry['recall']:.4f}" in row
+    assert row.split()[-3:] == ["0", "0.0", "2.5"]
+
+
+def test_chinese_names_stand_in_columns(tmp_path):
+    paths = [
+        evaluated(tmp_path / str(i), "zero_shot", template=template)
+        for i, template in enumerate(("评论：{text}\\n", "text: {text} |\\n"))
+    ]
+    table = command(*paths)[1].split("\n\n")[0].splitlines()
+    assert len(table) == 3
+    assert len({report.columns(line) for line in table}) == 1
+    assert "template=评论" in table[1]
+
+
+def test_markdown(tmp_path, seeds):
+    path = evaluated(tmp_path / "bar", "head|only")
+    status, out, _ = command(*seeds, path, "--format", "markdown")
+    assert status == 0
+    tables = [part for part in out.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 3  # methods, seeds, pairs
+    for table in tables:
+        bars = {line.replace("\\|", "").count("|") for line in table.splitlines()}
+        assert len(bars) == 1
+        assert set(table.splitlines()[1]) <= set("|-: ")
+    assert "head\\|only" in out
+
+
+def test_more_classes(tmp_path):
+    words = ["好评", "差评", "中评"]
+    paths = [evaluated(tmp_path / str(i), f"m{i}", words=words, noise=i) for i in (0, 1)]
+    out = command(*paths)[1]
+    assert "recall 中评" in out
+    assert "precision, recall, F1 and AUC are means over the classes" in out
+    macro = json.loads(paths[0].read_text(encoding="utf-8"))["macro"]
+    assert f"{macro['f1']:.4f}" in out.splitlines()[1]
+
+
+def test_generation_has_no_scores(tmp_path):
+    path = evaluated(tmp_path, "zero_shot_generate")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    labels = labels_of(1)
+    predicted = np.where(np.arange(N) % 9, labels, -1)
+    results |= evaluate_predictions(labels, predicted, None, WORDS)
+    path.write_text(json.dumps(results), encoding="utf-8")
+    lines = [
+        {"index": i, "label": int(y), "prediction": int(p), "scores": None}
+        for i, (y, p) in enumerate(zip(labels, predicted, strict=True))
+    ]
+    path.with_name("predictions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    other = evaluated(tmp_path / "other", "zero_shot")
+    status, out, _ = command(path, other, "--plots", tmp_path / "plots")
+    assert status == 0
+    assert out.splitlines()[1].split()[-6:-3] == ["-", "-", "-"]
+    assert "McNemar" in out
+
+
+def test_output_file(tmp_path):
+    path = evaluated(tmp_path, "zero_shot")
+    shown = command(path)[1]
+    assert command(path, "--output", tmp_path / "table.txt") == (0, "", "")
+    assert (tmp_path / "table.txt").read_text(encoding="utf-8") == shown
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "required: RESULTS"),
+        (["missing.json"], "missing.json: cannot be read: No such file"),
+        (["empty"], "holds no results-*.json; make one with: python evaluate.py --run"),
+        (["text.json"], "text.json: not results of evaluate.py"),
+        (["list.json"], "list.json: not results of evaluate.py"),
+        (["some.json"], "without accuracy"),
+        (["results.json", "--format", "html"], "invalid choice: 'html'"),
+        (["results.json", "--output", "no/such/file"], "cannot be written"),
+        (["results.json", "--output", "results.json"], "already the data or another output"),
+        (["results.json", "--plots", "results.json"], "cannot be written"),
+        (["mangled/results.json"], "not the predictions of results.json"),
+        (["short/results.json"], "rows are not numbered 0 to 119"),
+        (["swapped/results.json"], "another confusion matrix"),
+        (["nan/results.json"], "scores are not 2 numbers"),
+        (
+            ["results.json", "relabelled/results.json"],
+            "predictions have other labels than those of results.json",
+        ),
+    ],
+)
+def test_a_mistake_gets_one_line(tmp_path, monkeypatch, arguments, part):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.json").write_text("accuracy 0.5\n")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "some.json").write_text('{"method": "zero_shot", "n": 3}')
+    evaluated(tmp_path, "zero_shot")
+
+    def damaged(name: str, change) -> None:
+        path = evaluated(tmp_path / name, "zero_shot").with_name("predictions.jsonl")
+        path.write_text(change(path.read_text()))
+
+    damaged("mangled", lambda text: text[:-9])
+    damaged("short", lambda text: "".join(text.splitlines(keepends=True)[:-1]))
+    damaged("swapped", lambda text: text.replace('"prediction": 1', '"prediction": 0', 1))
+    damaged("nan", lambda text: re.sub(r"\[[^,]*,", "[NaN,", text, count=1))
+    if "relabelled/results.json" in arguments:  # two rows change places, the counts do not
+
+        def swap(text: str) -> str:
+            rows = [json.loads(line) for line in text.splitlines()]
+            one, two = (next(r for r in rows if r["label"] == y) for y in (0, 1))
+            for key in ("label", "prediction", "scores"):
+                one[key], two[key] = two[key], one[key]
+            return "\n".join(map(json.dumps, rows))
+
+        damaged("relabelled", swap)
+    status, out, err = command(*arguments)
+    assert status == 2
+    assert out == "" or "--plots" in arguments
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert part in err
+
+
+def test_plots_name_the_package_that_is_missing(tmp_path, monkeypatch):
+    path = evaluated(tmp_path, "zero_shot")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "qwen_min.plots")
+    monkeypatch.delattr("qwen_min.plots")
+    status, out, err = command(path, "--plots", tmp_path / "plots")
+    assert (status, out) == (2, "")
+    assert "needs matplotlib, which is not installed: pip install matplotlib" in err
+    assert err.count("\n") == 1
+    assert command(path)[0] == 0
+
+
+# Pictures
+
+
+@pytest.fixture
+def no_boxes(monkeypatch):
+    """matplotlib warns where it draws a box in place of a character. Few pixels: seconds count."""
+    monkeypatch.setattr(plots, "DPI", 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def pictures(directory: Path) -> list[str]:
+    for path in directory.iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 5_000
+    return sorted(path.name.split("-")[0] for path in directory.iterdir())
+
+
+def test_pictures(tmp_path, seeds, no_boxes):
+    status, _, err = command(*seeds, "--plots", tmp_path / "plots")
+    assert status == 0
+    assert pictures(tmp_path / "plots") == ["reliability", "roc", "training.png"]
+    assert len(err.splitlines()) == 3  # where they are
+
+
+def test_pictures_of_three_classes_on_two_sets(tmp_path, no_boxes):
+    words = ["好评", "差评", "a$b$c\t😀"]
+    paths = [evaluated(tmp_path / str(i), "zero_shot", words=words, examples=i) for i in (1, 2)]
+    assert command(*paths, "--plots", tmp_path / "plots")[0] == 0
+    assert pictures(tmp_path / "plots") == ["reliability"] * 2 + ["roc"] * 2
+
+
+def make_font(path: Path, family: str, characters: str) -> None:
+    """A font in which each of the characters is a triangle."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    for i, point in enumerate([(0, 0), (900, 0), (450, 900)]):
+        (pen.lineTo if i else pen.moveTo)(point)
+    pen.closePath()
+    names = [".notdef", *(f"u{ord(c):04x}" for c in characters)]
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder(names)
+    font.setupCharacterMap(dict(zip(map(ord, characters), names[1:], strict=True)))
+    font.setupGlyf(dict.fromkeys(names, pen.glyph()))
+    font.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": family, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+
+
+def test_words_are_drawn_with_a_font_that_has_them(tmp_path, monkeypatch, no_boxes):
+    manager = plots.font_manager.fontManager
+    dejavu = [font for font in manager.ttflist if "dejavu" in font.name.lower()]
+    monkeypatch.setattr(manager, "ttflist", dejavu)
+    font, drawable = plots.find_font("ROC 正面")
+    assert font is None
+    assert plots.readable("ROC 正面\n", drawable) == "ROC \\u6b63\\u9762\\n"
+
+    for family, characters in (("Half", "正"), ("Whole", "正面")):
+        make_font(tmp_path / f"{family}.ttf", family, characters)
+        manager.addfont(tmp_path / f"{family}.ttf")
+    font, drawable = plots.find_font("ROC 正面负")
+    assert font == "Whole"
+    assert plots.readable("正面 负面", drawable) == "正面 \\u8d1f面"
+    assert plots.find_font("ROC")[0] is None
+    path = evaluated(tmp_path, "zero_shot")
+    assert command(path, "--plots", tmp_path / "plots")[0] == 0
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_roc_curve_is_scikit_learns(ties):
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 2, 200)
+    ranking = rng.normal(size=200) + labels
+    ranking = ranking.round(0) if ties else ranking
+    x, y = plots.roc_curve(labels == 1, ranking)
+    expected = sk.roc_curve(labels, ranking, drop_intermediate=False)[:2]
+    # Quotients of the same whole numbers.
+    np.testing.assert_allclose([x, y], expected, rtol=1e-15)
+    area = np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2)
+    scores = np.stack([np.zeros(200), ranking], axis=1)
+    assert area == pytest.approx(auc_roc(labels, scores), abs=1e-12)
+    assert plots.roc_curve(np.ones(3, dtype=bool), np.arange(3)) is None
+
+
+def test_what_the_pictures_say(seeds):
+    """Legends, axes with their units, and curves that differ in more than colour."""
+    methods = gather(read_all(seeds))
+    scored = [(m.name, plots.scored_seeds(m)) for m in methods]
+    (axes,) = plots.plot_roc(scored, [("neg", "neg"), ("pos", "pos")]).axes
+    entries = axes.get_legend_handles_labels()[1]
+    mean = as_json(*seeds)["methods"][1]["mean"]["auc_roc"]
+    assert entries[1] == f"lora_head (AUC {mean:.4f}, mean of 3 seeds)"
+    assert len(entries) == 3
+    assert axes.get_xlabel() == "false positive rate: share of neg taken for pos"
+    styles = {(line.get_linestyle(), line.get_marker()) for line in axes.lines}
+    assert len(styles) == 3  # two methods and chance
+
+    panels = plots.plot_reliability(scored).axes
+    assert len(panels) == 8  # four results: three and their counts below, then the fourth
+    assert sum(bar.get_height() for bar in panels[3].patches) == N
+    # How far the points are from the diagonal, weighted by their counts, is the ECE.
+    points = panels[0].lines[1]
+    counts = [bar.get_height() for bar in panels[3].patches if bar.get_height()]
+    gaps = np.abs(np.array(points.get_ydata()) - points.get_xdata())
+    ece = methods[0].first.results["ece"]
+    assert np.dot(gaps, counts) / N == pytest.approx(ece, abs=1e-12)
+
+    figure = plots.plot_training([(m, [{"step": 1, "loss": 1.0, "lr": 0.1}], []) for m in "ab"])
+    assert ["(" in axes.get_ylabel() for axes in figure.axes] == [True] * 3
+    assert figure.axes[2].get_xlabel() == "step (batches trained on)"
