@@ -185,8 +185,9 @@ def plot_roc(scored: Sequence[tuple[str, dict]], classes: Sequence[tuple[str, st
                 label = "_"  # one entry in the legend for all seeds
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, label="chance (AUC 0.5)")
         rest = classes[0] if len(classes) == 2 else ("the others", "the others")
+        between = "\n" if len(classes[c][0] + rest[0]) > 30 else " "
         axes.set(
-            title=fill(f"ROC: {classes[c][0]} against {rest[0]}", 48),
+            title=f"ROC: {classes[c][0]}{between}against {rest[0]}",
             xlabel=f"false positive rate: share of {rest[1]} taken for {classes[c][1]}",
             ylabel=f"true positive rate: share of {classes[c][1]} found",
             xlim=(-0.01, 1.01),

@@ -105,3 +105,13 @@ def reference(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
     """A tied Qwen2: its directory and the reference model."""
     directory = tmp_path_factory.mktemp("qwen2")
     return directory, make_reference(directory)
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct for the tests marked `real`, made on first use."""
+    from tests.real.make_checkpoint import ensure
+
+    # Real weights are worth every core.
+    torch.set_num_threads(os.cpu_count())
+    return ensure("0.5b", "bfloat16")

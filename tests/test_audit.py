@@ -152,8 +152,8 @@ def test_no_punctuation_is_left():
 def test_the_counts_of_the_real_files():
     if not REAL.exists():
         pytest.skip("needs ChnSentiCorp, which is not part of the project, in ../shared/data")
-    status, out, _ = command(REAL / "train.tsv", REAL / "dev.tsv")
-    assert status == 0
+    files = [read(str(REAL / f"{n}.tsv"), WORDS, "utf-8", None) for n in ("train", "dev")]
+    out = audit.format_audit(files, WORDS, 256)
     table = counted(out)
     assert table["rows"] == ["9600", "1200"]
     assert table["class 正面"][1].startswith("593 ")
@@ -161,7 +161,6 @@ def test_the_counts_of_the_real_files():
     assert "rows of dev.tsv that stand in train.tsv: 338 of 1200 verbatim" in out
     assert "labels in the two together: 32 verbatim" in out
     # The list has the very rows that the table counts.
-    files = [read(str(REAL / f"{n}.tsv"), WORDS, "utf-8", None) for n in ("train", "dev")]
     listed = findings(files, WORDS, 256)
     exact = [line for line in listed if ", normalised: " not in line]
     assert sum(": stands in train.tsv, line " in line for line in exact) == 338
