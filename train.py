@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--method", choices=METHODS, help="required, unless --resume")
     add_data_arguments(parser, "train.tsv")
+    parser.set_defaults(batch_tokens=1024)  # what a forward keeps for its backward grows with them
     parser.add_argument("--data-seed", type=int, default=0, help="of the held-out part")
     add_prompt_arguments(parser)
     add_machine_arguments(parser)
