@@ -16,6 +16,7 @@ A run brings its model, prompt and label words along; what is typed here goes be
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -38,6 +39,7 @@ from qwen_min.cli import (
     make_parser,
     parse_with_given,
     run_command,
+    seed,
 )
 from qwen_min.config import QwenConfig
 from qwen_min.data import Example, examples_hash, read_examples
@@ -48,8 +50,14 @@ from qwen_min.loading import checkpoint_fingerprint, load_model
 from qwen_min.metrics import evaluate_predictions
 from qwen_min.model import Qwen
 from qwen_min.output import commit_outputs, open_outputs
-from qwen_min.prompt import Prompt, build_prompts, parse_labels, parse_template
-from qwen_min.report import format_results
+from qwen_min.prompt import (
+    Prompt,
+    build_prompts,
+    parse_labels,
+    parse_template,
+    warn_about_labels,
+)
+from qwen_min.report import format_results, prediction_lines
 from qwen_min.run import read_run
 from qwen_min.scoring import score_labels
 from qwen_min.tokenizer import Tokenizer
@@ -75,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_prompt_arguments(parser)
     add_machine_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of whatever is drawn at random")
+    parser.add_argument("--seed", type=seed, default=0, help="of whatever is drawn at random")
     output = parser.add_argument_group("output (with --run, default: files in the run directory)")
     output.add_argument("--output", metavar="FILE", help="all results, as JSON")
     output.add_argument("--predictions", metavar="FILE", help="every row's scores, as JSON lines")
@@ -93,7 +101,7 @@ def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace,
 
     Raises UserError for methods, runs and adapters that do not go together.
     """
-    record = None
+    record, changed = None, []
     if args.run:
         record = read_run(args.run)
         if not record.get("finished"):
@@ -111,6 +119,8 @@ def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace,
         for name in ("model", "labels", "template", "max_text_tokens", "dtype"):
             if name not in given:
                 setattr(args, name, record["arguments"][name])
+            elif getattr(args, name) != record["arguments"][name]:
+                changed.append(f"{name}={getattr(args, name)}")
     elif args.method is None:
         raise UserError("--method is missing; name one, or a trained run with --run")
     elif args.adapter and args.method not in ("lora_head", "lora_label_scoring"):
@@ -121,6 +131,7 @@ def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace,
         raise UserError("--run brings its own adapter; give --run or --adapter, not both")
     if args.model is None:
         raise UserError("--model is missing; give a directory or a hub name (README, Start)")
+    args.changed = changed  # where the run's own setting was not wanted
     return args, record
 
 
@@ -133,7 +144,10 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     training = training_texts(args.train_data, args.encoding, labels, record)
     if args.run:
         own = args.method == record["method"]
-        ending = ("" if own else f"{args.method}-") + data_hash[:12]
+        # Settings other than the run's own make another result, in another file.
+        other = hashlib.sha256(" ".join(args.changed).encode()).hexdigest()[:8]
+        parts = [args.method] * (not own) + [data_hash[:12]] + [other] * bool(args.changed)
+        ending = "-".join(parts)
         args.output = args.output or str(Path(args.run) / f"results-{ending}.json")
         args.predictions = args.predictions or str(Path(args.run) / f"predictions-{ending}.jsonl")
     with ExitStack() as stack:
@@ -142,6 +156,11 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         )
         started = time.perf_counter()
         model, head = load_method(args, directory, record, device)
+        if head is not None and list(labels) != (record["labels"] if record else list(labels)):
+            raise UserError(
+                f"--labels {args.labels}: the head was trained for {','.join(record['labels'])}; "
+                "leave --labels out"
+            )
         if head is not None and len(head.weight) != len(labels):
             raise UserError(
                 f"--labels names {len(labels)} classes, the trained head has {len(head.weight)}; "
@@ -243,22 +262,33 @@ def load_method(
             f"{args.run}: trained on other weights than those in {args.model} (their fingerprints "
             "differ); give the checkpoint that it was trained on by --model"
         )
-    run = Path(args.run) if args.run else None
-    adapter, head = Path(args.adapter) if args.adapter else run / "adapter", None
-    if run and (run / "head.safetensors").exists():
-        head = load_head(run / "head.safetensors")
-    if run is None or adapter.exists():
+    head = None
+    if args.run:
+        # What the run must have made: what is missing is never left out in silence.
+        given, arguments = record["method"], record["arguments"]
+        lora = arguments["adapter"] if given == "head_only" else arguments["lora_targets"] != "none"
+        adapter = Path(args.run) / "adapter" if lora else None
+        if given == "head_only" or not lora:
+            head = load_head(Path(args.run) / "head.safetensors")
+    else:
+        adapter = Path(args.adapter)
+    if adapter:
         weight = attach_adapter(model, adapter, base)
-        if args.method in ("lora_head", "transplanted_head"):
-            if weight is None:
-                raise UserError(f"{adapter}: holds no head; expected a LoRA made by lora_head")
-            head = LinearHead(weight, None, model.config.num_hidden_layers, "last")
+        if (weight is not None) != (args.method in ("lora_head", "transplanted_head")) and not head:
+            found = "no head" if weight is None else "a classifier's head"
+            raise UserError(f"{adapter}: holds {found}, so it is not an adapter for {args.method}")
+        if not head and weight is not None:
+            head = LinearHead(weight.float(), None, model.config.num_hidden_layers, "last")
     if args.method == "transplanted_head":
         model = load_model(directory, args.dtype, device)  # the base again, without the LoRA
-    if head is not None and head.weight.shape[1] != model.config.hidden_size:
+    if head is not None and not (
+        head.weight.shape[1] == model.config.hidden_size
+        and 0 <= head.layer <= model.config.num_hidden_layers
+    ):
         raise UserError(
-            f"the head is for states of {head.weight.shape[1]} numbers, the model in {args.model} "
-            f"has {model.config.hidden_size}; give the model that it was trained on"
+            f"the head is for layer {head.layer} of {head.weight.shape[1]} numbers, the model in "
+            f"{args.model} has {model.config.num_hidden_layers} layers of "
+            f"{model.config.hidden_size}; give the model that it was trained on"
         )
     return model, head
 
@@ -298,41 +328,6 @@ def score_rows(
     every = head.layer != model.config.num_hidden_layers
     features = pooled_features(model, prompts, head.pooling, every, batch_tokens, progress)
     return head.scores(features[:, head.layer if every else 0])
-
-
-def warn_about_labels(prompt: Prompt, labels: Sequence[str]) -> None:
-    """Say on stderr what makes label words hard to compare: lengths, and one inside another."""
-    lengths = [len(ids) for ids in prompt.labels]
-    if len(set(lengths)) > 1:
-        counts = ", ".join(f"{w} {n}" for w, n in zip(labels, lengths, strict=True))
-        print(
-            f"warning: label words differ in tokens ({counts}); each is scored whole, and longer "
-            "ones tend to score lower",
-            file=sys.stderr,
-        )
-    for word, ids in zip(labels, prompt.labels, strict=True):
-        for other, longer in zip(labels, prompt.labels, strict=True):
-            if len(ids) < len(longer) and longer[: len(ids)] == ids:
-                print(
-                    f"warning: {word} is how {other} begins, so it can never score lower",
-                    file=sys.stderr,
-                )
-
-
-def prediction_lines(examples: Sequence[Example], scores: np.ndarray) -> str:
-    """JSON lines: index (from 0), label, prediction, scores in class order."""
-    return "".join(
-        json.dumps(
-            {
-                "index": index,
-                "label": example.label,
-                "prediction": int(row.argmax()),
-                "scores": row.tolist(),
-            }
-        )
-        + "\n"
-        for index, (example, row) in enumerate(zip(examples, scores, strict=True))
-    )
 
 
 if __name__ == "__main__":

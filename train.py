@@ -44,6 +44,7 @@ from qwen_min.cli import (
     make_parser,
     parse_with_given,
     run_command,
+    seed,
 )
 from qwen_min.data import class_counts, examples_hash, held_out_split
 from qwen_min.errors import UserError
@@ -85,14 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", choices=METHODS, help="required, unless --resume")
     add_data_arguments(parser, "train.tsv")
     parser.set_defaults(batch_tokens=1024)  # what a forward keeps for its backward grows with them
-    parser.add_argument("--data-seed", type=int, default=0, help="of the held-out part")
+    parser.add_argument("--data-seed", type=seed, default=0, help="of the held-out part")
     add_prompt_arguments(parser)
     add_machine_arguments(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--output", metavar="DIR", help="the run directory (default: runs/METHOD)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --output")
     run.add_argument("--merge", metavar="DIR", help="also write base + LoRA as a plain checkpoint")
-    run.add_argument("--seed", type=int, default=0, help="of initial values, order and dropout")
+    run.add_argument("--seed", type=seed, default=0, help="of initial values, order and dropout")
     add_training_arguments(parser, POOLINGS, TARGETS)
     return parser
 
@@ -141,6 +142,11 @@ def train(args: argparse.Namespace) -> int:
         try:
             method = train_head if args.method == "head_only" else train_lora
             found = method(args, run, model, data, record)
+        except UserError:
+            # A mistake seen before anything was computed leaves no run behind to be gone on with.
+            if not args.resume and [path.name for path in run.iterdir()] == ["run.json"]:
+                (run / "run.json").unlink()
+            raise
         except Stopped as stopped:
             print(f"{stopped}; go on with: python train.py --resume --output {run}")
             return 128 + stopped.signal
@@ -239,13 +245,16 @@ def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, re
     start = whole[-1][1] if whole else None
     targets = TARGETS[args.lora_targets]
     torch.manual_seed(args.seed)
+    try:
+        task = "SEQ_CLS" if args.method == "lora_head" else "CAUSAL_LM"
+        shape = (args.r, args.alpha, args.dropout)
+        config = LoRAConfig(*shape, targets, args.rslora, task, str(args.model))
+        if targets and not start:
+            inject_lora(model, targets, *shape, args.rslora)
+    except LoRAError as error:
+        raise UserError(str(error)) from None
     if start and targets:
         attach_adapter(model, start / "adapter", record["base_fingerprint"], args.dropout)
-    elif targets:
-        try:
-            inject_lora(model, targets, args.r, args.alpha, args.dropout, args.rslora)
-        except LoRAError as error:
-            raise UserError(str(error)) from None
     parameters = lora_parameters(model)
     head = None
     if args.method == "lora_head":
@@ -256,15 +265,6 @@ def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, re
             with torch.no_grad():
                 head.copy_(load_head(start / "head.safetensors").weight)
         parameters["score"] = head
-    config = LoRAConfig(
-        args.r,
-        args.alpha,
-        args.dropout,
-        targets,
-        args.rslora,
-        "CAUSAL_LM" if head is None else "SEQ_CLS",
-        str(args.model),
-    )
 
     def loss(rows: list[int]) -> Tensor:
         prompts = [data.prompts[data.training[row]] for row in rows]
@@ -284,6 +284,12 @@ def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, re
         scores = score_rows(model, prompts, linear_head(), args.batch_tokens)
         model.train()
         labels = np.array([data.labels[row] for row in data.held_out])
+        if not np.isfinite(scores).all():
+            row = data.held_out[int(np.isfinite(scores).all(axis=1).argmin())]
+            raise TrainingFailed(
+                f"the scores of the held-out row {data.lines[row]} are not finite; the last "
+                "checkpoint is kept: try --dtype float32"
+            )
         return {
             "held_out_log_loss": log_loss(labels, scores),
             "held_out_accuracy": float((scores.argmax(axis=1) == labels).mean()),

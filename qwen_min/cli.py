@@ -51,6 +51,9 @@ def parse_with_given(
     What a run was trained with takes the place of a default, never of what somebody typed.
     """
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if isinstance(value, str) and value != value.encode("utf-8", "replace").decode():
+            parser.error(f"--{name.replace('_', '-')} {value!r} is not valid UTF-8")
     # argparse gives a default only to what the namespace does not hold yet.
     unset = object()
     again = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
@@ -79,6 +82,13 @@ def add_data_arguments(parser: argparse.ArgumentParser, sample: str) -> None:
         default=DEFAULT_BATCH_TOKENS,
         help="tokens that go through the model at once",
     )
+
+
+def seed(text: str) -> int:
+    """An argument that seeds random numbers: 0 to 2³¹ - 1."""
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2147483647")
+    return int(text)
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import reprlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -63,7 +64,7 @@ def read_examples(
         records = _table(path, _refuse_blank(path, _csv_rows(path, text)))
     else:
         records = _table(path, _refuse_blank(path, ((n, line.split("\t")) for n, line in lines)))
-    rows = list(islice(records, limit))
+    rows = list(islice(records, limit and min(limit, sys.maxsize)))
     if not rows:
         raise UserError(
             f"{path}: found no rows, expected examples: check that this is the right file"

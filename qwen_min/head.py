@@ -124,6 +124,10 @@ def cached_features(
             progress(len(chunk))
         except (OSError, SafetensorError, KeyError):  # absent, or damaged
             part = pooled_features(model, chunk, pooling, all_layers, batch_tokens, progress)
+            if not part.isfinite().all():
+                raise UserError(
+                    "a hidden state is not finite; fetch the weights again, or try --dtype float32"
+                ) from None
             write_atomically(path, save({"features": part}))
         parts.append(part)
     return torch.cat(parts)
@@ -169,7 +173,11 @@ def load_head(path: Path) -> LinearHead:
             tensors = {name: file.get_tensor(name).clone() for name in names}
         weight, bias = tensors.pop("weight"), tensors.pop("bias", None)
         head = LinearHead(weight, bias, **json.loads(metadata["head"]))
-        whole = weight.ndim == 2 and (bias is None or bias.shape == weight.shape[:1])
+        whole = (
+            weight.ndim == 2
+            and weight.dtype == torch.float32
+            and (bias is None or bias.shape == weight.shape[:1])
+        )
         if tensors or not whole or type(head.layer) is not int or head.pooling not in POOLINGS:
             raise ValueError(f"tensors {sorted(names)}, {metadata}")
         return head

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -178,5 +179,10 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def checkpoint_fingerprint(directory: str | Path) -> str:
-    """`fingerprint` of a checkpoint's tensors as they are in its files, whatever dtype runs."""
-    return fingerprint(read_tensors(Path(directory)).items())
+    """A checkpoint's fingerprint: its tensors as they are in the files, whatever dtype runs, and
+    those fields of config.json that the forward pass depends on."""
+    config = asdict(QwenConfig.from_json(Path(directory) / "config.json"))
+    for field in ("torch_dtype", "max_position_embeddings"):
+        del config[field]
+    whole = f"{sorted(config.items())} {fingerprint(read_tensors(Path(directory)).items())}"
+    return hashlib.sha256(whole.encode()).hexdigest()

@@ -1,5 +1,9 @@
 """Qwen's forward pass, bottom up: norm, rotary positions, attention, MLP, layer, model.
 
+What differs from the Transformer of the paper (Vaswani et al. 2017): a norm stands before attention
+and MLP and none after their sum, hence the one after the last layer; nothing is added to or scaled
+in the embeddings, since position enters by rotating queries and keys; there is no dropout.
+
 The module tree is the checkpoint's tensor tree, so that weights load without a map of names.
 Attention, layer and model stand here twice:
 
@@ -13,7 +17,7 @@ whose casts between dtypes they repeat; those places are marked `# dtype:`.
 
 Shapes:
     B batch    T tokens of one text    N tokens of several texts, end to end    D hidden_size
-    H query heads    K key/value heads    Dh head_dim    F intermediate_size    V vocab_size
+    H query heads    K key/value heads    Dh head_dim    V vocab_size
 """
 
 import math
@@ -69,7 +73,8 @@ def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tens
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of x (..., T, heads, Dh) by its angle.
 
-    Qwen pairs component i with i + Dh/2 (split halves), not 2i with 2i + 1 as in the paper.
+    (a, b) → (a cos − b sin, b cos + a sin). Qwen pairs component i with i + Dh/2 (split halves),
+    not 2i with 2i + 1 as in the paper. The product q·k then depends on the two tokens' distance.
     """
     # dtype: cos and sin go to the activations' dtype and the rotation happens there.
     first, second = x.chunk(2, dim=-1)
@@ -99,21 +104,22 @@ def lay_out(
     positions, masks = [], []
     for i, length in enumerate(lengths):
         start = 0 if past is None else len(past[0][i][0])
-        seen = (
-            torch.ones(length, length, dtype=torch.bool).tril() if visible is None else visible[i]
-        )
+        if visible is None and start == 0:
+            positions.append(torch.arange(length))
+            masks.append(None)
+            continue
+        seen = torch.ones(length, length).tril().bool() if visible is None else visible[i]
         positions.append(start + seen.sum(dim=1) - 1)
         # `is_causal` of scaled_dot_product_attention counts from the first key, not from the last,
         # so tokens that continue a cache need a mask of their own (pytorch#108108).
-        plain = visible is None and start == 0
         before = torch.ones(length, start, dtype=torch.bool)
-        masks.append(None if plain else torch.cat([before, seen], dim=1).to(device))
+        masks.append(torch.cat([before, seen], dim=1).to(device))
     cos, sin = rotary_cos_sin(torch.cat(positions).to(device), config.head_dim, config.rope_theta)
     return Layout(list(lengths), cos, sin, masks)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with fewer key/value heads than query heads.
+    """Causal self-attention with fewer key/value heads than query heads, for a smaller cache.
 
     Grouped-query attention: Ainslie et al. 2023, arXiv:2305.13245.
     """
@@ -212,7 +218,10 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)): each part adds to the residual stream."""
+    """x + attention(norm(x)), then x + MLP(norm(x)): each part adds to the residual stream.
+
+    `post_attention_layernorm` is the checkpoint's name for the RMSNorm before the MLP.
+    """
 
     def __init__(self, config: QwenConfig):
         super().__init__()
@@ -270,9 +279,9 @@ class QwenModel(nn.Module):
 
         past: what came before each text, from an earlier call; `[layer][text]`.
         visible: for each text a boolean (T, T), row t marking those of the *new* tokens that token
-            t sees, itself included. Default: those before it. Another pattern makes a tree: several
-            continuations of one prompt side by side. A token's position is the number of tokens it
-            sees, less one.
+            t sees. Default: those before it and itself. Another pattern makes a tree, for the label
+            words of scoring.py: several continuations of one prompt side by side. A token's
+            position is the number of tokens it sees, less one.
         last_only: hidden states of each text's last token alone (number of texts, D); the last
             layer then skips its queries and MLP everywhere else.
         streams: a list that receives the residual stream (N, D) after the embedding and after each

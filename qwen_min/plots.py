@@ -110,7 +110,11 @@ def find_font(words: str) -> tuple[str | None, frozenset[int]]:
         fonts, key=lambda font: (font.style != "normal", str(font.weight), font.name)
     ):
         # Last Resort "has" every character: as a box that shows its block.
-        found = missing & charmap(font.fname) if "last resort" not in font.name.lower() else set()
+        found = (
+            missing & charmap(font.fname)
+            if "lastresort" not in font.name.lower().replace(" ", "")
+            else set()
+        )
         if len(found) > len(covered):
             best, covered = font.name, frozenset(found)
     return best, base | covered

@@ -6,6 +6,7 @@ reason a label's tokens are found, not assumed: they are what the ids of prompt 
 the ids of the prompt.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -112,6 +113,11 @@ def build_prompts(
                     "into one token; end the template with a character that does not, such as `：`"
                 )
             words.append(tuple(whole[len(stem) :]))
+        if len(set(words)) < len(words):
+            raise UserError(
+                f"{place}: two of the labels {', '.join(labels)} are the same tokens, so their "
+                "scores would always be equal; choose words that differ"
+            )
         head = before if tail_is_text else [*before, *encoded[row], *between]
         if not head and not stem:
             raise UserError(
@@ -143,3 +149,22 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     while shared < limit and low[shared] == high[shared]:
         shared += 1
     return shared
+
+
+def warn_about_labels(prompt: Prompt, labels: Sequence[str]) -> None:
+    """Say on stderr what makes label words hard to compare: lengths, and one inside another."""
+    lengths = [len(ids) for ids in prompt.labels]
+    if len(set(lengths)) > 1:
+        counts = ", ".join(f"{w} {n}" for w, n in zip(labels, lengths, strict=True))
+        print(
+            f"warning: label words differ in tokens ({counts}); each is scored whole, and longer "
+            "ones tend to score lower",
+            file=sys.stderr,
+        )
+    for word, ids in zip(labels, prompt.labels, strict=True):
+        for other, longer in zip(labels, prompt.labels, strict=True):
+            if len(ids) < len(longer) and longer[: len(ids)] == ids:
+                print(
+                    f"warning: {word} is how {other} begins, so it can never score lower",
+                    file=sys.stderr,
+                )

@@ -16,8 +16,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from unicodedata import east_asian_width
 
+import numpy as np
+
 from qwen_min.cli import make_parser, run_command
 from qwen_min.compare import Method, compare_all, gather, read_all
+from qwen_min.data import Example
 from qwen_min.errors import UserError
 from qwen_min.output import commit_outputs, open_outputs
 
@@ -293,6 +296,22 @@ def pad(text: str, width: int, left: bool = False) -> str:
     """Fill with spaces to a width in terminal columns."""
     space = " " * max(0, width - columns(text))
     return space + text if left else text + space
+
+
+def prediction_lines(examples: Sequence[Example], scores: np.ndarray) -> str:
+    """JSON lines: index (from 0), label, prediction, scores in class order."""
+    return "".join(
+        json.dumps(
+            {
+                "index": index,
+                "label": example.label,
+                "prediction": int(row.argmax()),
+                "scores": row.tolist(),
+            }
+        )
+        + "\n"
+        for index, (example, row) in enumerate(zip(examples, scores, strict=True))
+    )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,11 @@ def read_run(directory: str | Path) -> dict:
     path = Path(directory) / "run.json"
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        run["arguments"], run["method"]  # what every reader relies on
+        for key, kind in (("method", str), ("arguments", dict)):
+            if not isinstance(run[key], kind):
+                raise TypeError(f"{key} is {run[key]!r}")
+        if run.get("finished") and not isinstance(run["labels"], list):
+            raise TypeError(f"labels are {run['labels']!r}")
     except OSError as error:
         raise UserError(
             f"{path}: {error.strerror}; expected a directory that train.py made"
@@ -103,6 +107,7 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
             )
     free = {name: given[name] for name in FREE if name in given}
     # The directory may have been moved since: it is the one that was read.
+    before = {**before, "merge": None}  # asked for each time
     return argparse.Namespace(**(before | free | {"output": args.output}))
 
 
@@ -277,7 +282,8 @@ def trim_log(path: Path, step: int) -> None:
     if step and path.exists():
         lines = path.read_text(encoding="utf-8").split("\n")
         # The last line may be cut: the process died while it was written.
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        whole = [line for line in lines if line.startswith('{"step": ') and line.endswith("}")]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
     write_atomically(path, "".join(line + "\n" for line in kept).encode())
 
 

@@ -38,36 +38,14 @@ def score_label(model: Qwen, prompt: Sequence[int], label: Sequence[int]) -> flo
     return predictions.gather(1, torch.tensor(label, device=ids.device)[:, None]).sum().item()
 
 
-def label_loss(
-    model: Qwen, prompts: Sequence[Prompt], classes: Sequence[int], checkpointing: bool = False
-) -> Tensor:
-    """Σ over rows of −s_y for the true class y, with gradient: what lora_label_scoring minimises.
-
-    Cross-entropy on the label's tokens alone; logits exist at their positions only, (Σ tokens, V).
-    """
-    device = model.head_weight.device
-    labels = [prompt.labels[y] for prompt, y in zip(prompts, classes, strict=True)]
-    # A label's last token is predicted, never read.
-    texts = [(*p.ids, *label[:-1]) for p, label in zip(prompts, labels, strict=True)]
-    ids = torch.tensor([token for text in texts for token in text], device=device)
-    lengths = [len(text) for text in texts]
-    one_token = all(len(label) == 1 for label in labels)
-    h, _ = model.model.forward_packed(
-        ids, lengths, last_only=one_token, checkpointing=checkpointing
-    )
-    if not one_token:
-        parts = zip(h.split(lengths), labels, strict=True)
-        h = torch.cat([states[-len(label) :] for states, label in parts])
-    targets = torch.tensor([token for label in labels for token in label], device=device)
-    return F.cross_entropy(model.logits(h), targets, reduction="sum")
-
-
 @dataclass(frozen=True)
 class LabelTree:
     """Label words that share beginnings, as a tree whose root is the end of the prompt.
 
     Only nodes that something follows are run through the model: a label's last token is predicted,
-    never read. Labels of one token each have an empty tree.
+    never read. Labels of one token each have an empty tree. For labels (8, 9), (8, 10, 11), (7,)
+    the tokens are 8 and, behind it, 10; the steps are ((0, 8), (1, 9)), ((0, 8), (1, 10), (2, 11))
+    and ((0, 7),).
     """
 
     tokens: tuple[int, ...]  # of the inner nodes, parents before children
@@ -78,13 +56,13 @@ class LabelTree:
 def label_tree(labels: Sequence[tuple[int, ...]]) -> LabelTree:
     """The tree of the given label words (token ids)."""
     inner = sorted({label[:t] for label in labels for t in range(1, len(label))}, key=len)
-    number = {(): 0} | {beginning: i + 1 for i, beginning in enumerate(inner)}
+    node_of = {(): 0} | {beginning: i + 1 for i, beginning in enumerate(inner)}
     visible = [[child[: len(parent)] == parent for parent in inner] for child in inner]
     return LabelTree(
         tokens=tuple(beginning[-1] for beginning in inner),
         visible=torch.tensor(visible, dtype=torch.bool).view(len(inner), len(inner)),
         steps=tuple(
-            tuple((number[label[:t]], label[t]) for t in range(len(label))) for label in labels
+            tuple((node_of[label[:t]], label[t]) for t in range(len(label))) for label in labels
         ),
     )
 
@@ -145,6 +123,7 @@ def _score_batch(
     # 3. Log-probability of each step: the token's logit less the log-sum-exp over the vocabulary.
     h = torch.cat([part for parts in states for part in parts])  # (Σ 1 + nodes, D)
     first = np.cumsum([0, *(1 + size for size in sizes)])
+    # Of each step: the row of h that predicts, the token, and the score that it adds to.
     at, tokens, owner = [], [], []
     for row, tree in enumerate(trees):
         for label, steps in enumerate(tree.steps):
@@ -169,3 +148,27 @@ def token_log_probs(model: Qwen, h: Tensor, at: Tensor, tokens: Tensor) -> np.nd
         log_probs = logits[row, tokens[mine].to(h.device)] - log_sum_exp[row]
         found[mine.numpy()] = log_probs.double().cpu().numpy()
     return found
+
+
+def label_loss(
+    model: Qwen, prompts: Sequence[Prompt], classes: Sequence[int], checkpointing: bool = False
+) -> Tensor:
+    """Σ over rows of −s_y for the true class y, with gradient: what lora_label_scoring minimises.
+
+    Cross-entropy on the label's tokens alone; logits exist at their positions only, (Σ tokens, V).
+    """
+    device = model.head_weight.device
+    labels = [prompt.labels[y] for prompt, y in zip(prompts, classes, strict=True)]
+    # A label's last token is predicted, never read.
+    texts = [(*p.ids, *label[:-1]) for p, label in zip(prompts, labels, strict=True)]
+    ids = torch.tensor([token for text in texts for token in text], device=device)
+    lengths = [len(text) for text in texts]
+    one_token = all(len(label) == 1 for label in labels)
+    h, _ = model.model.forward_packed(
+        ids, lengths, last_only=one_token, checkpointing=checkpointing
+    )
+    if not one_token:
+        parts = zip(h.split(lengths), labels, strict=True)
+        h = torch.cat([states[-len(label) :] for states, label in parts])
+    targets = torch.tensor([token for label in labels for token in label], device=device)
+    return F.cross_entropy(model.logits(h), targets, reduction="sum")

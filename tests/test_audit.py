@@ -100,6 +100,16 @@ def test_the_list_names_every_row(files):
     ]
 
 
+def test_a_copy_of_a_file_stands_in_it_line_by_line(tmp_path):
+    a, b = (tsv(tmp_path / name, A[:2]) for name in ("a.tsv", "b.tsv"))
+    out = command(a, b, "--list")[1]
+    assert "rows of b.tsv that stand in a.tsv: 2 of 2 verbatim, 2 normalised (100.0%)" in out
+    assert [line.split(": ")[1] for line in out.split("\n\n")[-1].splitlines()] == [
+        "stands in a.tsv, line 2",
+        "stands in a.tsv, line 3",
+    ]
+
+
 def test_one_file_alone(files):
     status, out, _ = command(files[0])
     assert status == 0

@@ -476,9 +476,22 @@ def test_one_bit_changes_the_hash_of_its_tensor_alone(tmp_path, tied, name):
 
     whole = fingerprint(tensors.items())
     assert fingerprint((tensors | {name: changed}).items()) != whole
-    assert checkpoint_fingerprint(write(tmp_path, config, tensors)) == whole
+    checkpoint = checkpoint_fingerprint(write(tmp_path, config, tensors))
+    assert checkpoint_fingerprint(tmp_path) == checkpoint
     write(tmp_path, config, tensors | {name: changed})
-    assert checkpoint_fingerprint(tmp_path) != whole
+    assert checkpoint_fingerprint(tmp_path) != checkpoint
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "rms_norm_eps"])
+def test_the_checkpoints_fingerprint_is_of_its_config_too(tmp_path, tied, field):
+    """The same tensors under another theta are another model."""
+    config, tensors = tied
+    before = checkpoint_fingerprint(write(tmp_path, config, tensors))
+    raw = json.loads((tmp_path / "config.json").read_text())
+    rope = raw.get("rope_parameters") if field == "rope_theta" else None
+    (raw if rope is None else rope)[field] = 1e-3 if field == "rms_norm_eps" else 5e5
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert checkpoint_fingerprint(tmp_path) != before
 
 
 def test_fingerprint_is_of_names_too_and_of_no_order(tied):

@@ -55,6 +55,13 @@ def tokenizer(directory) -> Tokenizer:
     return Tokenizer(directory)
 
 
+def test_labels_of_the_same_tokens_are_refused(tokenizer):
+    """Different strings, one text under NFC: their scores would always tie."""
+    with pytest.raises(UserError, match="same tokens") as error:
+        build_prompts(tokenizer, ["不错"], "{text}\n", ("caf\u00e9", "cafe\u0301"))
+    assert "\n" not in str(error.value)
+
+
 @pytest.fixture(scope="module")
 def theirs(directory) -> AutoTokenizer:
     return AutoTokenizer.from_pretrained(directory)
