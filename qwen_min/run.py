@@ -73,8 +73,10 @@ def read_run(directory: str | Path) -> dict:
     return run
 
 
-# Arguments that change nothing of what is learned: a resumed run may have others.
-FREE = ("output", "resume", "merge", "device", "batch_tokens", "feature_cache")
+# What a resumed run may be given anew: where things are (model and data are known by their hashes)
+# and how the work is cut up, which changes the rounding of sums and nothing else.
+FREE = ("output", "resume", "merge", "model", "data", "encoding", "feature_cache")
+FREE += ("device", "batch_tokens")
 
 
 def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:

@@ -510,6 +510,15 @@ def test_resume_with_other_data_is_refused(runs, base, data, tmp_path, capsys):
     assert "data" in one_line(capsys, 2, "--resume", "--output", run)
 
 
+def test_a_moved_model_and_a_copy_of_the_data_go_on(runs, base, data, tmp_path, capsys):
+    shutil.copytree(runs["lora_head"], tmp_path / "run")
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copy(data, tmp_path / "copy.tsv")
+    args = ["--resume", "--output", tmp_path / "run", "--model", tmp_path / "base"]
+    assert train.main([str(a) for a in [*args, "--data", tmp_path / "copy.tsv"]]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
 BAD = {
     "no method": ([], "--method is missing"),
     "no model": (["--method", "lora_head"], "--model is missing"),
