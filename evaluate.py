@@ -53,6 +53,7 @@ from qwen_min.output import commit_outputs, open_outputs
 from qwen_min.prompt import (
     Prompt,
     build_prompts,
+    check_lengths,
     parse_labels,
     parse_template,
     warn_about_labels,
@@ -235,18 +236,6 @@ def read_prompts(
     )
     check_lengths(prompts, config.max_position_embeddings, places)
     return examples, prompts
-
-
-def check_lengths(prompts: Sequence[Prompt], max_positions: int, places: Sequence[str]) -> None:
-    """Raise UserError where prompt and longest label have more tokens than the model has places."""
-    for prompt, place in zip(prompts, places, strict=True):
-        tokens = len(prompt.ids) + max(len(ids) for ids in prompt.labels)
-        if tokens > max_positions:
-            raise UserError(
-                f"{place}: prompt and label have {tokens} tokens, expected at most {max_positions} "
-                "(max_position_embeddings in config.json); lower --max-text-tokens or shorten "
-                "the template"
-            )
 
 
 def load_method(

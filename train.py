@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -302,17 +302,7 @@ def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, re
         if head is not None:
             save_head(directory / "head.safetensors", linear_head())
 
-    plan = Plan(
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        batch_tokens=args.batch_tokens,
-        lr=args.lr,
-        warmup=args.warmup,
-        clip=args.clip,
-        eval_every=args.eval_every,
-        save_every=args.save_every,
-        seed=args.seed,
-    )
+    plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
     lengths = [len(data.prompts[row].ids) for row in data.training]
     model.train()
     lines = [data.lines[row] for row in data.training]

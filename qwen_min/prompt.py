@@ -128,6 +128,18 @@ def build_prompts(
     return prompts
 
 
+def check_lengths(prompts: Sequence[Prompt], max_positions: int, places: Sequence[str]) -> None:
+    """Raise UserError where prompt and longest label have more tokens than the model has places."""
+    for prompt, place in zip(prompts, places, strict=True):
+        tokens = len(prompt.ids) + max(len(ids) for ids in prompt.labels)
+        if tokens > max_positions:
+            raise UserError(
+                f"{place}: prompt and label have {tokens} tokens, expected at most {max_positions} "
+                "(max_position_embeddings in config.json); lower --max-text-tokens or shorten "
+                "the template"
+            )
+
+
 def _encode_frame(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[int]:
     """Ids of pieces as `split_markup` cuts them, none of which holds the text."""
     ids: list[int] = []
