@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="go on with the run in --output")
     run.add_argument("--merge", metavar="DIR", help="also write base + LoRA as a plain checkpoint")
     run.add_argument("--seed", type=seed, default=0, help="of initial values, order and dropout")
-    add_training_arguments(parser, POOLINGS, TARGETS)
+    add_training_arguments(parser, POOLINGS)
     return parser
 
 
@@ -243,7 +243,8 @@ def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, re
     """lora_head and lora_label_scoring: LoRA by gradient, with a head or with the label words."""
     whole = checkpoints(run)
     start = whole[-1][1] if whole else None
-    targets = TARGETS[args.lora_targets]
+    # A word for a usual set, or names: `inject_lora` refuses one that the model does not have.
+    targets = TARGETS.get(args.lora_targets, tuple(args.lora_targets.split(",")))
     torch.manual_seed(args.seed)
     try:
         task = "SEQ_CLS" if args.method == "lora_head" else "CAUSAL_LM"

@@ -551,10 +551,13 @@ def test_a_class_without_training_rows_is_refused(base, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_target_names_that_match_nothing_are_refused(base, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(train.TARGETS, "attention", ("query_proj",))
-    line = one_line(capsys, 2, *arguments("lora_head", base, data, tmp_path / "run"))
-    assert "query_proj" in line
+def test_targets_by_name(base, data, tmp_path, capsys):
+    args = arguments("lora_head", base, data, tmp_path / "run", "--lora-targets")
+    assert "query_proj" in one_line(capsys, 2, *args, "q_proj,query_proj")
+    assert train.main([*args, "q_proj,down_proj"]) == 0
+    config = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "down_proj"]
+    capsys.readouterr()
 
 
 def test_evaluation_leaves_train_mode_on_and_dropout_off(base, data, tmp_path, monkeypatch):
