@@ -58,7 +58,7 @@ from qwen_min.prompt import (
     parse_template,
     warn_about_labels,
 )
-from qwen_min.report import format_results, prediction_lines
+from qwen_min.results import format_results, prediction_lines
 from qwen_min.run import read_run
 from qwen_min.scoring import score_labels
 from qwen_min.tokenizer import Tokenizer

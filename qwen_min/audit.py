@@ -23,7 +23,7 @@ from qwen_min.errors import UserError
 from qwen_min.hub import resolve_model
 from qwen_min.metrics import wilson_interval
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, parse_labels
-from qwen_min.report import text_table
+from qwen_min.table import text_table
 from qwen_min.tokenizer import Tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Results as tables for a person: one evaluation, or several methods side by side.
+"""Results of several methods side by side, as tables for a person.
 
     python -m qwen_min.report runs/head_only runs/lora_head
     python -m qwen_min.report zero_shot.json runs/lora-seed* --format markdown --output table.md
@@ -14,15 +14,12 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from unicodedata import east_asian_width
-
-import numpy as np
 
 from qwen_min.cli import make_parser, run_command
 from qwen_min.compare import Method, compare_all, gather, read_all
-from qwen_min.data import Example
 from qwen_min.errors import UserError
 from qwen_min.output import commit_outputs, open_outputs
+from qwen_min.table import text_table
 
 FORMATS = ("text", "markdown", "json")
 
@@ -212,106 +209,11 @@ def pair_row(pair: dict, test: dict, several: set[str]) -> list[str]:
     ]
 
 
-def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """Columns for a terminal: the first `words` to the left, numbers to the right."""
-    table = [list(heads), *rows]
-    widths = [max(columns(row[i]) for row in table) for i in range(len(heads))]
-    return "\n".join(
-        "  ".join(
-            pad(cell, width, left=i >= words)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    )
-
-
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
     """The same as a table of GitHub's Markdown, where a | inside a cell is escaped."""
     rule = ["---" if i < words else "---:" for i in range(len(heads))]
     lines = [heads, rule, *rows]
     return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in lines)
-
-
-def format_results(results: dict) -> str:
-    """The results as a table for a person."""
-
-    def number(value: float | None) -> str:
-        return "undefined" if value is None else f"{value:.4f}"
-
-    low, high = results["accuracy_interval"]
-    mass = []
-    if results["label_mass"] is not None:
-        share = number(results["label_mass"])
-        mass = [f"label mass    {share}   probability that the label words hold"]
-    shortened = f"{results['truncated_rows']} of {results['n']} texts shortened"
-    lines = [
-        f"method        {results['method']}",
-        f"examples      {results['n']}   ({shortened})",
-        f"accuracy      {number(results['accuracy'])}   95 % interval {low:.4f} to {high:.4f}",
-        *clean_line(results.get("clean")),
-        f"AUC-ROC       {number(results['auc_roc'])}",
-        f"Brier         {number(results['brier'])}   {results['brier_kind']}",
-        f"ECE           {number(results['ece'])}   15 bins",
-        *mass,
-        f"speed         {results['examples_per_second']:.1f} examples/s, "
-        f"{results['seconds']:.1f} s, {results['dtype']} on {results['device']}",
-        "",
-        "class          precision   recall       F1   examples",
-    ]
-    rows = [*results["per_class"], {"name": "macro", **results["macro"], "support": results["n"]}]
-    lines += [
-        f"{pad(row['name'], 14)} {row['precision']:9.4f} {row['recall']:8.4f} {row['f1']:8.4f} "
-        f"{row['support']:10d}"
-        for row in rows
-    ]
-    names = [row["name"] for row in results["per_class"]]
-    heads = names + ["off track"] * bool(results["off_track"])
-    lines += ["", "true \\ predicted" + "".join("  " + pad(name, 8, left=True) for name in heads)]
-    lines += [
-        pad(name, 16) + "".join(f"  {count:8d}" for count in counts)
-        for name, counts in zip(names, results["confusion_matrix"], strict=True)
-    ]
-    return "\n".join(lines)
-
-
-def clean_line(clean: dict | None) -> list[str]:
-    """The line on the rows that are not in the training data; none where these are unknown."""
-    if clean is None:
-        return []
-    if not clean["n"]:
-        return [f"  clean part  undefined   every text stands in {clean['train_data']}"]
-    low, high = clean["accuracy_interval"]
-    return [
-        f"  clean part  {clean['accuracy']:.4f}   95 % interval {low:.4f} to {high:.4f}   "
-        f"{clean['n']} texts that are not in {clean['train_data']}"
-    ]
-
-
-def columns(text: str) -> int:
-    """Width in a terminal, where a Chinese character takes two columns."""
-    return sum(2 if east_asian_width(char) in "WF" else 1 for char in text)
-
-
-def pad(text: str, width: int, left: bool = False) -> str:
-    """Fill with spaces to a width in terminal columns."""
-    space = " " * max(0, width - columns(text))
-    return space + text if left else text + space
-
-
-def prediction_lines(examples: Sequence[Example], scores: np.ndarray) -> str:
-    """JSON lines: index (from 0), label, prediction, scores in class order."""
-    return "".join(
-        json.dumps(
-            {
-                "index": index,
-                "label": example.label,
-                "prediction": int(row.argmax()),
-                "scores": row.tolist(),
-            }
-        )
-        + "\n"
-        for index, (example, row) in enumerate(zip(examples, scores, strict=True))
-    )
 
 
 if __name__ == "__main__":

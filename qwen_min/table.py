@@ -1,0 +1,28 @@
+"""Text in columns, for a terminal in which a Chinese character takes two of them."""
+
+from collections.abc import Sequence
+from unicodedata import east_asian_width
+
+
+def columns(text: str) -> int:
+    """Width in a terminal, where a Chinese character takes two columns."""
+    return sum(2 if east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def pad(text: str, width: int, left: bool = False) -> str:
+    """Fill with spaces to a width in terminal columns."""
+    space = " " * max(0, width - columns(text))
+    return space + text if left else text + space
+
+
+def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """Columns for a terminal: the first `words` to the left, numbers to the right."""
+    table = [list(heads), *rows]
+    widths = [max(columns(row[i]) for row in table) for i in range(len(heads))]
+    return "\n".join(
+        "  ".join(
+            pad(cell, width, left=i >= words)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    )
