@@ -5,8 +5,10 @@
         --template '新闻：{text}\\n类别：' --output results.json --predictions predictions.jsonl
     python evaluate.py --run runs/lora --data test.tsv
     python evaluate.py --method transplanted_head --run runs/lora_head --data test.tsv
+    python evaluate.py --run runs/lora --explain 房间小，但是很干净。
 
 zero_shot           each label word's log-probability as the continuation of the prompt
+zero_shot_generate  greedy text, and the first label word in it
 head_only           a linear head on the frozen base's hidden states (a linear probe)
 lora_head           a linear head on the LoRA-adapted base's hidden states
 lora_label_scoring  as zero_shot, on the LoRA-adapted base
@@ -16,12 +18,13 @@ A run brings its model, prompt and label words along; what is typed here goes be
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora import LoRAError, load_adapter, lora_modules
-from qwen_min.audit import clean_part, training_texts
+from qwen_min import embeddings
+from qwen_min.arguments import UNTRAINED, with_run
+from qwen_min.audit import clean_part, training_examples
+from qwen_min.calibration import calibrations, format_calibrations
 from qwen_min.cli import (
     add_data_arguments,
     add_machine_arguments,
@@ -41,29 +47,29 @@ from qwen_min.cli import (
     run_command,
     seed,
 )
-from qwen_min.config import QwenConfig
-from qwen_min.data import Example, examples_hash, read_examples
+from qwen_min.data import examples_hash
 from qwen_min.errors import UserError
-from qwen_min.head import LinearHead, load_head, pooled_features
-from qwen_min.hub import resolve_model
-from qwen_min.loading import checkpoint_fingerprint, load_model
-from qwen_min.metrics import evaluate_predictions
-from qwen_min.model import Qwen
-from qwen_min.output import commit_outputs, open_outputs
-from qwen_min.prompt import (
-    Prompt,
-    build_prompts,
-    check_lengths,
-    parse_labels,
-    parse_template,
-    warn_about_labels,
+from qwen_min.explain import explain_head, explain_labels
+from qwen_min.generation import MAX_NEW_TOKENS, first_label, generate_answers, stop_ids
+from qwen_min.head import LinearHead, load_head, score_rows
+from qwen_min.label_sets import (
+    compare_sets,
+    distinct_words,
+    format_sets,
+    parse_label_sets,
+    with_first_tokens,
 )
-from qwen_min.results import format_results, prediction_lines
-from qwen_min.run import read_run
+from qwen_min.loading import checkpoint_fingerprint, load_model
+from qwen_min.metrics import OFF_TRACK, evaluate_predictions
+from qwen_min.model import Qwen
+from qwen_min.neutral import score_neutral
+from qwen_min.output import commit_outputs, open_outputs
+from qwen_min.prompt import warn_about_labels
+from qwen_min.results import format_results, name_outputs, off_track_examples, prediction_lines
 from qwen_min.scoring import score_labels
-from qwen_min.tokenizer import Tokenizer
+from qwen_min.task import Task, read_rows, read_task, task_prompts
 
-METHODS = ("zero_shot", "head_only", "lora_head", "lora_label_scoring", "transplanted_head")
+METHODS = (*UNTRAINED, "head_only", "lora_head", "lora_label_scoring", "transplanted_head")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,6 +91,22 @@ def build_parser() -> argparse.ArgumentParser:
     add_prompt_arguments(parser)
     add_machine_arguments(parser)
     parser.add_argument("--seed", type=seed, default=0, help="of whatever is drawn at random")
+    inside = parser.add_argument_group("see inside")
+    inside.add_argument(
+        "--explain",
+        metavar="TEXT",
+        help="one text's whole computation, step by step; with --run base and adapted side by side",
+    )
+    inside.add_argument(
+        "--label-sets",
+        metavar="SETS",
+        help="compare label words, all scored in one pass: 消极,积极;差,好 (a ; between two sets)",
+    )
+    inside.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="compare corrections for what a label word brings along whatever the text says",
+    )
     output = parser.add_argument_group("output (with --run, default: files in the run directory)")
     output.add_argument("--output", metavar="FILE", help="all results, as JSON")
     output.add_argument("--predictions", metavar="FILE", help="every row's scores, as JSON lines")
@@ -97,107 +119,79 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda args: evaluate(*with_run(args, given)), args)
 
 
-def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, dict | None]:
-    """The arguments, a run's own in place of defaults, and the run's record (None without --run).
-
-    Raises UserError for methods, runs and adapters that do not go together.
-    """
-    record, changed = None, []
-    if args.run:
-        record = read_run(args.run)
-        if not record.get("finished"):
-            raise UserError(
-                f"{args.run}: training has not finished; go on with: "
-                f"python train.py --resume --output {args.run}"
-            )
-        fits = [record["method"]] + ["transplanted_head"] * (record["method"] == "lora_head")
-        args.method = args.method or record["method"]
-        if args.method not in fits:
-            raise UserError(
-                f"{args.run}: a run of {record['method']}, which {args.method} cannot use; "
-                f"expected --method {' or '.join(fits)}"
-            )
-        for name in ("model", "labels", "template", "max_text_tokens", "dtype"):
-            if name not in given:
-                setattr(args, name, record["arguments"][name])
-            elif getattr(args, name) != record["arguments"][name]:
-                changed.append(f"{name}={getattr(args, name)}")
-    elif args.method is None:
-        raise UserError("--method is missing; name one, or a trained run with --run")
-    elif args.adapter and args.method not in ("lora_head", "lora_label_scoring"):
-        raise UserError(f"--adapter is for lora_head and lora_label_scoring, not {args.method}")
-    elif args.method != "zero_shot" and not args.adapter:
-        raise UserError(f"--method {args.method} needs --run, a directory that train.py made")
-    if args.run and args.adapter:
-        raise UserError("--run brings its own adapter; give --run or --adapter, not both")
-    if args.model is None:
-        raise UserError("--model is missing; give a directory or a hub name (README, Start)")
-    args.changed = changed  # where the run's own setting was not wanted
-    return args, record
-
-
 def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     """Read, score, measure, write; prints the table."""
-    labels, template = parse_labels(args.labels), parse_template(args.template)
-    device, directory = choose_device(args.device), resolve_model(args.model)
-    examples, prompts = read_prompts(args, directory, labels, template)
-    data_hash = examples_hash(examples)
-    training = training_texts(args.train_data, args.encoding, labels, record)
+    task, device = read_task(args), choose_device(args.device)
+    if args.explain is not None:
+        return explain(args, task, record, device)
+    labels, generates = task.labels, args.method == "zero_shot_generate"
+    sets = parse_label_sets(args.label_sets, labels) if args.label_sets else [labels]
+    examples, prompts = read_rows(args, task, distinct_words(sets), MAX_NEW_TOKENS * generates)
+    truth, data_hash = np.array([e.label for e in examples]), examples_hash(examples)
+    training = training_examples(args.train_data, args.encoding, labels, record)
+    stop = stop_ids(task.directory, task.tokenizer.markup) if generates else set()
     if args.run:
-        own = args.method == record["method"]
-        # Settings other than the run's own make another result, in another file.
-        other = hashlib.sha256(" ".join(args.changed).encode()).hexdigest()[:8]
-        parts = [args.method] * (not own) + [data_hash[:12]] + [other] * bool(args.changed)
-        ending = "-".join(parts)
-        args.output = args.output or str(Path(args.run) / f"results-{ending}.json")
-        args.predictions = args.predictions or str(Path(args.run) / f"predictions-{ending}.jsonl")
+        name_outputs(args, record, data_hash)
     with ExitStack() as stack:
         results_file, predictions_file = open_outputs(
             [args.output, args.predictions], stack, [args.data, *filter(None, [args.train_data])]
         )
         started = time.perf_counter()
-        model, head = load_method(args, directory, record, device)
-        if head is not None and list(labels) != (record["labels"] if record else list(labels)):
-            raise UserError(
-                f"--labels {args.labels}: the head was trained for {','.join(record['labels'])}; "
-                "leave --labels out"
-            )
-        if head is not None and len(head.weight) != len(labels):
-            raise UserError(
-                f"--labels names {len(labels)} classes, the trained head has {len(head.weight)}; "
-                "name as many"
-            )
+        model, head = load_method(args, task, record, device)
         load_seconds = time.perf_counter() - started
-        if head is None:
-            warn_about_labels(prompts[0], labels)
+        # The words of --labels are the first; those of other sets come behind them.
+        own = [replace(prompt, labels=prompt.labels[: len(labels)]) for prompt in prompts]
+        if by_words := head is None and not generates:
+            warn_about_labels(own[0], labels)
 
-        started = time.perf_counter()
+        started, scores, answers = time.perf_counter(), None, None
         with tqdm(total=len(prompts), unit=" rows", disable=None) as bar:
-            scores = score_rows(model, prompts, head, args.batch_tokens, bar.update)
+            if generates:
+                found = generate_answers(model, own, stop, args.batch_tokens, bar.update)
+                answers = [task.tokenizer.decode(ids) for ids in found]
+            else:
+                asked = with_first_tokens(prompts) if args.label_sets else own
+                scores = score_rows(model, asked, head, args.batch_tokens, bar.update)
         seconds = time.perf_counter() - started
-        if not (finite := np.isfinite(scores).all(axis=1)).all():
+        if scores is not None and not (finite := np.isfinite(scores).all(axis=1)).all():
             raise UserError(
                 f"{args.data}, line {examples[finite.argmin()].line}: found a score that is not "
                 "finite, expected numbers: fetch the weights again, or try --dtype float32 if "
                 "they overflow"
             )
+        more = {}
+        if args.label_sets:
+            more["label_sets"] = compare_sets(truth, sets, prompts, scores)
+            scores = scores[:, : len(labels)]
+        if args.calibrate:
+            split = record["arguments"]["data_seed"] if record else 0
+            score = partial(score_labels, model, batch_tokens=args.batch_tokens)
+            rows = training and training[1]
+            neutral = score_neutral(task, examples, rows, (args.seed, split), score)
+            lengths = np.array([[len(ids) for ids in prompt.labels] for prompt in own])
+            more["calibration"] = calibrations(truth, scores, lengths, neutral)
+        if generates:
+            classes = [first_label(answer, labels) for answer in answers]
+            predictions = np.array([OFF_TRACK if y is None else y for y in classes])
+            more["off_track_examples"] = off_track_examples(examples, classes, answers)
+        else:
+            predictions = scores.argmax(axis=1)
 
         results = {
             "method": args.method,
-            **evaluate_predictions(
-                [e.label for e in examples], scores.argmax(axis=1), scores, list(labels)
-            ),
-            "clean": clean_part(training, examples, scores.argmax(axis=1)),
+            **evaluate_predictions(truth, predictions, scores, list(labels)),
+            "clean": clean_part(training, examples, predictions),
             # How much of all probability the label words hold between them: near 0, the model
             # would rather have said something else, and the ranking among them means less.
-            "label_mass": float(np.exp(scores).sum(axis=1).mean()) if head is None else None,
+            "label_mass": float(np.exp(scores).sum(axis=1).mean()) if by_words else None,
+            **more,
             "truncated_rows": sum(prompt.truncated for prompt in prompts),
             "tokens": sum(len(prompt.ids) for prompt in prompts),
             "seconds": seconds,
             "load_seconds": load_seconds,
             "examples_per_second": len(examples) / seconds,
             "examples_hash": data_hash,
-            "label_ids": [list(ids) for ids in prompts[0].labels],
+            "label_ids": [list(ids) for ids in own[0].labels],
             "dtype": str(model.head_weight.dtype).removeprefix("torch."),
             "device": device,
             "torch": torch.__version__,
@@ -206,44 +200,47 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
             "arguments": vars(args),
             "training_arguments": record["arguments"] if record else None,
         }
+        lines = prediction_lines(examples, predictions, scores, answers)
         try:
             commit_outputs(
                 [
                     (results_file, json.dumps(results, ensure_ascii=False, indent=2) + "\n"),
-                    (predictions_file, prediction_lines(examples, scores)),
+                    (predictions_file, lines),
                 ]
             )
         finally:
             print(format_results(results))
+            if args.label_sets:
+                print("\n" + format_sets(results["label_sets"], task.tokenizer))
+            if args.calibrate:
+                print("\n" + format_calibrations(results["calibration"], labels))
     return 0
 
 
-def read_prompts(
-    args: argparse.Namespace, directory: Path, labels: Sequence[str], template: str
-) -> tuple[list[Example], list[Prompt]]:
-    """The examples of --data and their prompts, checked against the model's limits."""
-    config = QwenConfig.from_json(directory / "config.json")
-    examples = read_examples(args.data, labels, args.encoding, args.limit)
-    places = [f"{args.data}, line {e.line}" for e in examples]
-    tokenizer = Tokenizer(directory)
-    if tokenizer.size > config.vocab_size:
-        raise UserError(
-            f"{directory}: tokenizer.json has {tokenizer.size} tokens, expected at most "
-            f"config.json's vocab_size, {config.vocab_size}; take both from one checkpoint"
-        )
-    prompts = build_prompts(
-        tokenizer, [e.text for e in examples], template, labels, args.max_text_tokens, places
-    )
-    check_lengths(prompts, config.max_position_embeddings, places)
-    return examples, prompts
+def explain(args: argparse.Namespace, task: Task, record: dict | None, device: str) -> int:
+    """--explain: one text's computation, on the base and on what was trained from it."""
+    (prompt,) = task_prompts(task, [args.explain], ["--explain"])
+    model, head = load_method(args, task, record, device)
+    vectors = args.run and args.method == record["method"] and embeddings.trained_by(record)
+    models = {"base": model}
+    if lora_modules(model) or vectors:
+        models = {"base": load_model(task.directory, args.dtype, device), "adapted": model}
+    dtype = str(model.head_weight.dtype).removeprefix("torch.")
+    print(f"{args.method}, {args.run or args.model}, {dtype}\n")
+    if head is None:
+        print(explain_labels(task.tokenizer, prompt, task.labels, models))
+    else:
+        print(explain_head(task.tokenizer, prompt, task.labels, models, head))
+    return 0
 
 
 def load_method(
-    args: argparse.Namespace, directory: Path, record: dict | None, device: str
+    args: argparse.Namespace, task: Task, record: dict | None, device: str
 ) -> tuple[Qwen, LinearHead | None]:
     """The model that `args.method` scores with, and its head where it has one."""
+    directory, labels = task.directory, task.labels
     model = load_model(directory, args.dtype, device)
-    if args.method == "zero_shot":
+    if args.method in UNTRAINED:
         return model, None
     base = checkpoint_fingerprint(directory)
     if record and record["base_fingerprint"] != base:
@@ -257,7 +254,7 @@ def load_method(
         given, arguments = record["method"], record["arguments"]
         lora = arguments["adapter"] if given == "head_only" else arguments["lora_targets"] != "none"
         adapter = Path(args.run) / "adapter" if lora else None
-        if given == "head_only" or not lora:
+        if given == "head_only" or (given == "lora_head" and not lora):
             head = load_head(Path(args.run) / "head.safetensors")
     else:
         adapter = Path(args.adapter)
@@ -268,6 +265,10 @@ def load_method(
             raise UserError(f"{adapter}: holds {found}, so it is not an adapter for {args.method}")
         if not head and weight is not None:
             head = LinearHead(weight.float(), None, model.config.num_hidden_layers, "last")
+    if args.run and embeddings.trained_by(record):
+        embeddings.load(
+            Path(args.run) / embeddings.FILE, model, given == "lora_label_scoring", base
+        )
     if args.method == "transplanted_head":
         model = load_model(directory, args.dtype, device)  # the base again, without the LoRA
     if head is not None and not (
@@ -278,6 +279,16 @@ def load_method(
             f"the head is for layer {head.layer} of {head.weight.shape[1]} numbers, the model in "
             f"{args.model} has {model.config.num_hidden_layers} layers of "
             f"{model.config.hidden_size}; give the model that it was trained on"
+        )
+    if head is not None and list(labels) != (record["labels"] if record else list(labels)):
+        raise UserError(
+            f"--labels {args.labels}: the head was trained for {','.join(record['labels'])}; "
+            "leave --labels out"
+        )
+    if head is not None and len(head.weight) != len(labels):
+        raise UserError(
+            f"--labels names {len(labels)} classes, the trained head has {len(head.weight)}; "
+            "name as many"
         )
     return model, head
 
@@ -302,21 +313,6 @@ def attach_adapter(
             "give the checkpoint that it was trained on by --model"
         )
     return head
-
-
-def score_rows(
-    model: Qwen,
-    prompts: Sequence[Prompt],
-    head: LinearHead | None,
-    batch_tokens: int,
-    progress: Callable[[int], object] = lambda rows: None,
-) -> np.ndarray:
-    """Class scores (n, C): of the label words, or of the head where there is one."""
-    if head is None:
-        return score_labels(model, prompts, batch_tokens, progress)
-    every = head.layer != model.config.num_hidden_layers
-    features = pooled_features(model, prompts, head.pooling, every, batch_tokens, progress)
-    return head.scores(features[:, head.layer if every else 0])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from evaluate import attach_adapter, read_prompts, score_rows
+from evaluate import attach_adapter
 from lora import (
     ATTENTION,
     MLP,
@@ -35,6 +35,8 @@ from lora import (
     merge_lora,
     save_adapter,
 )
+from qwen_min import embeddings
+from qwen_min.arguments import check_training
 from qwen_min.cli import (
     add_data_arguments,
     add_machine_arguments,
@@ -58,12 +60,11 @@ from qwen_min.head import (
     head_loss,
     load_head,
     save_head,
+    score_rows,
 )
-from qwen_min.hub import resolve_model
 from qwen_min.loading import checkpoint_fingerprint, fingerprint, load_model, save_model
 from qwen_min.metrics import log_loss
 from qwen_min.model import Qwen
-from qwen_min.prompt import Prompt, parse_labels, parse_template
 from qwen_min.run import (
     checkpoints,
     publish,
@@ -73,6 +74,7 @@ from qwen_min.run import (
     write_json,
 )
 from qwen_min.scoring import label_loss
+from qwen_min.task import Split, read_rows, read_task, whole_template
 from qwen_min.training import Plan, Stopped, TrainingFailed, fit
 
 METHODS = ("head_only", "lora_head", "lora_label_scoring")
@@ -106,11 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Read, split, train, and write the run directory."""
-    check_arguments(args)
-    labels, template = parse_labels(args.labels), parse_template(args.template)
-    device, directory = choose_device(args.device), resolve_model(args.model)
-    run = Path(args.output)
-    examples, prompts = read_prompts(args, directory, labels, template)
+    check_training(args)
+    device, task, run = choose_device(args.device), read_task(args), Path(args.output)
+    labels, directory = task.labels, task.directory
+    examples, prompts = read_rows(args, task)
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
     counts = class_counts([examples[i] for i in training], len(labels))
     for word, count in zip(labels, counts, strict=True):
@@ -121,11 +122,14 @@ def train(args: argparse.Namespace) -> int:
             )
     model = load_model(directory, args.dtype, device)
     frozen = dict(model.named_parameters())
+    if args.train_embeddings:
+        for name in embeddings.token_vectors(model, args.method == "lora_label_scoring"):
+            del frozen[name]
     record = {
         "method": args.method,
         "arguments": vars(args),
         "labels": list(labels),
-        "template": template,
+        "template": whole_template(task),
         "base_fingerprint": checkpoint_fingerprint(directory),
         "frozen_before": fingerprint(frozen.items()),
         "data_hash": examples_hash(examples),
@@ -138,7 +142,7 @@ def train(args: argparse.Namespace) -> int:
     record = start_record(run, record, args.resume)
     if not record["finished"]:
         lines, labels_of = [e.line for e in examples], [e.label for e in examples]
-        data = Split(prompts, labels_of, lines, training, held_out)
+        data = Split(task.tokenizer, prompts, labels_of, lines, training, held_out)
         try:
             method = train_head if args.method == "head_only" else train_lora
             found = method(args, run, model, data, record)
@@ -164,42 +168,14 @@ def train(args: argparse.Namespace) -> int:
     print(f"{run}: finished; evaluate it with: python evaluate.py --run {run} --data FILE")
     if args.merge:
         merged = load_model(directory, args.dtype, device)
-        attach_adapter(merged, run / "adapter", record["base_fingerprint"])
-        merge_lora(merged)
+        if args.lora_targets != "none":
+            attach_adapter(merged, run / "adapter", record["base_fingerprint"])
+            merge_lora(merged)
+        if args.train_embeddings:
+            embeddings.load(run / embeddings.FILE, merged, True, record["base_fingerprint"])
         save_model(merged, directory, args.merge)
         print(f"{args.merge}: base and LoRA, merged; use it with --model {args.merge}")
     return 0
-
-
-@dataclass(frozen=True)
-class Split:
-    """The rows of a training file, and which of them are trained on or held out."""
-
-    prompts: Sequence[Prompt]
-    labels: Sequence[int]
-    lines: Sequence[int]  # of the file
-    training: Sequence[int]
-    held_out: Sequence[int]
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what would fail only after the model is loaded, or train nothing."""
-    if args.model is None:
-        raise UserError("--model is missing; give a directory or a hub name (README, Start)")
-    if args.merge and (args.method != "lora_label_scoring" or args.lora_targets == "none"):
-        raise UserError(
-            "--merge needs lora_label_scoring with LoRA: a plain checkpoint has no head"
-        )
-    if args.method == "lora_label_scoring" and args.lora_targets == "none":
-        raise UserError("--lora-targets none leaves nothing to train; choose attention or all")
-    if args.adapter and args.method != "head_only":
-        raise UserError(f"--adapter is for head_only, to probe an adapted base, not {args.method}")
-    for name, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("dropout", 0, 1), ("clip", 0, 1e9)):
-        value = getattr(args, name)
-        if not low <= value < high or (name in ("lr", "clip") and value == 0):
-            raise UserError(f"--{name} is {value}; expected a number from {low} to below {high:g}")
-    if args.merge and Path(args.merge).exists():
-        raise UserError(f"--merge {args.merge} exists already; name a directory that does not")
 
 
 def train_head(args: argparse.Namespace, run: Path, model: Qwen, data: Split, record: dict) -> dict:
@@ -256,9 +232,16 @@ def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, re
         raise UserError(str(error)) from None
     if start and targets:
         attach_adapter(model, start / "adapter", record["base_fingerprint"], args.dropout)
-    parameters = lora_parameters(model)
+    parameters, vectors, before = lora_parameters(model), {}, {}
+    weights, words = record["base_fingerprint"], args.method == "lora_label_scoring"
+    if args.train_embeddings:
+        before = embeddings.token_vectors(model, words)
+        vectors = embeddings.unfreeze(model, words)
+        parameters |= vectors
+        if start:
+            embeddings.load(start / embeddings.FILE, model, words, weights)
     head = None
-    if args.method == "lora_head":
+    if not words:
         # Small random values, as transformers starts its classifiers; fp32 whatever the base's.
         shape = (len(record["labels"]), model.config.hidden_size)
         head = nn.Parameter(torch.randn(shape).mul(0.02).to(model.head_weight.device))
@@ -298,8 +281,10 @@ def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, re
 
     def write_parameters(directory: Path) -> None:
         if targets:
-            metadata = {"base_fingerprint": record["base_fingerprint"]}
+            metadata = {"base_fingerprint": weights}
             save_adapter(directory / "adapter", model, config, head, metadata)
+        if vectors:
+            embeddings.write(directory / embeddings.FILE, vectors, weights)
         if head is not None:
             save_head(directory / "head.safetensors", linear_head())
 
@@ -313,12 +298,20 @@ def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, re
         publish(best / "adapter", run / "adapter")
     elif head is not None:
         write_atomically(run / "head.safetensors", (best / "head.safetensors").read_bytes())
+    moved = None
+    if vectors:
+        write_atomically(run / embeddings.FILE, (best / embeddings.FILE).read_bytes())
+        embeddings.load(run / embeddings.FILE, model, words, weights)
+        seen = [data.prompts[row] for row in data.training]
+        moved = embeddings.movements(before, vectors, data.tokenizer, seen)
+        print(embeddings.format_movements(moved))
     return {
         "history": state["history"],
         "best_step": state["best_step"],
         "steps": state["step"],
         "trained_parameters": sum(p.numel() for p in parameters.values()),
         "seconds": state["seconds"],
+        "embedding_movement": moved,
     }
 
 

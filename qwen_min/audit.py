@@ -223,16 +223,16 @@ def findings(files: Sequence[File], labels: Sequence[str], max_tokens: int) -> l
     return lines
 
 
-def training_texts(
+def training_examples(
     file: str | None, encoding: str, labels: Sequence[str], record: dict | None
-) -> tuple[str, list[str]] | None:
-    """The file that holds the training data, and its texts; None where there is none to read.
+) -> tuple[str, list[Example]] | None:
+    """The file that holds the training data, and its rows; None where there is none to read.
 
     file: as the user names it; without it the one that a run, `record`, says it was trained on. If
     that is gone or has changed, stderr says so: the evaluation goes on without.
     """
     if file is not None:
-        return file, [example.text for example in read_examples(file, labels, encoding)]
+        return file, read_examples(file, labels, encoding)
     if record is None:
         return None
     arguments = record["arguments"]
@@ -249,22 +249,25 @@ def training_texts(
             file=sys.stderr,
         )
         return None
-    return file, [example.text for example in examples]
+    return file, examples
 
 
 def clean_part(
-    training: tuple[str, list[str]] | None, examples: Sequence[Example], predictions: Sequence[int]
+    training: tuple[str, list[Example]] | None,
+    examples: Sequence[Example],
+    predictions: Sequence[int],
 ) -> dict | None:
     """Accuracy on the examples whose text, exact or normalised, is not in the training data.
 
-    None without training data (see `training_texts`). predictions: (n,), class numbers. Accuracy
+    None without training data (see `training_examples`). predictions: (n,), class numbers. Accuracy
     and interval are None where no row is clean.
     """
     if training is None:
         return None
-    file, texts = training
+    file, rows = training
     # Texts that are equal are equal normalised.
-    seen = set(stand_in((normalised(e.text) for e in examples), map(normalised, texts)))
+    known = (normalised(row.text) for row in rows)
+    seen = set(stand_in((normalised(e.text) for e in examples), known))
     right = [e.label == p for e, p in zip(examples, predictions, strict=True)]
     clean = [hit for i, hit in enumerate(right) if i not in seen]
     correct, n = sum(map(int, clean)), len(clean)

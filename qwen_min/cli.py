@@ -116,6 +116,14 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MAX_TEXT_TOKENS,
         help="longer texts are cut to their first N tokens; the template is never cut",
     )
+    group.add_argument(
+        "--chat", action="store_true", help="the template as the user's message in Qwen's markup"
+    )
+    group.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="with --chat: the system message (default: the checkpoint's own, if it has one)",
+    )
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +161,11 @@ def add_training_arguments(parser: argparse.ArgumentParser, poolings: Iterable[s
         metavar="NAMES",
         default="attention",
         help="attention (q, k, v, o), all (with gate, up, down), none, or names: q_proj,v_proj",
+    )
+    lora.add_argument(
+        "--train-embeddings",
+        action="store_true",
+        help="train the token vectors too (and the tied LM head): an ablation",
     )
     # A few hundred to a few thousand rows: a small rank is enough to move a decision, and alpha
     # twice the rank is the customary scale at which 2e-4 is a safe rate.

@@ -21,6 +21,7 @@ NEEDED = ("method", "n", "accuracy", "accuracy_interval", "per_class", "macro", 
 NEEDED += ("ece", "confusion_matrix", "examples_hash", "seconds", "arguments")
 # What may differ between two seeds of one method. The examples are told apart by their hash.
 ASIDE = {*FREE, "method", "seed", "run", "predictions", "train_data", "data", "limit", "encoding"}
+ASIDE |= {"label_sets", "calibrate", "explain"}
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def read_result(path: Path) -> Result:
     return Result(
         path=path,
         results=results,
-        settings={k: v for k, v in settings.items() if v is not None},
+        settings={k: v for k, v in settings.items() if v is not None and v is not False},
         seed=(training or arguments).get("seed", 0),
         trained=training is not None,
         predictions=read_predictions(path, results),
@@ -161,7 +162,7 @@ def read_predictions(path: Path, results: dict) -> Predictions | None:
         return None
     classes = len(results["per_class"])
     try:
-        rows = [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in place.read_text(encoding="utf-8").split("\n")[:-1]]
         if [row["index"] for row in rows] != list(range(results["n"])):
             raise ValueError(f"rows are not numbered 0 to {results['n'] - 1}")
         labels = np.array([row["label"] for row in rows])

@@ -1,14 +1,22 @@
 """Greedy decoding: the likeliest token again and again, until one that ends the text.
 
 First as its definition, which runs the whole text anew for each token; below it with the key/value
-cache, where each step costs one token a text.
+cache, where each step costs one token a text. At the end what makes a class of the text.
 """
 
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
 import torch
 
+from qwen_min.batching import token_budget_batches
+from qwen_min.errors import UserError
 from qwen_min.model import Qwen
+from qwen_min.prompt import Prompt
+
+# A label word has a few tokens; behind "答案是：" or the like it still has room.
+MAX_NEW_TOKENS = 16
 
 
 @torch.inference_mode()
@@ -52,3 +60,52 @@ def greedy_cached(
         ids = torch.tensor([tokens[i] for i in going], device=device)
         lengths = [1] * len(going)
     return new
+
+
+def generate_answers(
+    model: Qwen,
+    prompts: Sequence[Prompt],
+    stop: Collection[int],
+    batch_tokens: int,
+    progress: Callable[[int], object] = lambda rows: None,
+) -> list[list[int]]:
+    """The ids that `greedy_cached` puts behind each prompt, MAX_NEW_TOKENS at most, in order."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    # What an answer will take in the cache counts too.
+    lengths = [len(prompt.ids) + MAX_NEW_TOKENS for prompt in prompts]
+    for rows in token_budget_batches(lengths, batch_tokens):
+        batch = [prompts[row].ids for row in rows]
+        found = greedy_cached(model, batch, MAX_NEW_TOKENS, stop)
+        for row, answer in zip(rows, found, strict=True):
+            answers[row] = answer
+        progress(len(rows))
+    return answers
+
+
+def stop_ids(directory: str | Path, markup: dict[str, int]) -> set[int]:
+    """The tokens that end an answer: those that generation_config.json names, and Qwen's markup.
+
+    A base model's file names <|endoftext|> alone, although after a chat prompt <|im_end|> ends it.
+    """
+    stop = {markup[token] for token in ("<|im_end|>", "<|endoftext|>") if token in markup}
+    path = Path(directory) / "generation_config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
+        found = found if isinstance(found, list) else [found]
+        if any(type(token) is not int for token in found):
+            raise ValueError(f"eos_token_id is {found}")
+    except FileNotFoundError:
+        return stop
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a generation config ({reason}); fetch it again") from None
+    return stop | set(found)
+
+
+def first_label(answer: str, words: Sequence[str]) -> int | None:
+    """The class whose word stands first in `answer`; None where there is none: off track.
+
+    Of words that start at one place the longest counts: 不好 says more than 不.
+    """
+    places = [(answer.find(word), -len(word), y) for y, word in enumerate(words)]
+    return min((place for place in places if place[0] >= 0), default=(0, 0, None))[2]

@@ -23,6 +23,7 @@ from qwen_min.metrics import log_loss
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.run import write_atomically
+from qwen_min.scoring import score_labels
 
 POOLINGS = ("last", "mean")
 # Strengths of the L2 penalty that are tried, strongest first: each solution starts the next.
@@ -88,6 +89,21 @@ def _pool(x: Tensor, sizes: list[int], ends: Tensor, pooling: str) -> Tensor:
     if pooling == "last":
         return x[ends].float()
     return torch.stack([text.float().mean(dim=0) for text in x.split(sizes)])
+
+
+def score_rows(
+    model: Qwen,
+    prompts: Sequence[Prompt],
+    head: LinearHead | None,
+    batch_tokens: int,
+    progress: Callable[[int], object] = lambda rows: None,
+) -> np.ndarray:
+    """Class scores (n, C): of the label words, or of the head where there is one."""
+    if head is None:
+        return score_labels(model, prompts, batch_tokens, progress)
+    every = head.layer != model.config.num_hidden_layers
+    features = pooled_features(model, prompts, head.pooling, every, batch_tokens, progress)
+    return head.scores(features[:, head.layer if every else 0])
 
 
 def cached_features(

@@ -8,6 +8,8 @@ from pathlib import Path
 from qwen_min.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Where a checkpoint has them: its chat template, and the tokens that end its answers.
+SMALL = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 # A path's beginning, a backslash, a closing slash, or more slashes than a hub name has.
 PATH_LIKE = re.compile(r"^[./~]|\\|/$|^[^@]*/[^@]*/")
 # No hub name and no git ref holds "..", and in a path of the cache it would climb out.
@@ -19,7 +21,8 @@ WAYS_AROUND = (
 
 
 def resolve_model(name: str) -> Path:
-    """Directory with config.json, tokenizer.json and safetensors for what `--model` names.
+    """Directory with config.json, tokenizer.json and safetensors for what `--model` names; beside
+    them, where the model has any, the files in SMALL.
 
     An existing directory is itself: no network, and huggingface_hub is not even imported.
     `owner/name` and `owner/name@revision` are hub names: only the files above are downloaded, all
@@ -70,10 +73,15 @@ def _download(repo: str, revision: str) -> Path:
     commit = config.parent.name  # the cache's layout: snapshots/COMMIT/config.json
     fetch("tokenizer.json", commit)
     if failure is None:
-        sharded = any(sibling.rfilename == INDEX for sibling in info.siblings or ())
+        there = {sibling.rfilename for sibling in info.siblings or ()}
     else:
-        sharded = isinstance(try_to_load_from_cache(repo, INDEX, revision=commit), str)
-    for file in _shards(fetch(INDEX, commit)) if sharded else [SINGLE]:
+        optional = (INDEX, *SMALL)
+        cached = {name: try_to_load_from_cache(repo, name, revision=commit) for name in optional}
+        there = {name for name, path in cached.items() if isinstance(path, str)}
+    for file in SMALL:
+        if file in there:
+            fetch(file, commit)
+    for file in _shards(fetch(INDEX, commit)) if INDEX in there else [SINGLE]:
         fetch(file, commit)
     return config.parent
 

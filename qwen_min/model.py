@@ -331,5 +331,6 @@ class Qwen(nn.Module):
 
         V is large (151,936): choose positions before calling this, not after.
         """
-        # dtype: the product in the model's dtype, as in the reference; fp32 for the log-softmax.
-        return F.linear(h, self.head_weight).float()
+        # dtype: the product in h's dtype, as in the reference (a weight in training is fp32, see
+        # embeddings.py); fp32 for the log-softmax.
+        return F.linear(h, self.head_weight.to(h.dtype)).float()

@@ -28,15 +28,15 @@ class Prompt:
     truncated: bool  # whether the text was shortened
 
 
-def parse_labels(argument: str) -> tuple[str, ...]:
+def parse_labels(argument: str, option: str = "--labels") -> tuple[str, ...]:
     """ "负面,正面" → ("负面", "正面"): one word for each class, in class order."""
     words = tuple(argument.split(","))
     if any(not word.strip() for word in words):
-        raise UserError(f"--labels {argument!r}: a word is empty; give one word for each class")
+        raise UserError(f"{option} {argument!r}: a word is empty; give one word for each class")
     if repeated := sorted({word for word in words if words.count(word) > 1}):
-        raise UserError(f"--labels {argument!r}: {', '.join(repeated)} repeats; words must differ")
+        raise UserError(f"{option} {argument!r}: {', '.join(repeated)} repeats; words must differ")
     if len(words) < 2:
-        raise UserError(f"--labels {argument!r}: one word; at least two classes are needed")
+        raise UserError(f"{option} {argument!r}: one word; at least two classes are needed")
     return words
 
 
@@ -128,10 +128,15 @@ def build_prompts(
     return prompts
 
 
-def check_lengths(prompts: Sequence[Prompt], max_positions: int, places: Sequence[str]) -> None:
-    """Raise UserError where prompt and longest label have more tokens than the model has places."""
+def check_lengths(
+    prompts: Sequence[Prompt], max_positions: int, places: Sequence[str], new_tokens: int = 0
+) -> None:
+    """Raise UserError where prompt and longest label have more tokens than the model has places.
+
+    new_tokens: how many may be generated behind each prompt; the label is as long at least.
+    """
     for prompt, place in zip(prompts, places, strict=True):
-        tokens = len(prompt.ids) + max(len(ids) for ids in prompt.labels)
+        tokens = len(prompt.ids) + max(new_tokens, *(len(ids) for ids in prompt.labels))
         if tokens > max_positions:
             raise UserError(
                 f"{place}: prompt and label have {tokens} tokens, expected at most {max_positions} "

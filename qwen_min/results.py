@@ -1,7 +1,10 @@
 """The results of one evaluation: a table for a person, a line of JSON for each row."""
 
+import argparse
+import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -20,15 +23,21 @@ def format_results(results: dict) -> str:
     if results["label_mass"] is not None:
         share = number(results["label_mass"])
         mass = [f"label mass    {share}   probability that the label words hold"]
+    # Generated text has no scores, hence nothing that is computed from them.
+    scored = [
+        f"AUC-ROC       {number(results['auc_roc'])}",
+        f"Brier         {number(results['brier'])}   {results['brier_kind']}",
+        f"ECE           {number(results['ece'])}   15 bins",
+    ]
+    if results["brier"] is None:
+        scored = off_track_lines(results)
     shortened = f"{results['truncated_rows']} of {results['n']} texts shortened"
     lines = [
         f"method        {results['method']}",
         f"examples      {results['n']}   ({shortened})",
         f"accuracy      {number(results['accuracy'])}   95 % interval {low:.4f} to {high:.4f}",
         *clean_line(results.get("clean")),
-        f"AUC-ROC       {number(results['auc_roc'])}",
-        f"Brier         {number(results['brier'])}   {results['brier_kind']}",
-        f"ECE           {number(results['ece'])}   15 bins",
+        *scored,
         *mass,
         f"speed         {results['examples_per_second']:.1f} examples/s, "
         f"{results['seconds']:.1f} s, {results['dtype']} on {results['device']}",
@@ -51,6 +60,24 @@ def format_results(results: dict) -> str:
     return "\n".join(lines)
 
 
+def off_track_examples(
+    examples: Sequence[Example], classes: Sequence[int | None], answers: Sequence[str]
+) -> list[dict]:
+    """The first five answers without a label word, and the lines of the file that they are to."""
+    rows = zip(examples, classes, answers, strict=True)
+    astray = [{"line": e.line, "answer": answer} for e, y, answer in rows if y is None]
+    return astray[:5]
+
+
+def off_track_lines(results: dict) -> list[str]:
+    """How many answers held no label word, and what some of them said instead."""
+    count, n = results["off_track"], results["n"]
+    lines = [f"off track     {count / n:.4f}   {count} of {n} answers hold no label word"]
+    for example in results["off_track_examples"]:
+        lines.append(f"              line {example['line']}: {example['answer']!r}")
+    return lines
+
+
 def clean_line(clean: dict | None) -> list[str]:
     """The line on the rows that are not in the training data; none where these are unknown."""
     if clean is None:
@@ -64,17 +91,38 @@ def clean_line(clean: dict | None) -> list[str]:
     ]
 
 
-def prediction_lines(examples: Sequence[Example], scores: np.ndarray) -> str:
-    """JSON lines: index (from 0), label, prediction, scores in class order."""
-    return "".join(
-        json.dumps(
-            {
-                "index": index,
-                "label": example.label,
-                "prediction": int(row.argmax()),
-                "scores": row.tolist(),
-            }
-        )
-        + "\n"
-        for index, (example, row) in enumerate(zip(examples, scores, strict=True))
-    )
+def name_outputs(args: argparse.Namespace, record: dict, data_hash: str) -> None:
+    """Put files in the run's directory where the arguments name none.
+
+    Settings other than the run's own, in `args.changed`, make another result, in another file.
+    """
+    other = hashlib.sha256(" ".join(args.changed).encode()).hexdigest()[:8]
+    transplanted = args.method != record["method"]
+    parts = [args.method] * transplanted + [data_hash[:12]] + [other] * bool(args.changed)
+    ending = "-".join(parts)
+    args.output = args.output or str(Path(args.run) / f"results-{ending}.json")
+    args.predictions = args.predictions or str(Path(args.run) / f"predictions-{ending}.jsonl")
+
+
+def prediction_lines(
+    examples: Sequence[Example],
+    predictions: Sequence[int],
+    scores: np.ndarray | None,
+    answers: Sequence[str] | None = None,
+) -> str:
+    """JSON lines: index (from 0), label, prediction, scores in class order.
+
+    Where the prediction was read out of an answer: that answer, and null for the scores.
+    """
+    lines = []
+    for index, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
+        row = {
+            "index": index,
+            "label": example.label,
+            "prediction": int(prediction),
+            "scores": None if scores is None else scores[index].tolist(),
+        }
+        if answers is not None:
+            row["answer"] = answers[index]
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return "".join(lines)

@@ -110,7 +110,7 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     free = {name: given[name] for name in FREE if name in given}
     # The directory may have been moved since: it is the one that was read.
     before = {**before, "merge": None}  # asked for each time
-    return argparse.Namespace(**(before | free | {"output": args.output}))
+    return argparse.Namespace(**(vars(args) | before | free | {"output": args.output}))
 
 
 def start_record(run: Path, record: dict, resume: bool) -> dict:

@@ -1,7 +1,9 @@
 """Text in columns, for a terminal in which a Chinese character takes two of them."""
 
 from collections.abc import Sequence
-from unicodedata import east_asian_width
+from unicodedata import category, east_asian_width
+
+WIDTH = 100  # of a terminal, in columns
 
 
 def columns(text: str) -> int:
@@ -26,3 +28,30 @@ def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int =
         ).rstrip()
         for row in table
     )
+
+
+def paragraph(sentences: Sequence[str]) -> str:
+    """Indented sentences in lines of at most WIDTH columns, each beginning a line of its own."""
+    lines = []
+    for sentence in sentences:
+        line = " "
+        for word in sentence.split(" "):
+            if columns(f"{line} {word}") > WIDTH:
+                lines.append(line)
+                line = "   "
+            line = f"{line} {word}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def visible(text: str) -> str:
+    """`text` with nothing in it that is blank or takes no column of its own."""
+    shown = ""
+    for char in text:
+        if char == " ":
+            shown += "␣"
+        elif category(char)[0] in "CMZ":
+            shown += char.encode("unicode_escape").decode()
+        else:
+            shown += char
+    return shown

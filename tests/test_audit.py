@@ -11,7 +11,7 @@ from conftest import REPO, make_tokenizer
 
 import evaluate
 from qwen_min import audit
-from qwen_min.audit import clean_part, findings, normalised, read, training_texts
+from qwen_min.audit import clean_part, findings, normalised, read, training_examples
 from qwen_min.data import Example, examples_hash
 from qwen_min.metrics import wilson_interval
 
@@ -218,7 +218,7 @@ def test_encoding_and_labels(tmp_path):
 def test_clean_part_on_a_worked_example():
     texts = ["很好", "很好！", "不好", "太慢", "还行"]
     examples = [Example(text, i % 2, i + 2) for i, text in enumerate(texts)]
-    training = ("train.tsv", ["很好", "书很好"])
+    training = ("train.tsv", [Example("很好", 1, 2), Example("书很好", 1, 3)])
     found = clean_part(training, examples, [0, 1, 0, 0, 1])
     # Of the three that are clean, classes 0, 1, 0, the first alone is right.
     assert found == {
@@ -228,7 +228,7 @@ def test_clean_part_on_a_worked_example():
         "accuracy_interval": list(wilson_interval(1, 3)),
     }
     assert clean_part(None, examples, [0] * 5) is None
-    none_left = clean_part(("train.tsv", texts), examples, [0] * 5)
+    none_left = clean_part(("train.tsv", examples), examples, [0] * 5)
     assert (none_left["n"], none_left["accuracy"]) == (0, None)
     assert "accuracy_interval" in json.dumps(none_left)
 
@@ -238,20 +238,21 @@ def test_a_run_knows_its_training_data(tmp_path, capsys):
     examples = [Example(text, label, 0) for text, label in A]
     arguments = {"data": str(path), "labels": "负面,正面", "encoding": "utf-8", "limit": 4}
     record = {"arguments": arguments, "data_hash": examples_hash(examples[:4])}
-    found = training_texts(None, "ascii", ("x", "y"), record)
-    assert found == (str(path), [text for text, _ in A[:4]])
-    assert training_texts(None, "utf-8", WORDS, None) is None
+    found = training_examples(None, "ascii", ("x", "y"), record)
+    assert found == (str(path), [Example(*row, i + 2) for i, row in enumerate(A[:4])])
+    assert training_examples(None, "utf-8", WORDS, None) is None
     # What somebody names goes before what the run knows, and is read whole.
     other = tsv(tmp_path / "b.tsv", B)
-    assert training_texts(str(other), "utf-8", WORDS, record)[1] == [text for text, _ in B]
+    named = training_examples(str(other), "utf-8", WORDS, record)[1]
+    assert [(example.text, example.label) for example in named] == B
     assert capsys.readouterr().err == ""
 
     tsv(path, B)
-    assert training_texts(None, "utf-8", WORDS, record) is None
+    assert training_examples(None, "utf-8", WORDS, record) is None
     changed = capsys.readouterr().err
     assert "has changed since the run was trained on it" in changed
     path.unlink()
-    assert training_texts(None, "utf-8", WORDS, record) is None
+    assert training_examples(None, "utf-8", WORDS, record) is None
     gone = capsys.readouterr().err
     assert "cannot be read: No such file" in gone
     assert gone.count("\n") == changed.count("\n") == 1

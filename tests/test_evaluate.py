@@ -538,7 +538,7 @@ def test_a_bad_row_behind_the_limit_is_not_read(workplace):
 
 
 def test_ctrl_c_leaves_nothing(workplace, monkeypatch):
-    monkeypatch.setattr(evaluate, "score_labels", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(evaluate, "score_rows", lambda *_: signal.raise_signal(signal.SIGINT))
     before = sorted(Path().rglob("*"))
     status, out, err = command(
         *defaults(model="model", data="reviews.tsv", output="out/results.json", predictions="p")

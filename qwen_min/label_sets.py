@@ -1,0 +1,149 @@
+"""Several sets of label words on the same prompts: which words, which threshold, which ranking?
+
+All words of all sets are candidates of one pass. A set can be bad in two ways: its words may rank
+the texts badly, which the AUC shows, or one of them may be likelier than the other whatever the
+text says, which moves the threshold and leaves the AUC. Only the first is about what they mean.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from qwen_min.calibration import batch, best_threshold, measures, shares
+from qwen_min.errors import UserError
+from qwen_min.prompt import Prompt, parse_labels
+from qwen_min.table import text_table
+from qwen_min.tokenizer import Tokenizer
+
+Set = tuple[str, ...]  # one word for each class, in class order
+
+
+def parse_label_sets(argument: str, labels: Set) -> list[Set]:
+    """ "负面,正面;差,好" → the set of --labels, then the others, each with as many words."""
+    sets = [labels]
+    for part in argument.split(";"):
+        words = parse_labels(part, "--label-sets")
+        if len(words) != len(labels):
+            raise UserError(
+                f"--label-sets: {part!r} has {len(words)} words, expected {len(labels)}, one for "
+                f"each class of --labels {','.join(labels)}"
+            )
+        if words in sets[1:]:
+            raise UserError(f"--label-sets {argument!r}: {part} stands in it twice; leave one out")
+        sets.append(words)
+    return list(dict.fromkeys(sets))
+
+
+def distinct_words(sets: Sequence[Set]) -> Set:
+    """Every word once, in order: those of the first set are the first."""
+    return tuple(dict.fromkeys(word for words in sets for word in words))
+
+
+def with_first_tokens(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts with each label's first token as a candidate more: it costs nothing, since its
+    logit is that of a state which is computed anyway."""
+    return [replace(p, labels=(*p.labels, *((ids[0],) for ids in p.labels))) for p in prompts]
+
+
+def compare_sets(
+    labels: np.ndarray, sets: Sequence[Set], prompts: Sequence[Prompt], scores: np.ndarray
+) -> list[dict]:
+    """What each set's words are, and how they do.
+
+    prompts and scores (n, 2 · words) are those of `with_first_tokens` on `distinct_words(sets)`.
+    The ids are the first row's.
+    """
+    words = distinct_words(sets)
+    found = []
+    for chosen in sets:
+        columns = [words.index(word) for word in chosen]
+        own, first = scores[:, columns], scores[:, [len(words) + c for c in columns]]
+        ids = [prompts[0].labels[c] for c in columns]
+        tokens = [token for word in ids for token in set(word)]
+        # Words that begin alike have equal first tokens: no decision, where one would be shown.
+        begin_alike = len({word[0] for word in ids}) < len(ids)
+        two = len(chosen) == 2
+        oracle, threshold = best_threshold(labels, own) if two else (None, None)
+        found.append(
+            {
+                "labels": list(chosen),
+                "ids": [list(word) for word in ids],
+                "lengths": [len(word) for word in ids],
+                "shared_tokens": sorted({t for t in tokens if tokens.count(t) > 1}),
+                "mean_scores": own.mean(axis=0).tolist(),
+                "label_mass": float(np.exp(own).sum(axis=1).mean()),
+                **measures(labels, own),
+                "oracle_accuracy": oracle,
+                "oracle_threshold": threshold,
+                "batch_accuracy": measures(labels, batch(own))["accuracy"],
+                "first_token": None if begin_alike else measures(labels, first),
+            }
+        )
+    return found
+
+
+def format_sets(found: Sequence[dict], tokenizer: Tokenizer) -> str:
+    """Tables of the sets' words and of their figures; below them what a set loses, and by what."""
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    two = len(found[0]["labels"]) == 2
+    word_rows, rows = [], []
+    for entry in found:
+        name = ",".join(entry["labels"])
+        shared = " ".join(tokenizer.decode([token]) for token in entry["shared_tokens"])
+        for word, ids, mean in zip(
+            entry["labels"], entry["ids"], entry["mean_scores"], strict=True
+        ):
+            own = [name, word, shared and f"shared: {shared}"] if word == entry["labels"][0] else []
+            own = own or ["", word, ""]
+            word_rows.append([own[0], word, " ".join(map(str, ids)), f"{mean:.2f}", own[2]])
+        row = [name, number(entry["label_mass"]), number(entry["accuracy"])]
+        row += [shares(entry["predicted"]), number(entry["auc_roc"])]
+        row.append(number(entry["first_token"] and entry["first_token"]["accuracy"]))
+        row.append(number(entry["batch_accuracy"]))
+        if two:
+            row.append(f"{number(entry['oracle_accuracy'])} at {entry['oracle_threshold']:+.2f}")
+        rows.append(row)
+    heads = ["set", "mass", "accuracy", "predicted", "AUC", "first token", "batch"]
+    heads += ["best threshold"] * two
+    lines = [
+        "label sets: all words scored in one pass over the prompts",
+        "",
+        text_table(["set", "word", "ids", "mean log p", "tokens"], word_rows, words=3),
+        "",
+        text_table(heads, rows),
+        "",
+        f"mass: probability of the words together. predicted: share of {'the second class' * two}"
+        f"{'each class' * (not two)} among the decisions.",
+        "first token: accuracy by each word's first token alone. batch: accuracy after batch",
+        "calibration (Zhou et al. 2023), which sees no classes.",
+    ]
+    if two:
+        lines += [
+            "best threshold: an oracle, the accuracy if s1 - s0 were cut where it is best on these",
+            "very rows.",
+            "",
+            *verdicts(found),
+        ]
+    return "\n".join(lines)
+
+
+def verdicts(found: Sequence[dict]) -> list[str]:
+    """For each set but the best how much of its loss is threshold and how much ranking."""
+    best = max(found, key=lambda entry: entry["accuracy"])
+    name = ",".join(best["labels"])
+    lines = []
+    for entry in found:
+        loss = best["accuracy"] - entry["accuracy"]
+        if entry is best or loss == 0:
+            continue
+        ranking = best["oracle_accuracy"] - entry["oracle_accuracy"]
+        main = "threshold, not ranking" if ranking < loss / 2 else "ranking more than threshold"
+        lines.append(
+            f"{','.join(entry['labels'])}: accuracy {loss:.4f} below {name}; with each one's best "
+            f"threshold {ranking:.4f}: {main}"
+        )
+    return lines

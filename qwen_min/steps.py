@@ -1,0 +1,175 @@
+"""The numbers behind one text's decision, from the definitions, and in words why it came out so."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp
+
+import torch
+from torch import Tensor
+
+from qwen_min.head import LinearHead
+from qwen_min.model import Qwen, rotary_cos_sin
+from qwen_min.prompt import Prompt
+from qwen_min.table import visible
+from qwen_min.tokenizer import Tokenizer
+
+LIKELIEST = 5
+
+
+@dataclass(frozen=True)
+class Position:
+    """One label token: what the state before it says of it, and of the tokens it likes best."""
+
+    token: int
+    logit: float
+    log_sum_exp: float  # over the vocabulary
+    likeliest: tuple[tuple[int, float], ...]  # (token, log p), falling
+
+    @property
+    def log_p(self) -> float:
+        return self.logit - self.log_sum_exp
+
+
+@torch.inference_mode()
+def label_positions(model: Qwen, prompt: Sequence[int], label: Sequence[int]) -> list[Position]:
+    """One forward of prompt + label; at each label token's place the numbers behind its log p."""
+    ids = torch.tensor([[*prompt, *label]], device=model.head_weight.device)  # (1, T)
+    first = len(prompt) - 1  # the state at a position predicts the next token
+    h = model(ids)[0, first : first + len(label)]  # (label tokens, D)
+    logits = model.logits(h).cpu()  # (label tokens, V)
+    log_sum_exp = logits.logsumexp(dim=-1)
+    best = logits.topk(min(LIKELIEST, logits.shape[1]))
+    return [
+        Position(
+            token,
+            logits[t, token].item(),
+            log_sum_exp[t].item(),
+            tuple(
+                (int(token), float(logit - log_sum_exp[t]))
+                for token, logit in zip(best.indices[t], best.values[t], strict=True)
+            ),
+        )
+        for t, token in enumerate(label)
+    ]
+
+
+@torch.inference_mode()
+def head_state(model: Qwen, prompt: Sequence[int], head: LinearHead) -> Tensor:
+    """The state h (D,), fp32, that the head reads: its layer's output, pooled over the prompt."""
+    ids = torch.tensor([prompt], device=model.head_weight.device)  # (1, T)
+    core, last = model.model, model.config.num_hidden_layers
+    positions = torch.arange(len(prompt), device=ids.device)
+    cos, sin = rotary_cos_sin(positions, model.config.head_dim, model.config.rope_theta)
+    x = core.embed_tokens(ids)  # (1, T, D)
+    for layer in core.layers[: head.layer]:
+        x = layer(x, cos, sin)
+    h = (core.norm(x) if head.layer == last else x)[0].float()  # (T, D)
+    return (h[-1] if head.pooling == "last" else h.mean(dim=0)).cpu()
+
+
+def ranked(values: Sequence[float]) -> tuple[int, int]:
+    """The classes with the highest and the second highest value."""
+    order = sorted(range(len(values)), key=lambda y: -values[y])
+    return order[0], order[1]
+
+
+def label_reasons(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    words: Sequence[str],
+    found: dict[str, list[list[Position]]],
+    sums: dict[str, list[float]],
+) -> list[str]:
+    """In words why each model decided as it did; of two models also what the second changed."""
+    lines = []
+    for name, rows in found.items():
+        values = sums[name]
+        best, other = ranked(values)
+        margin, mass = values[best] - values[other], sum(map(exp, values))
+        lines.append(
+            f"{name} says {words[best]}: log p {values[best]:.4f} against {values[other]:.4f} of "
+            f"{words[other]}, a margin of {margin:.4f}, so {words[best]} is {exp(margin):.4g} "
+            "times as likely."
+        )
+        a, b = rows[best][0], rows[other][0]
+        if len(rows[best]) == len(rows[other]) == 1:
+            lines.append(
+                "Both words are predicted at one place, where log Σ exp is the same: the margin "
+                f"is that of the logits, {a.logit:.4f} - {b.logit:.4f}."
+            )
+        else:
+            word, t, at = min(
+                ((y, t, p) for y in (best, other) for t, p in enumerate(rows[y])),
+                key=lambda entry: entry[2].log_p,
+            )
+            shown = visible(tokenizer.decode([at.token]))
+            lines.append(
+                f"Token {t + 1} of {words[word]} ({shown}) costs most, log p {at.log_p:.4f}; the "
+                f"first tokens alone differ by {a.log_p - b.log_p:.4f}."
+            )
+            lengths = len(rows[best]), len(rows[other])
+            if lengths[0] != lengths[1]:
+                lines.append(
+                    f"{words[best]} has {lengths[0]} token(s) and {words[other]} {lengths[1]}: "
+                    "each one more is a factor below 1."
+                )
+        token, log_p = a.likeliest[0]
+        ours = any(ids[0] == token for ids in prompt.labels)
+        rather = "begins one of them" if ours else "begins none of them"
+        lines.append(
+            f"All label words together hold {mass:.2%} of the probability; the likeliest token of "
+            f"all, {visible(tokenizer.decode([token]))} ({exp(log_p):.2%}), {rather}."
+        )
+    if len(found) == 2:
+        lines += change_reasons(words, sums)
+    return lines
+
+
+def head_reasons(
+    words: Sequence[str],
+    weight: Tensor,
+    bias: Tensor,
+    states: dict[str, Tensor],
+    sums: dict[str, list[float]],
+) -> list[str]:
+    """In words why the head decided as it did on each model's state."""
+    lines = []
+    for name, h in states.items():
+        best, other = ranked(sums[name])
+        w, b = weight[best] - weight[other], (bias[best] - bias[other]).item()
+        margin, along = sums[name][best] - sums[name][other], (w @ h).item()
+        cosine = along / (w.norm() * h.norm()).item()
+        lines.append(
+            f"{name} says {words[best]}: score {sums[name][best]:.4f} against "
+            f"{sums[name][other]:.4f} of {words[other]}, a margin of {margin:.4f}."
+        )
+        lines.append(
+            f"It is d·h + b with d = w({words[best]}) - w({words[other]}): {along:.4f} + {b:.4f}; "
+            f"d·h = |d| |h| cos = {w.norm():.4f} · {h.norm():.4f} · {cosine:.4f}."
+        )
+    if len(states) == 2:
+        a, b = states.values()
+        cosine = (a @ b / (a.norm() * b.norm())).item()
+        lines.append(
+            f"What was trained turned h: the two states have cosine {cosine:.4f}, and their "
+            f"distance is {(b - a).norm() / a.norm():.4f} of the first one's length."
+        )
+        lines += change_reasons(words, sums)
+    return lines
+
+
+def change_reasons(words: Sequence[str], sums: dict[str, list[float]]) -> list[str]:
+    """What the second model changed in the margin between the classes that count."""
+    (base, before), (adapted, after) = sums.items()
+    best, other = ranked(after)
+    old, new = before[best] - before[other], after[best] - after[other]
+    was = ranked(before)[0]
+    turned = (
+        f"the decision stays {words[best]}"
+        if was == best
+        else f"the decision turns from {words[was]} to {words[best]}"
+    )
+    return [
+        f"From {base} to {adapted} the margin of {words[best]} over {words[other]} goes from "
+        f"{old:+.4f} to {new:+.4f}, by {new - old:+.4f}: {turned}."
+    ]
