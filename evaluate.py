@@ -67,7 +67,7 @@ from qwen_min.output import commit_outputs, open_outputs
 from qwen_min.prompt import warn_about_labels
 from qwen_min.results import format_results, name_outputs, off_track_examples, prediction_lines
 from qwen_min.scoring import score_labels
-from qwen_min.task import Task, read_rows, read_task, task_prompts
+from qwen_min.task import Task, blank_prompt, read_rows, read_task, task_prompts
 
 METHODS = (*UNTRAINED, "head_only", "lora_head", "lora_label_scoring", "transplanted_head")
 
@@ -220,17 +220,18 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
 def explain(args: argparse.Namespace, task: Task, record: dict | None, device: str) -> int:
     """--explain: one text's computation, on the base and on what was trained from it."""
     (prompt,) = task_prompts(task, [args.explain], ["--explain"])
+    blank = blank_prompt(task)
     model, head = load_method(args, task, record, device)
     vectors = args.run and args.method == record["method"] and embeddings.trained_by(record)
-    models = {"base": model}
+    models = {"the model": model}
     if lora_modules(model) or vectors:
         models = {"base": load_model(task.directory, args.dtype, device), "adapted": model}
     dtype = str(model.head_weight.dtype).removeprefix("torch.")
     print(f"{args.method}, {args.run or args.model}, {dtype}\n")
     if head is None:
-        print(explain_labels(task.tokenizer, prompt, task.labels, models))
+        print(explain_labels(task.tokenizer, prompt, blank, task.labels, models))
     else:
-        print(explain_head(task.tokenizer, prompt, task.labels, models, head))
+        print(explain_head(task.tokenizer, prompt, blank, task.labels, models, head))
     return 0
 
 

@@ -71,8 +71,9 @@ def fit_temperature(labels: np.ndarray, scores: np.ndarray) -> float:
     arXiv:1706.04599, section 4.2). Not to be fitted on the rows that it is then judged on.
 
     With b = 1/T the slope of the log-loss is the mean of Σ_y q_y(b s) s_y - s_true. It rises with
-    b, so its zero is found by halving. T stays between 0.001 and 1,000: rows that are all right
-    would have it 0, rows no better than chance infinite.
+    b, so its zero is found by halving. T stays between 0.001 and 1,000: it would be infinite where
+    scores are worse than chance, and 0 where every row is right (there the search ends as soon as
+    the slope rounds to 0).
     """
     true = scores[np.arange(len(labels)), labels]
 
@@ -97,9 +98,12 @@ def best_threshold(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float
     distinct = np.unique(odds)
     middles = (distinct[:-1] + distinct[1:]) / 2
     candidates = np.array([0.0, distinct[0] - 1, *middles, distinct[-1]])
-    hits = np.array([((odds > t) == y).mean() for t in candidates])
+    # Right are class 0's rows at or below t and class 1's above it.
+    zeros, ones = np.sort(odds[y == 0]), np.sort(odds[y == 1])
+    below = [rows.searchsorted(candidates, side="right") for rows in (zeros, ones)]
+    hits = below[0] + len(ones) - below[1]
     best = candidates[hits == hits.max()]
-    return float(hits.max()), float(best[np.abs(best).argmin()])
+    return float(hits.max() / len(y)), float(best[np.abs(best).argmin()])
 
 
 @dataclass(frozen=True)

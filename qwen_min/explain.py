@@ -19,19 +19,31 @@ from qwen_min.tokenizer import Tokenizer
 
 
 def explain_labels(
-    tokenizer: Tokenizer, prompt: Prompt, words: Sequence[str], models: dict[str, Qwen]
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    blank: Prompt | None,
+    words: Sequence[str],
+    models: dict[str, Qwen],
 ) -> str:
-    """The computation of a label's score, for each of `models` by name, side by side."""
+    """The computation of the label words' scores, for each of `models` by name, side by side.
+
+    blank: the prompt of no text, where the template can make one, to compare with.
+    """
     found = {
         name: [label_positions(model, prompt.ids, ids) for ids in prompt.labels]
         for name, model in models.items()
     }
     sums = {name: [sum(p.log_p for p in word) for word in rows] for name, rows in found.items()}
 
+    bare = blank and {
+        name: [sum(p.log_p for p in label_positions(model, blank.ids, ids)) for ids in blank.labels]
+        for name, model in models.items()
+    }
+
     # 1. logit - log-sum-exp = log p, for each token of each word.
     heads = ["word", "id", "token"]
     for name in found:
-        heads += [f"{name}: logit", "- log Σ exp", "= log p"]
+        heads += [of_model(name, "logit", found), "- log Σ exp", "= log p"]
     rows = []
     for y, (word, ids) in enumerate(zip(words, prompt.labels, strict=True)):
         for t, token in enumerate(ids):
@@ -64,18 +76,22 @@ def explain_labels(
 
     # 3. Sums, softmax, decision.
     parts.append(decision_table("sum of log p", words, sums))
-    parts.append("Why\n" + paragraph(label_reasons(tokenizer, prompt, words, found, sums)))
+    parts.append("Why\n" + paragraph(label_reasons(tokenizer, prompt, words, found, sums, bare)))
     return "\n\n".join(parts)
 
 
 def explain_head(
     tokenizer: Tokenizer,
     prompt: Prompt,
+    blank: Prompt | None,
     words: Sequence[str],
     models: dict[str, Qwen],
     head: LinearHead,
 ) -> str:
-    """The computation of a head's scores, for each of `models` by name, side by side."""
+    """The computation of a head's scores, for each of `models` by name, side by side.
+
+    blank: as in `explain_labels`.
+    """
     states = {name: head_state(model, prompt.ids, head) for name, model in models.items()}
     weight = head.weight.cpu().float()  # (C, D)
     bias = torch.zeros(len(weight)) if head.bias is None else head.bias.cpu().float()
@@ -92,8 +108,12 @@ def explain_head(
 
     heads, rows = ["class", "|w|"], []
     for name in states:
-        heads += [f"{name}: w·h", "+ b", "= score"]
+        heads += [of_model(name, "w·h", states), "+ b", "= score"]
     sums = {name: (weight @ h + bias).double().tolist() for name, h in states.items()}
+    bare = blank and {
+        name: (weight @ head_state(model, blank.ids, head) + bias).double().tolist()
+        for name, model in models.items()
+    }
     for y, word in enumerate(words):
         row = [word, f"{weight[y].norm():.4f}"]
         for name, h in states.items():
@@ -101,8 +121,13 @@ def explain_head(
         rows.append(row)
     parts.append("W h + b\n" + text_table(heads, rows))
     parts.append(decision_table("score", words, sums))
-    parts.append("Why\n" + paragraph(head_reasons(words, weight, bias, states, sums)))
+    parts.append("Why\n" + paragraph(head_reasons(words, weight, bias, states, sums, bare)))
     return "\n\n".join(parts)
+
+
+def of_model(name: str, what: str, models: dict) -> str:
+    """A column's head: whose it is, where there are several."""
+    return f"{name}: {what}" if len(models) > 1 else what
 
 
 def prompt_part(tokenizer: Tokenizer, prompt: Prompt) -> str:
@@ -123,7 +148,7 @@ def decision_table(what: str, words: Sequence[str], sums: dict[str, list[float]]
     """Sum, softmax and decision of each model."""
     heads, columns_of = ["class"], []
     for name, values in sums.items():
-        heads += [f"{name}: {what}", "softmax", ""]
+        heads += [of_model(name, what, sums), "softmax", ""]
         p, best = softmax([values])[0], values.index(max(values))
         columns_of.append(
             [[f"{v:.4f}", f"{p[y]:.4f}", "<- decision" * (y == best)] for y, v in enumerate(values)]

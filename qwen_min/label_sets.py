@@ -94,12 +94,13 @@ def format_sets(found: Sequence[dict], tokenizer: Tokenizer) -> str:
     for entry in found:
         name = ",".join(entry["labels"])
         shared = " ".join(tokenizer.decode([token]) for token in entry["shared_tokens"])
+        notes = [name, f"shared: {shared}" if shared else ""]
         for word, ids, mean in zip(
             entry["labels"], entry["ids"], entry["mean_scores"], strict=True
         ):
-            own = [name, word, shared and f"shared: {shared}"] if word == entry["labels"][0] else []
-            own = own or ["", word, ""]
-            word_rows.append([own[0], word, " ".join(map(str, ids)), f"{mean:.2f}", own[2]])
+            shown = " ".join(map(str, ids))
+            word_rows.append([notes[0], word, str(len(ids)), shown, f"{mean:.2f}", notes[1]])
+            notes = ["", ""]  # once for a set
         row = [name, number(entry["label_mass"]), number(entry["accuracy"])]
         row += [shares(entry["predicted"]), number(entry["auc_roc"])]
         row.append(number(entry["first_token"] and entry["first_token"]["accuracy"]))
@@ -107,18 +108,18 @@ def format_sets(found: Sequence[dict], tokenizer: Tokenizer) -> str:
         if two:
             row.append(f"{number(entry['oracle_accuracy'])} at {entry['oracle_threshold']:+.2f}")
         rows.append(row)
-    heads = ["set", "mass", "accuracy", "predicted", "AUC", "first token", "batch"]
+    heads = ["set", "mass", "accuracy", "predicted", "AUC", "first token", "batch-cal."]
     heads += ["best threshold"] * two
     lines = [
         "label sets: all words scored in one pass over the prompts",
         "",
-        text_table(["set", "word", "ids", "mean log p", "tokens"], word_rows, words=3),
+        text_table(["set", "word", "tokens", "ids", "mean log p", ""], word_rows, words=4),
         "",
         text_table(heads, rows),
         "",
         f"mass: probability of the words together. predicted: share of {'the second class' * two}"
         f"{'each class' * (not two)} among the decisions.",
-        "first token: accuracy by each word's first token alone. batch: accuracy after batch",
+        "first token: accuracy by each word's first token alone. batch-cal.: accuracy after batch",
         "calibration (Zhou et al. 2023), which sees no classes.",
     ]
     if two:
@@ -126,24 +127,29 @@ def format_sets(found: Sequence[dict], tokenizer: Tokenizer) -> str:
             "best threshold: an oracle, the accuracy if s1 - s0 were cut where it is best on these",
             "very rows.",
             "",
-            *verdicts(found),
+            verdicts(found),
         ]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
-def verdicts(found: Sequence[dict]) -> list[str]:
-    """For each set but the best how much of its loss is threshold and how much ranking."""
+def verdicts(found: Sequence[dict]) -> str:
+    """How much of each set's loss against the best one is threshold, and how much ranking.
+
+    What is left of the loss when both are cut at their best threshold is ranking.
+    """
     best = max(found, key=lambda entry: entry["accuracy"])
-    name = ",".join(best["labels"])
-    lines = []
+    rows = []
     for entry in found:
         loss = best["accuracy"] - entry["accuracy"]
         if entry is best or loss == 0:
             continue
         ranking = best["oracle_accuracy"] - entry["oracle_accuracy"]
-        main = "threshold, not ranking" if ranking < loss / 2 else "ranking more than threshold"
-        lines.append(
-            f"{','.join(entry['labels'])}: accuracy {loss:.4f} below {name}; with each one's best "
-            f"threshold {ranking:.4f}: {main}"
-        )
-    return lines
+        share = (loss - ranking) / loss
+        main = "ranking more than threshold" if share < 0.5 else "threshold more than ranking"
+        main = "threshold, not ranking" if share > 0.8 else main
+        figures = [f"{x:.4f}" for x in (loss, loss - ranking, ranking)]
+        rows.append([",".join(entry["labels"]), *figures, main])
+    if not rows:
+        return ""
+    heads = ["set", "accuracy lost", "by threshold", "by ranking", "so it is"]
+    return f"against {','.join(best['labels'])}:\n" + text_table(heads, rows)

@@ -79,47 +79,49 @@ def label_reasons(
     words: Sequence[str],
     found: dict[str, list[list[Position]]],
     sums: dict[str, list[float]],
+    blank: dict[str, list[float]] | None,
 ) -> list[str]:
-    """In words why each model decided as it did; of two models also what the second changed."""
+    """In words why each model decided as it did; of two models also what the second changed.
+
+    blank: the sums behind the template without the text, where there are any.
+    """
     lines = []
     for name, rows in found.items():
         values = sums[name]
         best, other = ranked(values)
         margin, mass = values[best] - values[other], sum(map(exp, values))
+        odds = f"{exp(margin):.4g}" if margin < 20 else f"e^{margin:.0f}"
         lines.append(
             f"{name} says {words[best]}: log p {values[best]:.4f} against {values[other]:.4f} of "
-            f"{words[other]}, a margin of {margin:.4f}, so {words[best]} is {exp(margin):.4g} "
-            "times as likely."
+            f"{words[other]}, a margin of {margin:.4f}: {words[best]} is {odds} times as likely."
         )
-        a, b = rows[best][0], rows[other][0]
+        pairs = list(zip(rows[best], rows[other], strict=False))
         if len(rows[best]) == len(rows[other]) == 1:
+            (a, b) = pairs[0]
             lines.append(
                 "Both words are predicted at one place, where log Σ exp is the same: the margin "
                 f"is that of the logits, {a.logit:.4f} - {b.logit:.4f}."
             )
+        elif len(rows[best]) == len(rows[other]):
+            terms = [f"{a.log_p - b.log_p:+.4f} (token {t + 1})" for t, (a, b) in enumerate(pairs)]
+            lines.append(f"Token by token the margin is {' '.join(terms)}.")
         else:
-            word, t, at = min(
-                ((y, t, p) for y in (best, other) for t, p in enumerate(rows[y])),
-                key=lambda entry: entry[2].log_p,
-            )
-            shown = visible(tokenizer.decode([at.token]))
+            parts = [
+                f"{words[y]} {' '.join(f'{p.log_p:+.4f}' for p in rows[y])}" for y in (best, other)
+            ]
             lines.append(
-                f"Token {t + 1} of {words[word]} ({shown}) costs most, log p {at.log_p:.4f}; the "
-                f"first tokens alone differ by {a.log_p - b.log_p:.4f}."
+                f"The words differ in tokens, and each one more can only lower the sum: "
+                f"{', '.join(parts)}."
             )
-            lengths = len(rows[best]), len(rows[other])
-            if lengths[0] != lengths[1]:
-                lines.append(
-                    f"{words[best]} has {lengths[0]} token(s) and {words[other]} {lengths[1]}: "
-                    "each one more is a factor below 1."
-                )
-        token, log_p = a.likeliest[0]
+        token, log_p = rows[best][0].likeliest[0]
         ours = any(ids[0] == token for ids in prompt.labels)
         rather = "begins one of them" if ours else "begins none of them"
         lines.append(
             f"All label words together hold {mass:.2%} of the probability; the likeliest token of "
             f"all, {visible(tokenizer.decode([token]))} ({exp(log_p):.2%}), {rather}."
         )
+        if blank:
+            lines.append(text_reason(words, values, blank[name]))
     if len(found) == 2:
         lines += change_reasons(words, sums)
     return lines
@@ -131,8 +133,9 @@ def head_reasons(
     bias: Tensor,
     states: dict[str, Tensor],
     sums: dict[str, list[float]],
+    blank: dict[str, list[float]] | None,
 ) -> list[str]:
-    """In words why the head decided as it did on each model's state."""
+    """In words why the head decided as it did on each model's state; blank as in label_reasons."""
     lines = []
     for name, h in states.items():
         best, other = ranked(sums[name])
@@ -147,6 +150,8 @@ def head_reasons(
             f"It is d·h + b with d = w({words[best]}) - w({words[other]}): {along:.4f} + {b:.4f}; "
             f"d·h = |d| |h| cos = {w.norm():.4f} · {h.norm():.4f} · {cosine:.4f}."
         )
+        if blank:
+            lines.append(text_reason(words, sums[name], blank[name]))
     if len(states) == 2:
         a, b = states.values()
         cosine = (a @ b / (a.norm() * b.norm())).item()
@@ -156,6 +161,22 @@ def head_reasons(
         )
         lines += change_reasons(words, sums)
     return lines
+
+
+def text_reason(words: Sequence[str], values: list[float], blank: list[float]) -> str:
+    """How much of the margin stands there without the text, and how much the text has made."""
+    best, other = ranked(values)
+    before, margin = blank[best] - blank[other], values[best] - values[other]
+    if before <= 0:
+        verdict = "the text has decided it"
+    elif margin - before >= before:
+        verdict = "the text speaks for it more than the template alone does"
+    else:
+        verdict = f"most of the margin is there whatever the text says, which favours {words[best]}"
+    return (
+        f"Behind the template without a text {words[best]} is {before:+.4f} ahead of "
+        f"{words[other]}; this text makes it {margin:+.4f}, by {margin - before:+.4f}: {verdict}."
+    )
 
 
 def change_reasons(words: Sequence[str], sums: dict[str, list[float]]) -> list[str]:

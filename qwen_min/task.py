@@ -81,6 +81,14 @@ def task_prompts(
     return prompts
 
 
+def blank_prompt(task: Task) -> Prompt | None:
+    """The prompt of no text at all; None where the template leaves nothing, or its ends merge."""
+    try:
+        return task_prompts(task, [""], ["no text"])[0]
+    except UserError:
+        return None
+
+
 def read_rows(
     args: argparse.Namespace, task: Task, words: Sequence[str] | None = None, new_tokens: int = 0
 ) -> tuple[list[Example], list[Prompt]]:

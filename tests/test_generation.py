@@ -1,12 +1,23 @@
-"""Greedy decoding: both forms against transformers' generate."""
+"""Greedy decoding: both forms against transformers' generate; classes out of answers."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_reference
 
-from qwen_min.generation import greedy, greedy_cached
+from qwen_min.errors import UserError
+from qwen_min.generation import (
+    MAX_NEW_TOKENS,
+    first_label,
+    generate_answers,
+    greedy,
+    greedy_cached,
+    stop_ids,
+)
 from qwen_min.loading import load_model
+from qwen_min.prompt import Prompt
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
@@ -39,3 +50,46 @@ def test_a_text_ends_at_its_stop_token_and_the_others_go_on(reference):
     assert len(expected[1]) <= 3
     assert greedy_cached(ours, prompts, 8, stop) == expected
     assert [greedy(ours, p, 8, stop) for p in prompts] == expected
+
+
+def test_answers_in_batches_are_each_prompts_own(reference):
+    ours, rng = load_model(reference[0]), np.random.default_rng(1)
+    prompts = [Prompt(tuple(rng.integers(0, 500, n).tolist()), ((7,),), False) for n in (9, 2, 30)]
+    stop = {greedy(ours, prompts[0].ids, 3)[2]}
+    expected = [greedy(ours, prompt.ids, MAX_NEW_TOKENS, stop) for prompt in prompts]
+    for budget in (1, 60, 1000):
+        seen = []
+        assert generate_answers(ours, prompts, stop, budget, seen.append) == expected
+        assert sum(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ("正面", 1),
+        ("答案是负面，不是正面", 0),  # the first of two
+        ("不好", 0),  # 不好 and 不 at one place: the longest
+        ("不，好", 2),
+        ("我觉得好", 3),
+        ("", None),
+        ("中性", None),
+    ],
+)
+def test_the_first_label_word_decides(answer, found):
+    words = ("负面", "正面") if "面" in answer else ("不好", "很差", "不", "好")
+    assert first_label(answer, words) == found
+
+
+def test_what_ends_an_answer(tmp_path):
+    markup = {"<|im_end|>": 11, "<|endoftext|>": 12, "<|im_start|>": 13}
+    path = tmp_path / "generation_config.json"
+    assert stop_ids(tmp_path, markup) == {11, 12}
+    for eos, more in ((12, {12}), ([11, 99], {11, 99}), (None, set())):
+        path.write_text(json.dumps({"eos_token_id": eos}))
+        assert stop_ids(tmp_path, markup) == {11, 12} | more
+    assert stop_ids(tmp_path, {}) == set()
+    for broken in ("{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [1.5]}'):
+        path.write_text(broken)
+        with pytest.raises(UserError, match="not a generation config") as error:
+            stop_ids(tmp_path, markup)
+        assert "\n" not in str(error.value)
