@@ -60,7 +60,7 @@ from qwen_min.label_sets import (
     with_first_tokens,
 )
 from qwen_min.loading import checkpoint_fingerprint, load_model
-from qwen_min.metrics import OFF_TRACK, evaluate_predictions
+from qwen_min.metrics import evaluate_predictions
 from qwen_min.model import Qwen
 from qwen_min.neutral import score_neutral
 from qwen_min.output import commit_outputs, open_outputs
@@ -165,15 +165,15 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
             scores = scores[:, : len(labels)]
         if args.calibrate:
             split = record["arguments"]["data_seed"] if record else 0
-            score = partial(score_labels, model, batch_tokens=args.batch_tokens)
             rows = training and training[1]
-            neutral = score_neutral(task, examples, rows, (args.seed, split), score)
+            with tqdm(unit=" rows", desc="calibration", disable=None) as bar:
+                score = partial(score_labels, model, progress=bar.update)
+                neutral = score_neutral(task, examples, rows, (args.seed, split), score)
             lengths = np.array([[len(ids) for ids in prompt.labels] for prompt in own])
             more["calibration"] = calibrations(truth, scores, lengths, neutral)
         if generates:
-            classes = [first_label(answer, labels) for answer in answers]
-            predictions = np.array([OFF_TRACK if y is None else y for y in classes])
-            more["off_track_examples"] = off_track_examples(examples, classes, answers)
+            predictions = np.array([first_label(answer, labels) for answer in answers])
+            more["off_track_examples"] = off_track_examples(examples, predictions, answers)
         else:
             predictions = scores.argmax(axis=1)
 

@@ -158,7 +158,7 @@ def measures(labels: np.ndarray, scores: np.ndarray) -> dict:
 
 NAMES = {
     "raw": "raw scores",
-    "length_normalised": "a token's mean",
+    "length_normalised": "per token",
     "contextual": "contextual",
     "domain_context": "domain-context",
     "pmi_dc": "PMI_DC",
@@ -186,9 +186,10 @@ def format_calibrations(found: dict[str, dict], words: Sequence[str]) -> str:
     lines = [text_table(heads, rows), ""]
     what = f"{words[1]}'s share" if len(words) == 2 else "the classes' shares"
     lines += [
-        f"predicted: {what} of the decisions. A prior is taken off the scores as log p; it is",
-        "the mean over: contextual, inputs that say nothing; domain-context, random characters of",
-        "these texts; PMI_DC, the template without the text; batch, these rows themselves.",
+        f"predicted: {what} of the decisions. per token: a score over its word's tokens. The",
+        "next four take a prior off the scores, as log p. It is the mean over: contextual, inputs",
+        "that say nothing; domain-context, random characters of these texts; PMI_DC, the template",
+        "without the text; batch, these rows themselves.",
     ]
     if "temperature" in found:
         rows_used = found["temperature"]["held_out_rows"]

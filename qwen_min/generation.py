@@ -12,6 +12,7 @@ import torch
 
 from qwen_min.batching import token_budget_batches
 from qwen_min.errors import UserError
+from qwen_min.metrics import OFF_TRACK
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 
@@ -102,10 +103,10 @@ def stop_ids(directory: str | Path, markup: dict[str, int]) -> set[int]:
     return stop | set(found)
 
 
-def first_label(answer: str, words: Sequence[str]) -> int | None:
-    """The class whose word stands first in `answer`; None where there is none: off track.
+def first_label(answer: str, words: Sequence[str]) -> int:
+    """The class whose word stands first in `answer`; OFF_TRACK where there is none.
 
     Of words that start at one place the longest counts: 不好 says more than 不.
     """
     places = [(answer.find(word), -len(word), y) for y, word in enumerate(words)]
-    return min((place for place in places if place[0] >= 0), default=(0, 0, None))[2]
+    return min((place for place in places if place[0] >= 0), default=(0, 0, OFF_TRACK))[2]

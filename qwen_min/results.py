@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen_min.data import Example
+from qwen_min.metrics import OFF_TRACK
 from qwen_min.table import pad
 
 
@@ -61,11 +62,11 @@ def format_results(results: dict) -> str:
 
 
 def off_track_examples(
-    examples: Sequence[Example], classes: Sequence[int | None], answers: Sequence[str]
+    examples: Sequence[Example], predictions: Sequence[int], answers: Sequence[str]
 ) -> list[dict]:
     """The first five answers without a label word, and the lines of the file that they are to."""
-    rows = zip(examples, classes, answers, strict=True)
-    astray = [{"line": e.line, "answer": answer} for e, y, answer in rows if y is None]
+    rows = zip(examples, predictions, answers, strict=True)
+    astray = [{"line": e.line, "answer": answer} for e, y, answer in rows if y == OFF_TRACK]
     return astray[:5]
 
 

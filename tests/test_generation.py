@@ -17,6 +17,7 @@ from qwen_min.generation import (
     stop_ids,
 )
 from qwen_min.loading import load_model
+from qwen_min.metrics import OFF_TRACK
 from qwen_min.prompt import Prompt
 
 
@@ -71,8 +72,8 @@ def test_answers_in_batches_are_each_prompts_own(reference):
         ("不好", 0),  # 不好 and 不 at one place: the longest
         ("不，好", 2),
         ("我觉得好", 3),
-        ("", None),
-        ("中性", None),
+        ("", OFF_TRACK),
+        ("中性", OFF_TRACK),
     ],
 )
 def test_the_first_label_word_decides(answer, found):

@@ -19,7 +19,7 @@ import pytest
 
 from qwen_min import hub as hub_module
 from qwen_min.errors import UserError
-from qwen_min.hub import resolve_model
+from qwen_min.hub import SMALL, resolve_model
 
 REPO = Path(__file__).resolve().parent.parent
 # Prints one JSON line per name; anything but a UserError is a bug and ends it with a traceback.
@@ -87,6 +87,7 @@ REPOS = {
     "org/cut": {commit("8"): WANTED | {"model.safetensors": BIG}},
     "org/broken": {commit("9"): SINGLE},
     "org/short": {commit("9"): SINGLE},
+    "org/chat": {commit("9"): SINGLE | dict.fromkeys(SMALL, b"{}")},
     "org/gated": {commit("a"): SINGLE},
     "org/stranger": {commit("b"): SINGLE},
     "org/pickled": {commit("c"): WANTED | {"pytorch_model.bin": b"pickle"}},
@@ -232,6 +233,7 @@ def run(names: list[str], prelude: str = "", **environment: str | Path) -> dict[
 
 DOWNLOADS = [
     "org/single",
+    "org/chat",
     "org/shards",
     "org/revised",
     "org/revised@v1.0",
@@ -407,6 +409,10 @@ def test_only_what_is_needed_is_downloaded(online, hub):
     assert hub.files_of("org/single") == set(SINGLE)
 
 
+def test_the_chat_template_and_what_ends_an_answer_come_along(online):
+    assert contents(online["org/chat"]["path"]) == SINGLE | dict.fromkeys(SMALL, b"{}")
+
+
 def test_an_index_brings_exactly_the_shards_that_it_maps(online, hub):
     assert contents(online["org/shards"]["path"]) == SHARDS
     assert hub.files_of("org/shards") == set(SHARDS)
@@ -443,7 +449,7 @@ def test_a_token_is_sent(hub, home, online):
     "environment", [{"HF_HUB_OFFLINE": "1"}, {}], ids=["offline", "no network"]
 )
 def test_a_filled_cache_needs_no_hub(environment, home, online):
-    names = ["org/single", "org/shards", "org/revised@v1.0", "org/cut"]
+    names = ["org/single", "org/chat", "org/shards", "org/revised@v1.0", "org/cut"]
     absent = ["org/never-asked", "org/broken"]
     with socket.socket() as taken:  # bound, but nobody listens: connections are refused
         taken.bind(("127.0.0.1", 0))

@@ -1,0 +1,175 @@
+"""--explain: its numbers are the scorer's, its columns line up, its last lines say why."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_reference
+
+from qwen_min.explain import explain_head, explain_labels, prompt_part
+from qwen_min.head import LinearHead, pooled_features, pooled_state
+from qwen_min.loading import load_model
+from qwen_min.prompt import Prompt, build_prompts
+from qwen_min.scoring import score_label, score_labels
+from qwen_min.steps import head_state, label_positions, text_reason
+from qwen_min.table import WIDTH, columns, paragraph, visible
+from qwen_min.tokenizer import Tokenizer
+
+WORDS = ("差评", "好评")
+TEXT = "房间很干净，服务员 态度也好。\n😀"
+TEMPLATE = "评论：{text}\n情感倾向：\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(reference):
+    return Tokenizer(reference[0])
+
+
+@pytest.fixture(scope="module")
+def models(reference, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    make_reference(other, num_hidden_layers=3, rope_theta=500.0)
+    return {"base": load_model(reference[0]), "adapted": load_model(other)}
+
+
+def prompts_of(tokenizer: Tokenizer, words: tuple[str, ...] = WORDS) -> tuple[Prompt, Prompt]:
+    prompt, blank = build_prompts(tokenizer, [TEXT, ""], TEMPLATE, words)
+    return prompt, blank
+
+
+def shows(out: str, value: float) -> bool:
+    """Whether a number is printed, to the last of its three or four digits."""
+    return any(abs(x - value) < 1.6e-3 for x in numbers(out))
+
+
+def numbers(line: str) -> list[float]:
+    return [float(x) for x in re.findall(r"(?<![\w.])-?\d+\.\d+", line)]
+
+
+@pytest.mark.parametrize("words", [WORDS, ("坏", "好"), ("非常满意", "非常", "差")])
+def test_the_sums_are_the_scores(words, models, tokenizer):
+    """Position by position from the definition, to fp32's rounding of sums of tens."""
+    prompt, _ = prompts_of(tokenizer, words)
+    (scores,) = score_labels(models["base"], [prompt])
+    for score, ids in zip(scores, prompt.labels, strict=True):
+        found = label_positions(models["base"], prompt.ids, ids)
+        assert [position.token for position in found] == list(ids)
+        total = sum(position.log_p for position in found)
+        assert total == pytest.approx(score, abs=1e-5)
+        assert total == pytest.approx(score_label(models["base"], prompt.ids, ids), abs=1e-5)
+
+
+def test_a_position_by_hand(reference, models):
+    """Logit, log-sum-exp and the five likeliest, from transformers' logits."""
+    prompt, label = (5, 6, 7), (8, 9)
+    found = label_positions(models["base"], prompt, label)
+    with torch.no_grad():
+        logits = reference[1](torch.tensor([[*prompt, *label]])).logits[0].double()
+    for t, position in enumerate(found):
+        at = logits[2 + t]
+        assert position.logit == pytest.approx(at[label[t]].item(), abs=1e-5)
+        assert position.log_sum_exp == pytest.approx(at.exp().sum().log().item(), abs=1e-5)
+        assert position.log_p == position.logit - position.log_sum_exp
+        assert [token for token, _ in position.likeliest] == at.topk(5).indices.tolist()
+        best = (at.max() - at.exp().sum().log()).item()
+        assert position.likeliest[0][1] == pytest.approx(best, abs=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("layer", [0, 1, 3])
+def test_the_heads_state_is_the_one_it_was_fitted_on(pooling, layer, models, tokenizer):
+    prompt, _ = prompts_of(tokenizer)
+    head = LinearHead(torch.randn(2, 32), torch.randn(2), layer, pooling)
+    h = head_state(models["base"], prompt.ids, head)
+    features = pooled_features(models["base"], [prompt], pooling, True, 2048)
+    torch.testing.assert_close(h, features[0, layer], atol=1e-5, rtol=1e-5)
+    if layer == 3:
+        assert torch.equal(h, pooled_state(models["base"], prompt.ids, pooling))
+
+
+@pytest.mark.parametrize("words", [WORDS, ("非常满意", "非常", "差")])
+@pytest.mark.parametrize("several", [False, True])
+def test_what_is_shown_for_label_words(words, several, models, tokenizer):
+    prompt, blank = prompts_of(tokenizer, words)
+    shown_models = models if several else {"the model": models["base"]}
+    shown = explain_labels(tokenizer, prompt, blank, words, shown_models)
+    lines = shown.split("\n")
+    assert max(map(columns, lines)) <= WIDTH
+    # Every difference that is shown is right to the last of four digits.
+    table = lines[lines.index("label words") + 2 : lines.index("", lines.index("label words"))]
+    for line in table:
+        found = numbers(line)
+        for logit, log_sum_exp, log_p in zip(found[::3], found[1::3], found[2::3], strict=False):
+            assert logit - log_sum_exp == pytest.approx(log_p, abs=1.01e-4)
+    for model in shown_models.values():
+        (scores,) = score_labels(model, [prompt])
+        assert all(shows(shown, score) for score in scores)
+        p = np.exp(scores - np.logaddexp.reduce(scores))
+        assert all(shows(shown, share) for share in p)
+        assert words[scores.argmax()] in shown
+    assert shown.count("<- decision") == len(shown_models)
+    why = shown[shown.index("Why\n") :]
+    assert "Behind the template without a text" in " ".join(why.split())
+    assert ("From base to adapted" in why) == several
+    # Each beginning that is followed by a token has its likeliest tokens shown once.
+    beginnings = {ids[:t] for ids in prompt.labels for t in range(len(ids))}
+    assert shown.count("the 5 likeliest tokens behind the prompt") == len(beginnings)
+
+
+@pytest.mark.parametrize("bias", [None, torch.tensor([0.5, -0.25])])
+def test_what_is_shown_for_a_head(bias, models, tokenizer):
+    prompt, blank = prompts_of(tokenizer)
+    head = LinearHead(torch.randn(2, 32, generator=torch.manual_seed(0)), bias, 3, "last")
+    shown = explain_head(tokenizer, prompt, blank, WORDS, models, head)
+    assert max(map(columns, shown.split("\n"))) <= WIDTH
+    for model in models.values():
+        h = pooled_state(model, prompt.ids)
+        (scores,) = head.scores(h[None])
+        assert all(shows(shown, score) for score in scores)
+        assert shows(shown, h.norm().item()) and shows(shown, h[0].item())
+    assert shown.count("<- decision") == 2 and "turned h" in shown
+
+
+def test_without_a_blank_prompt_nothing_is_compared_with_it(models, tokenizer):
+    prompt, _ = prompts_of(tokenizer)
+    shown = explain_labels(tokenizer, prompt, None, WORDS, {"the model": models["base"]})
+    assert "without a text" not in shown
+
+
+@pytest.mark.parametrize(
+    ("blank", "verdict"),
+    [
+        ([0.0, -1.0], "most of the margin is there whatever the text says, which favours a"),
+        ([0.0, -0.4], "the text speaks for it more than the template alone does"),
+        ([-3.0, 0.0], "the text has decided it"),
+    ],
+)
+def test_whether_the_text_or_the_words_decided(blank, verdict):
+    reason = text_reason(("a", "b"), [-1.0, -2.5], blank)
+    assert verdict in reason and f"{blank[0] - blank[1]:+.4f} ahead" in reason
+
+
+def test_tokens_stand_above_their_ids(tokenizer):
+    prompt, _ = prompts_of(tokenizer)
+    lines = prompt_part(tokenizer, prompt).split("\n")
+    assert max(map(columns, lines)) <= WIDTH
+    ids, starts = [], []
+    for above, below in zip(lines[1::3], lines[2::3], strict=True):
+        # In columns: a wide character stands for two.
+        spread = "".join(c + "\0" * (columns(c) - 1) for c in above)
+        ids += map(int, below.split())
+        starts = [m.start() for m in re.finditer(r"\d+", below)]
+        assert [m.start() for m in re.finditer(r"[^ \0][^ ]*", spread)] == starts
+    assert ids == list(prompt.ids)
+
+
+def test_what_takes_no_column_is_written_out():
+    assert visible("a b\n\u0301\u200b。") == "a␣b\\n\\u0301\\u200b。"
+    assert columns(visible("\u3000")) == 6  # a space too, of two columns
+
+
+def test_a_paragraph_fits_the_terminal():
+    filled = paragraph(["词 " * 60 + "end", "next"])
+    assert max(map(columns, filled.split("\n"))) <= WIDTH
+    assert filled.split() == ["词"] * 60 + ["end", "next"]

@@ -1,0 +1,307 @@
+"""evaluate.py's looks inside, as commands: label sets, calibration, generation, chat, explain."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPO
+
+import evaluate
+import train
+from qwen_min.calibration import batch, contextual, fit_temperature, pmi_dc
+from qwen_min.compare import read_result
+from qwen_min.data import read_examples
+from qwen_min.generation import MAX_NEW_TOKENS, first_label, greedy, stop_ids
+from qwen_min.loading import load_model
+from qwen_min.metrics import log_loss
+from qwen_min.neutral import CONTENT_FREE, held_out_rows
+from qwen_min.prompt import build_prompts
+from qwen_min.scoring import score_label
+from qwen_min.table import columns
+from qwen_min.tokenizer import Tokenizer
+
+SAMPLE = REPO / "qwen_min" / "sample"
+TEMPLATE = "评论：{text}\n情感倾向：\n"  # the tests' tokenizer has a token `：负`
+WORDS = ("负面", "正面")
+N = 12
+
+
+def command(*arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of evaluate.py."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = evaluate.main([str(a) for a in arguments])
+        except SystemExit as stop:
+            status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def given(method: str, model: Path, *more: object) -> list[object]:
+    fixed = ["--method", method, "--model", model, "--template", TEMPLATE, "--device", "cpu"]
+    return [*fixed, "--max-text-tokens", 40, *more]
+
+
+def shows(out: str, value: float) -> bool:
+    """Whether a number is printed, to the last of its four digits: fp32 may round otherwise."""
+    found = [float(x) for x in re.findall(r"-?\d+\.\d{4}(?!\d)", out)]
+    return any(abs(x - value) < 1.6e-4 for x in found)
+
+
+def results_of(directory: Path, *arguments: object) -> tuple[dict, list[dict], str]:
+    """Results, predictions and stdout of a run that must succeed."""
+    files = directory / "results.json", directory / "predictions.jsonl"
+    status, out, err = command(*arguments, "--output", files[0], "--predictions", files[1])
+    assert status == 0, err
+    rows = [json.loads(x) for x in files[1].read_text(encoding="utf-8").split("\n")[:-1]]
+    return json.loads(files[0].read_text(encoding="utf-8")), rows, out
+
+
+def prompts_of(model: Path, texts: list[str], words=WORDS, template: str = TEMPLATE):
+    return build_prompts(Tokenizer(model), texts, template, words, 40)
+
+
+def by_definition(model: Path, texts: list[str], words=WORDS, template=TEMPLATE) -> np.ndarray:
+    loaded = load_model(model)
+    prompts = prompts_of(model, texts, words, template)
+    return np.array([[score_label(loaded, p.ids, ids) for ids in p.labels] for p in prompts])
+
+
+# Label sets
+
+
+def test_label_sets_are_each_what_a_run_of_its_own_would_give(reference, tmp_path):
+    sets = ["差评,好评", "负向,正向"]
+    both = given("zero_shot", reference[0], "--limit", N, "--label-sets", ";".join(sets))
+    results, rows, out = results_of(tmp_path, *both)
+    plain, plain_rows, _ = results_of(tmp_path, *given("zero_shot", reference[0], "--limit", N))
+    # fp32 rounding, since other candidates share the forwards.
+    scores, own = (np.array([r["scores"] for r in found]) for found in (rows, plain_rows))
+    np.testing.assert_allclose(scores, own, atol=1e-5)
+    assert results["accuracy"] == plain["accuracy"] and results["label_ids"] == plain["label_ids"]
+    assert [",".join(entry["labels"]) for entry in results["label_sets"]] == ["负面,正面", *sets]
+    for entry in results["label_sets"]:
+        alone, _, _ = results_of(
+            tmp_path,
+            *given("zero_shot", reference[0], "--limit", N, "--labels", ",".join(entry["labels"])),
+        )
+        for key in ("accuracy", "auc_roc", "label_mass", "log_loss"):
+            assert entry[key] == pytest.approx(alone[key], abs=1e-5)
+        assert entry["ids"] == alone["label_ids"]
+        assert f"{entry['accuracy']:.4f}" in out and ",".join(entry["labels"]) in out
+    assert "shared: " in out and "in one pass" in out
+
+
+# Calibration
+
+
+def test_calibration_reports_every_correction_of_these_scores(reference, tmp_path):
+    train_data = SAMPLE / "train.tsv"
+    more = ("--limit", N, "--calibrate", "--train-data", train_data)
+    results, rows, out = results_of(tmp_path, *given("zero_shot", reference[0], *more))
+    scores = np.array([row["scores"] for row in rows])
+    labels = np.array([row["label"] for row in rows])
+    found = results["calibration"]
+    free = by_definition(reference[0], [*CONTENT_FREE])
+    premise = by_definition(reference[0], [""], template="{text}情感倾向：\n")[0]
+    training = read_examples(train_data, ["0", "1"])
+    held_out = held_out_rows(training, read_examples(SAMPLE / "test.tsv", ["0", "1"], limit=N), 0)
+    of_held_out = by_definition(reference[0], [row.text for row in held_out])
+    t = fit_temperature(np.array([row.label for row in held_out]), of_held_out)
+    expected = {
+        "raw": scores,
+        "contextual": contextual(scores, free),
+        "pmi_dc": pmi_dc(scores, premise),
+        "batch": batch(scores),
+        "temperature": scores / t,
+    }
+    for name, corrected in expected.items():
+        # fp32 scores by two roads, of up to twenty.
+        assert found[name]["log_loss"] == pytest.approx(log_loss(labels, corrected), abs=1e-4)
+        assert found[name]["accuracy"] == (corrected.argmax(axis=1) == labels).mean()
+    assert found["temperature"]["temperature"] == pytest.approx(t, rel=1e-3)
+    assert set(found) == {*expected, "length_normalised", "domain_context"}
+    assert "PMI_DC" in out and "T = " in out
+    # Nothing else of the results moves.
+    assert results["log_loss"] == pytest.approx(found["raw"]["log_loss"])
+
+
+def test_calibration_without_training_data_has_no_temperature(reference, tmp_path):
+    more = ("--limit", N, "--calibrate")
+    results, _, out = results_of(tmp_path, *given("zero_shot", reference[0], *more))
+    assert "temperature" not in results["calibration"] and "--train-data FILE" in out
+
+
+# Generation
+
+
+def test_generation_is_greedy_and_its_first_label_word_the_class(reference, tmp_path):
+    results, rows, out = results_of(
+        tmp_path, *given("zero_shot_generate", reference[0], "--limit", N, "--labels", "评,书")
+    )
+    examples = read_examples(SAMPLE / "test.tsv", ["0", "1"], limit=N)
+    tokenizer, model = Tokenizer(reference[0]), load_model(reference[0])
+    prompts = prompts_of(reference[0], [e.text for e in examples], ("评", "书"))
+    stop = stop_ids(reference[0], tokenizer.markup)
+    for row, example, prompt in zip(rows, examples, prompts, strict=True):
+        answer = tokenizer.decode(greedy(model, prompt.ids, MAX_NEW_TOKENS, stop))
+        assert (row["answer"], row["label"], row["scores"]) == (answer, example.label, None)
+        assert row["prediction"] == first_label(answer, ("评", "书"))
+    astray = [row for row in rows if row["prediction"] == -1]
+    assert results["off_track"] == len(astray) > 0
+    right = sum(row["prediction"] == row["label"] for row in rows)
+    assert results["accuracy"] == right / N
+    assert results["auc_roc"] is results["brier"] is results["ece"] is results["label_mass"] is None
+    shown = results["off_track_examples"]
+    assert [e["answer"] for e in shown] == [row["answer"] for row in astray][:5]
+    assert f"off track     {len(astray) / N:.4f}" in out and "AUC" not in out
+    assert f"line {shown[0]['line']}: " in out
+    # The report reads what generation leaves, classes that are none included.
+    read = read_result(tmp_path / "results.json")
+    assert read.predictions.scores is None and (read.predictions.predicted == -1).sum() == len(
+        astray
+    )
+
+
+# Chat
+
+
+def test_chat_reaches_the_model_and_a_run_brings_it_along(reference, tmp_path):
+    chat = ["--chat", "--system", r"一个词。\n"]
+    run = tmp_path / "run"
+    args = ["--method", "lora_head", "--model", reference[0], "--limit", 24, "--output", run]
+    args += ["--template", TEMPLATE, "--max-text-tokens", 20, "--epochs", 1, *chat]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert train.main([str(a) for a in args]) == 0
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["template"] == (
+        "<|im_start|>system\n一个词。\n<|im_end|>\n<|im_start|>user\n"
+        f"{TEMPLATE}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    found, _, _ = results_of(tmp_path, "--run", run, "--limit", 4)
+    assert (found["arguments"]["chat"], found["arguments"]["system"]) == (True, chat[-1])
+    # The same prompts by hand, without a run.
+    plain, rows, _ = results_of(tmp_path, *given("zero_shot", reference[0], "--limit", 4, *chat))
+    texts = [e.text for e in read_examples(SAMPLE / "test.tsv", ["0", "1"], limit=4)]
+    expected = by_definition(reference[0], texts, template=record["template"])
+    np.testing.assert_allclose([row["scores"] for row in rows], expected, atol=1e-5)
+    bare, _, _ = results_of(tmp_path, *given("zero_shot", reference[0], "--limit", 4))
+    assert plain["tokens"] > bare["tokens"] and found["tokens"] > bare["tokens"] / 2
+    shutil.rmtree(run / "checkpoints")
+
+
+# Explain
+
+
+@pytest.fixture(scope="module")
+def runs(reference, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("runs")
+    for method in train.METHODS:
+        args = ["--method", method, "--model", reference[0], "--limit", 24, "--lr", 0.01]
+        args += ["--template", TEMPLATE, "--max-text-tokens", 20, "--epochs", 1]
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert train.main([str(a) for a in [*args, "--output", root / method]]) == 0
+    return {method: root / method for method in train.METHODS}
+
+
+@pytest.mark.parametrize("method", [*train.METHODS, "transplanted_head"])
+def test_explain_shows_the_decision_that_an_evaluation_makes(method, runs, tmp_path):
+    run = runs["lora_head" if method == "transplanted_head" else method]
+    data = tmp_path / "one.tsv"
+    data.write_text("label\ttext_a\n1\t房间很干净。\n", encoding="utf-8")
+    common = ["--run", run, "--method", method]
+    _, (row,), _ = results_of(tmp_path, *common, "--data", data)
+    before = sorted(run.rglob("*"))
+    status, out, err = command(*common, "--explain", "房间很干净。")
+    assert (status, err) == (0, "") and sorted(run.rglob("*")) == before
+    assert max(map(columns, out.split("\n"))) <= 100
+    assert all(shows(out, score) for score in row["scores"])
+    several = method.startswith("lora")
+    says = "adapted says" if several else "the model says"
+    assert f"{says} {WORDS[row['prediction']]}" in out
+    assert ("base says" in out) == several
+
+
+def test_explain_needs_no_run_and_no_data(reference):
+    status, out, _ = command(*given("zero_shot", reference[0], "--explain", "书不错"))
+    scores = by_definition(reference[0], ["书不错"])[0]
+    assert status == 0 and all(shows(out, score) for score in scores)
+
+
+def test_explain_shows_trained_vectors_side_by_side(reference, tmp_path):
+    args = ["--method", "lora_label_scoring", "--model", reference[0], "--limit", 24]
+    args += ["--template", TEMPLATE, "--max-text-tokens", 20, "--epochs", 1, "--lr", 0.01]
+    args += ["--train-embeddings", "--lora-targets", "none", "--output", tmp_path / "run"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert train.main([str(a) for a in args]) == 0
+    status, out, _ = command("--run", tmp_path / "run", "--explain", "书不错")
+    assert status == 0 and "base says" in out and "adapted says" in out
+
+
+# One line for each mistake
+
+
+HEADS = ["--run", "lora_head"]
+MISTAKES = {
+    "label sets of a head": ([*HEADS, "--label-sets", "差,好"], "--label-sets is about the scores"),
+    "calibration of a head": ([*HEADS, "--calibrate"], "--calibrate is about the scores"),
+    "label sets of generation": (
+        ["--method", "zero_shot_generate", "--label-sets", "差,好"],
+        "zero_shot_generate has none of",
+    ),
+    "no text": (["--method", "zero_shot", "--explain", " "], "--explain ' ': no text"),
+    "generation explained": (["--method", "zero_shot_generate", "--explain", "x"], "zero_shot"),
+    "data beside a text": (
+        ["--method", "zero_shot", "--explain", "x", "--limit", "3", "--output", "r.json"],
+        "leave out --limit, --output",
+    ),
+    "a set too long": (
+        ["--method", "zero_shot", "--label-sets", "差,好,中"],
+        "'差,好,中' has 3 words, expected 2",
+    ),
+    "system without chat": (["--method", "zero_shot", "--system", "x"], "give --chat too"),
+    "chat twice": (
+        ["--method", "zero_shot", "--chat", "--template", "<|im_start|>{text}"],
+        "holds chat markup already",
+    ),
+    "the text in the system message": (
+        ["--method", "zero_shot", "--chat", "--system", "{text}"],
+        "its place is the template",
+    ),
+    "no place for a generated answer": (
+        ["--method", "zero_shot_generate", "--max-text-tokens", "2040"],
+        "expected at most 2048",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes(case, reference, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load_model", None)  # seen before the model is loaded
+    args, said = MISTAKES[case]
+    args = [runs.get(a, a) for a in args]
+    if "--run" not in args:
+        args += ["--model", reference[0]]
+    if case == "no place for a generated answer":
+        Path("long.tsv").write_text("label\ttext\n1\t" + "好 a" * 1000 + "\n", encoding="utf-8")
+        args += ["--data", "long.tsv", "--template", TEMPLATE]
+    status, out, err = command(*args)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert said in err, err
+
+
+def test_a_broken_generation_config_is_seen_before_the_model_is_loaded(
+    reference, tmp_path, monkeypatch
+):
+    shutil.copytree(reference[0], tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text("{")
+    monkeypatch.setattr(evaluate, "load_model", None)
+    status, out, err = command(*given("zero_shot_generate", tmp_path / "model"))
+    assert (status, out) == (2, "") and "not a generation config" in err and err.count("\n") == 1
