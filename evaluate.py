@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from lora import LoRAError, load_adapter, lora_modules
 from qwen_min import embeddings
-from qwen_min.arguments import UNTRAINED, with_run
+from qwen_min.arguments import UNTRAINED, check_head, with_run
 from qwen_min.audit import clean_part, training_examples
 from qwen_min.calibration import calibrations, format_calibrations
 from qwen_min.cli import (
@@ -167,7 +167,9 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
             split = record["arguments"]["data_seed"] if record else 0
             rows = training and training[1]
             with tqdm(unit=" rows", desc="calibration", disable=None) as bar:
-                score = partial(score_labels, model, progress=bar.update)
+                score = partial(
+                    score_labels, model, batch_tokens=args.batch_tokens, progress=bar.update
+                )
                 neutral = score_neutral(task, examples, rows, (args.seed, split), score)
             lengths = np.array([[len(ids) for ids in prompt.labels] for prompt in own])
             more["calibration"] = calibrations(truth, scores, lengths, neutral)
@@ -239,7 +241,7 @@ def load_method(
     args: argparse.Namespace, task: Task, record: dict | None, device: str
 ) -> tuple[Qwen, LinearHead | None]:
     """The model that `args.method` scores with, and its head where it has one."""
-    directory, labels = task.directory, task.labels
+    directory = task.directory
     model = load_model(directory, args.dtype, device)
     if args.method in UNTRAINED:
         return model, None
@@ -259,48 +261,36 @@ def load_method(
             head = load_head(Path(args.run) / "head.safetensors")
     else:
         adapter = Path(args.adapter)
+    vectors = bool(args.run) and embeddings.trained_by(record)
     if adapter:
-        weight = attach_adapter(model, adapter, base)
+        weight = attach_adapter(model, adapter, base, vectors=vectors)
         if (weight is not None) != (args.method in ("lora_head", "transplanted_head")) and not head:
             found = "no head" if weight is None else "a classifier's head"
             raise UserError(f"{adapter}: holds {found}, so it is not an adapter for {args.method}")
         if not head and weight is not None:
             head = LinearHead(weight.float(), None, model.config.num_hidden_layers, "last")
-    if args.run and embeddings.trained_by(record):
-        embeddings.load(
-            Path(args.run) / embeddings.FILE, model, given == "lora_label_scoring", base
-        )
+    if vectors:
+        file = Path(args.run) / embeddings.FILE
+        embeddings.load(file, model, given == "lora_label_scoring", base)
     if args.method == "transplanted_head":
         model = load_model(directory, args.dtype, device)  # the base again, without the LoRA
-    if head is not None and not (
-        head.weight.shape[1] == model.config.hidden_size
-        and 0 <= head.layer <= model.config.num_hidden_layers
-    ):
-        raise UserError(
-            f"the head is for layer {head.layer} of {head.weight.shape[1]} numbers, the model in "
-            f"{args.model} has {model.config.num_hidden_layers} layers of "
-            f"{model.config.hidden_size}; give the model that it was trained on"
-        )
-    if head is not None and list(labels) != (record["labels"] if record else list(labels)):
-        raise UserError(
-            f"--labels {args.labels}: the head was trained for {','.join(record['labels'])}; "
-            "leave --labels out"
-        )
-    if head is not None and len(head.weight) != len(labels):
-        raise UserError(
-            f"--labels names {len(labels)} classes, the trained head has {len(head.weight)}; "
-            "name as many"
-        )
+    if head is not None:
+        check_head(args, head, model.config, task.labels, record)
     return model, head
 
 
 def attach_adapter(
-    model: Qwen, directory: Path, base_fingerprint: str, dropout: float | None = None
+    model: Qwen,
+    directory: Path,
+    base_fingerprint: str,
+    dropout: float | None = None,
+    vectors: bool = False,
 ) -> Tensor | None:
     """Put the LoRA in `directory` on `model`, which stays in eval mode; returns its head (C, D).
 
-    Raises UserError for an adapter that cannot be read, or that was trained on other weights. One
-    that PEFT wrote does not say which weights, and is taken at its user's word.
+    vectors: whether the caller also loads the token vectors that were trained with it, if there
+    were such. Raises UserError for an adapter that cannot be read, or that was trained on other
+    weights. One that PEFT wrote does not say which weights, and is taken at its user's word.
     """
     try:
         _, head, metadata = load_adapter(directory, model, dropout)
@@ -308,6 +298,11 @@ def attach_adapter(
         raise UserError(str(error)) from None
     if any(name.endswith("lm_head") for name in lora_modules(model)):
         raise UserError(f"{directory}: has a LoRA on lm_head, which stays frozen here; train anew")
+    if metadata.get(embeddings.TOGETHER) and not vectors:
+        raise UserError(
+            f"{directory}: was trained together with the token vectors in its run's "
+            f"{embeddings.FILE}, without which it means nothing; give the run by --run"
+        )
     if metadata.get("base_fingerprint", base_fingerprint) != base_fingerprint:
         raise UserError(
             f"{directory}: trained on another base (its fingerprint differs from the model's); "

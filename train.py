@@ -48,7 +48,7 @@ from qwen_min.cli import (
     run_command,
     seed,
 )
-from qwen_min.data import class_counts, examples_hash, held_out_split
+from qwen_min.data import HELD_OUT, class_counts, examples_hash, held_out_split
 from qwen_min.errors import UserError
 from qwen_min.head import (
     POOLINGS,
@@ -79,7 +79,6 @@ from qwen_min.training import Plan, Stopped, TrainingFailed, fit
 
 METHODS = ("head_only", "lora_head", "lora_label_scoring")
 TARGETS = {"attention": ATTENTION, "all": (*ATTENTION, *MLP), "none": ()}
-HELD_OUT = 0.1  # of the training rows; it alone chooses: penalty, layer, best checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -168,11 +167,12 @@ def train(args: argparse.Namespace) -> int:
     print(f"{run}: finished; evaluate it with: python evaluate.py --run {run} --data FILE")
     if args.merge:
         merged = load_model(directory, args.dtype, device)
+        weights = record["base_fingerprint"]
         if args.lora_targets != "none":
-            attach_adapter(merged, run / "adapter", record["base_fingerprint"])
+            attach_adapter(merged, run / "adapter", weights, vectors=args.train_embeddings)
             merge_lora(merged)
         if args.train_embeddings:
-            embeddings.load(run / embeddings.FILE, merged, True, record["base_fingerprint"])
+            embeddings.load(run / embeddings.FILE, merged, True, weights)
         save_model(merged, directory, args.merge)
         print(f"{args.merge}: base and LoRA, merged; use it with --model {args.merge}")
     return 0
@@ -217,13 +217,14 @@ def train_head(args: argparse.Namespace, run: Path, model: Qwen, data: Split, re
 
 def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, record: dict) -> dict:
     """lora_head and lora_label_scoring: LoRA by gradient, with a head or with the label words."""
+    weights, words = record["base_fingerprint"], args.method == "lora_label_scoring"
     whole = checkpoints(run)
     start = whole[-1][1] if whole else None
     # A word for a usual set, or names: `inject_lora` refuses one that the model does not have.
     targets = TARGETS.get(args.lora_targets, tuple(args.lora_targets.split(",")))
     torch.manual_seed(args.seed)
     try:
-        task = "SEQ_CLS" if args.method == "lora_head" else "CAUSAL_LM"
+        task = "CAUSAL_LM" if words else "SEQ_CLS"
         shape = (args.r, args.alpha, args.dropout)
         config = LoRAConfig(*shape, targets, args.rslora, task, str(args.model))
         if targets and not start:
@@ -231,9 +232,8 @@ def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, re
     except LoRAError as error:
         raise UserError(str(error)) from None
     if start and targets:
-        attach_adapter(model, start / "adapter", record["base_fingerprint"], args.dropout)
+        attach_adapter(model, start / "adapter", weights, args.dropout, args.train_embeddings)
     parameters, vectors, before = lora_parameters(model), {}, {}
-    weights, words = record["base_fingerprint"], args.method == "lora_label_scoring"
     if args.train_embeddings:
         before = embeddings.token_vectors(model, words)
         vectors = embeddings.unfreeze(model, words)
@@ -281,7 +281,8 @@ def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, re
 
     def write_parameters(directory: Path) -> None:
         if targets:
-            metadata = {"base_fingerprint": weights}
+            together = {embeddings.TOGETHER: embeddings.FILE} if vectors else {}
+            metadata = {"base_fingerprint": weights} | together
             save_adapter(directory / "adapter", model, config, head, metadata)
         if vectors:
             embeddings.write(directory / embeddings.FILE, vectors, weights)

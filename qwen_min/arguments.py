@@ -1,9 +1,12 @@
 """Which arguments go together: a mistake among them is seen before anything is read or loaded."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+from qwen_min.config import QwenConfig
 from qwen_min.errors import UserError
+from qwen_min.head import LinearHead
 from qwen_min.run import read_run
 
 UNTRAINED = ("zero_shot", "zero_shot_generate")
@@ -101,3 +104,30 @@ def check_training(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} is {value}; expected a number from {low} to below {high:g}")
     if args.merge and Path(args.merge).exists():
         raise UserError(f"--merge {args.merge} exists already; name a directory that does not")
+
+
+def check_head(
+    args: argparse.Namespace,
+    head: LinearHead,
+    config: QwenConfig,
+    labels: Sequence[str],
+    record: dict | None,
+) -> None:
+    """Refuse a head that is not for this model, or for other classes than those of --labels."""
+    fits = head.weight.shape[1] == config.hidden_size
+    if not (fits and 0 <= head.layer <= config.num_hidden_layers):
+        raise UserError(
+            f"the head is for layer {head.layer} of {head.weight.shape[1]} numbers, the model in "
+            f"{args.model} has {config.num_hidden_layers} layers of "
+            f"{config.hidden_size}; give the model that it was trained on"
+        )
+    if list(labels) != (record["labels"] if record else list(labels)):
+        raise UserError(
+            f"--labels {args.labels}: the head was trained for {','.join(record['labels'])}; "
+            "leave --labels out"
+        )
+    if len(head.weight) != len(labels):
+        raise UserError(
+            f"--labels names {len(labels)} classes, the trained head has {len(head.weight)}; "
+            "name as many"
+        )

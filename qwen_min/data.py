@@ -20,6 +20,8 @@ from pathlib import Path
 
 from qwen_min.errors import UserError
 
+HELD_OUT = 0.1  # of the training rows; it alone chooses: penalty, layer, checkpoint, temperature
+
 
 @dataclass(frozen=True)
 class Example:
@@ -86,7 +88,7 @@ def examples_hash(examples: Sequence[Example]) -> str:
 
 
 def held_out_split(
-    examples: Sequence[Example], fraction: float = 0.1, seed: int = 0
+    examples: Sequence[Example], fraction: float = HELD_OUT, seed: int = 0
 ) -> tuple[list[int], list[int]]:
     """Indices of the rows to train on, and of about `fraction` of them held out; both ascending.
 

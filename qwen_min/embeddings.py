@@ -26,6 +26,7 @@ from qwen_min.table import text_table, visible
 from qwen_min.tokenizer import Tokenizer
 
 FILE = "embeddings.safetensors"
+TOGETHER = "token_vectors"  # in an adapter's metadata: it was trained with such a file
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from qwen_min.audit import normalised
 from qwen_min.calibration import Neutral
-from qwen_min.data import Example, held_out_split
+from qwen_min.data import HELD_OUT, Example, held_out_split
 from qwen_min.prompt import FIELD, Prompt
 from qwen_min.task import Task, task_prompts
 
@@ -15,7 +15,6 @@ CONTENT_FREE = ("N/A", "[MASK]", "")
 RANDOM_TEXTS = 20  # as Fei et al. 2023
 # Enough for one number; a held-out part may be thousands of rows, each a forward.
 TEMPERATURE_ROWS = 256
-HELD_OUT = 0.1  # of the training rows, as train.py holds it out
 
 
 def random_texts(texts: Sequence[str], seed: int, count: int = RANDOM_TEXTS) -> list[str]:

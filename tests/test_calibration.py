@@ -20,10 +20,9 @@ from qwen_min.calibration import (
     pmi_dc,
     with_prior,
 )
-from qwen_min.data import Example, held_out_split
+from qwen_min.data import HELD_OUT, Example, held_out_split
 from qwen_min.metrics import auc_roc, log_loss, softmax
 from qwen_min.neutral import (
-    HELD_OUT,
     TEMPERATURE_ROWS,
     held_out_rows,
     premise_template,

@@ -27,7 +27,7 @@ from qwen_min.embeddings import (
     write,
 )
 from qwen_min.errors import UserError
-from qwen_min.loading import load_model
+from qwen_min.loading import fingerprint, load_model
 from qwen_min.prompt import Prompt
 from qwen_min.run import checkpoints
 from qwen_min.scoring import label_loss
@@ -148,6 +148,8 @@ def test_a_run_trains_the_vectors_and_nothing_else_of_the_base(
     expected = own.numel() + (64 if method == "lora_head" else 0)
     assert found["trained_parameters"] > expected or targets == "none"
     assert found["trained_parameters"] == expected or targets != "none"
+    rest = [item for item in load_model(base, dtype).named_parameters() if item[0] != EMBEDDING]
+    assert found["frozen_before"] == fingerprint(rest)
     groups = found["embedding_movement"][EMBEDDING]
     assert groups[0]["vectors"].startswith("label ") and groups[0]["cosine"] < 1
     assert groups[-1]["vectors"] == "all others, mean" and "all others, mean" in said
@@ -224,6 +226,23 @@ def test_merge_holds_the_trained_vectors(base, data, tmp_path, capsys):
     common = ["--data", data, "--labels", WORDS, "--dtype", "bfloat16"]
     merged = scores_of(capsys, "--method", "zero_shot", "--model", out, *common)
     assert np.array_equal(merged, scores_of(capsys, "--run", run, "--data", data))
+
+
+def test_an_adapter_without_the_vectors_trained_with_it_is_refused(base, data, tmp_path, capsys):
+    run = tmp_path / "run"
+    args = arguments("lora_label_scoring", base, data, run, *more("attention", "float32"))
+    assert train.main([*args, "--merge", str(tmp_path / "merged")]) == 0
+    capsys.readouterr()
+    given = ["--data", data, "--labels", WORDS]
+    alone = ["--method", "lora_label_scoring", "--adapter", run / "adapter", "--model", base]
+    assert evaluate.main([str(a) for a in [*alone, *given]]) == 2
+    err = capsys.readouterr().err
+    assert FILE in err and "--run" in err and err.count("\n") == 1
+    probe = ["--adapter", run / "adapter"]
+    assert FILE in one_line(capsys, 2, *arguments("head_only", base, data, tmp_path / "p", *probe))
+    merged = scores_of(capsys, "--method", "zero_shot", "--model", tmp_path / "merged", *given)
+    scores = scores_of(capsys, "--run", run, "--data", data)
+    np.testing.assert_allclose(merged, scores, atol=1e-4)  # fp32; the LoRA's sum in another order
 
 
 def test_transplanted_head_is_on_the_base_as_it_was(base, data, tmp_path, capsys):

@@ -12,11 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qwen_min.chat import QWEN25_SYSTEM, read_chat_format, wrap_template
 from qwen_min.data import read_examples
 from qwen_min.generation import greedy_cached
 from qwen_min.loading import load_model
 from qwen_min.prompt import DEFAULT_TEMPLATE, build_prompts
 from qwen_min.scoring import score_label, score_labels
+from qwen_min.steps import label_positions
 from qwen_min.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.real
@@ -111,6 +113,30 @@ def test_generation_fp32(checkpoint, fp32, texts):
             pad_token_id=151643,
         )
         assert new == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("system", [None, "", "只回答一个词。"])
+def test_chat_equals_the_checkpoints_own_template(checkpoint, texts, system):
+    ours, theirs = Tokenizer(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    chat = read_chat_format(checkpoint, "qwen2")
+    assert chat.system == QWEN25_SYSTEM
+    template = wrap_template(DEFAULT_TEMPLATE, chat, ours.markup, system)
+    for text, prompt in zip(texts, build_prompts(ours, texts, template), strict=True):
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages += [{"role": "user", "content": DEFAULT_TEMPLATE.replace("{text}", text)}]
+        expected = theirs.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        assert list(prompt.ids) == list(expected)
+
+
+def test_what_explain_adds_up_is_the_score(checkpoint, fp32, texts):
+    ours, _ = fp32
+    prompts = build_prompts(Tokenizer(checkpoint), texts[:3], labels=("负向", "正面"))
+    for prompt, scores in zip(prompts, score_labels(ours, prompts), strict=True):
+        for ids, score in zip(prompt.labels, scores, strict=True):
+            positions = label_positions(ours, prompt.ids, ids)
+            assert sum(p.log_p for p in positions) == pytest.approx(score, abs=5e-5)
 
 
 @torch.no_grad()
