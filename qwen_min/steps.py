@@ -73,6 +73,11 @@ def ranked(values: Sequence[float]) -> tuple[int, int]:
     return order[0], order[1]
 
 
+def capital(name: str) -> str:
+    """The name as it begins a sentence."""
+    return name[:1].upper() + name[1:]
+
+
 def label_reasons(
     tokenizer: Tokenizer,
     prompt: Prompt,
@@ -92,7 +97,7 @@ def label_reasons(
         margin, mass = values[best] - values[other], sum(map(exp, values))
         odds = f"{exp(margin):.4g}" if margin < 20 else f"e^{margin:.0f}"
         lines.append(
-            f"{name} says {words[best]}: log p {values[best]:.4f} against {values[other]:.4f} of "
+            f"{capital(name)} says {words[best]}: log p {values[best]:.4f} against {values[other]:.4f} of "
             f"{words[other]}, a margin of {margin:.4f}: {words[best]} is {odds} times as likely."
         )
         pairs = list(zip(rows[best], rows[other], strict=False))
@@ -143,7 +148,7 @@ def head_reasons(
         margin, along = sums[name][best] - sums[name][other], (w @ h).item()
         cosine = along / (w.norm() * h.norm()).item()
         lines.append(
-            f"{name} says {words[best]}: score {sums[name][best]:.4f} against "
+            f"{capital(name)} says {words[best]}: score {sums[name][best]:.4f} against "
             f"{sums[name][other]:.4f} of {words[other]}, a margin of {margin:.4f}."
         )
         lines.append(

@@ -222,9 +222,9 @@ def test_explain_shows_the_decision_that_an_evaluation_makes(method, runs, tmp_p
     assert max(map(columns, out.split("\n"))) <= 100
     assert all(shows(out, score) for score in row["scores"])
     several = method.startswith("lora")
-    says = "adapted says" if several else "the model says"
+    says = "Adapted says" if several else "The model says"
     assert f"{says} {WORDS[row['prediction']]}" in out
-    assert ("base says" in out) == several
+    assert ("Base says" in out) == several
 
 
 def test_explain_needs_no_run_and_no_data(reference):
@@ -240,7 +240,7 @@ def test_explain_shows_trained_vectors_side_by_side(reference, tmp_path):
     with contextlib.redirect_stdout(io.StringIO()):
         assert train.main([str(a) for a in args]) == 0
     status, out, _ = command("--run", tmp_path / "run", "--explain", "书不错")
-    assert status == 0 and "base says" in out and "adapted says" in out
+    assert status == 0 and "Base says" in out and "Adapted says" in out
 
 
 # One line for each mistake
