@@ -14,7 +14,7 @@ from qwen_min.metrics import softmax
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.steps import LIKELIEST, head_reasons, head_state, label_positions, label_reasons
-from qwen_min.table import WIDTH, columns, pad, paragraph, text_table, visible
+from qwen_min.table import WIDTH, clipped, columns, pad, paragraph, text_table, visible
 from qwen_min.tokenizer import Tokenizer
 
 
@@ -34,7 +34,6 @@ def explain_labels(
         for name, model in models.items()
     }
     sums = {name: [sum(p.log_p for p in word) for word in rows] for name, rows in found.items()}
-
     bare = blank and {
         name: [sum(p.log_p for p in label_positions(model, blank.ids, ids)) for ids in blank.labels]
         for name, model in models.items()
@@ -68,7 +67,7 @@ def explain_labels(
         y = next(y for y, ids in enumerate(prompt.labels) if ids[:t] == beginning and len(ids) > t)
         for name, words_of in found.items():
             cells = [
-                pad(f"{visible(tokenizer.decode([token]))} {exp(log_p):.4f}", 16)
+                pad(f"{clipped(visible(tokenizer.decode([token])))} {exp(log_p):.4f}", 16)
                 for token, log_p in words_of[y][t].likeliest
             ]
             lines.append((pad(f"  {name}", 11) + " ".join(cells)).rstrip())

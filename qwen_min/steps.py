@@ -97,8 +97,9 @@ def label_reasons(
         margin, mass = values[best] - values[other], sum(map(exp, values))
         odds = f"{exp(margin):.4g}" if margin < 20 else f"e^{margin:.0f}"
         lines.append(
-            f"{capital(name)} says {words[best]}: log p {values[best]:.4f} against {values[other]:.4f} of "
-            f"{words[other]}, a margin of {margin:.4f}: {words[best]} is {odds} times as likely."
+            f"{capital(name)} says {words[best]}: log p {values[best]:.4f} against "
+            f"{values[other]:.4f} of {words[other]}, a margin of {margin:.4f}: {words[best]} is "
+            f"{odds} times as likely."
         )
         pairs = list(zip(rows[best], rows[other], strict=False))
         if len(rows[best]) == len(rows[other]) == 1:

@@ -17,6 +17,13 @@ def pad(text: str, width: int, left: bool = False) -> str:
     return space + text if left else text + space
 
 
+def clipped(text: str, width: int = 9) -> str:
+    """`text`, or where it is wider than that its beginning and an ellipsis."""
+    while columns(text) > width:
+        text = text.removesuffix("…")[:-1] + "…"
+    return text
+
+
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
     """Columns for a terminal: the first `words` to the left, numbers to the right."""
     table = [list(heads), *rows]

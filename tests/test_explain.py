@@ -13,7 +13,7 @@ from qwen_min.loading import load_model
 from qwen_min.prompt import Prompt, build_prompts
 from qwen_min.scoring import score_label, score_labels
 from qwen_min.steps import head_state, label_positions, text_reason
-from qwen_min.table import WIDTH, columns, paragraph, visible
+from qwen_min.table import WIDTH, clipped, columns, paragraph, visible
 from qwen_min.tokenizer import Tokenizer
 
 WORDS = ("差评", "好评")
@@ -167,6 +167,11 @@ def test_tokens_stand_above_their_ids(tokenizer):
 def test_what_takes_no_column_is_written_out():
     assert visible("a b\n\u0301\u200b。") == "a␣b\\n\\u0301\\u200b。"
     assert columns(visible("\u3000")) == 6  # a space too, of two columns
+
+
+def test_a_long_token_is_clipped():
+    assert clipped("情感倾向") == "情感倾向" and clipped("very long token") == "very lon…"
+    assert clipped("情感倾向。") == "情感倾向…" and columns(clipped("a情感倾向")) == 9
 
 
 def test_a_paragraph_fits_the_terminal():
