@@ -140,7 +140,10 @@ def prompt_part(tokenizer: Tokenizer, prompt: Prompt) -> str:
             lines += [f"  {above}".rstrip(), f"  {below}".rstrip(), ""]
             above = below = ""
         above, below = above + pad(text, width), below + pad(number, width)
-    return "\n".join([*lines, f"  {above}".rstrip(), f"  {below}".rstrip()])
+    lines += [f"  {above}".rstrip(), f"  {below}".rstrip()]
+    if any("\ufffd" in tokenizer.decode([token]) for token in prompt.ids):
+        lines += ["", "  \ufffd: a part of a character"]
+    return "\n".join(lines)
 
 
 def decision_table(what: str, words: Sequence[str], sums: dict[str, list[float]]) -> str:

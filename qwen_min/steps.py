@@ -128,6 +128,7 @@ def label_reasons(
         )
         if blank:
             lines.append(text_reason(words, values, blank[name]))
+        lines.append("")
     if len(found) == 2:
         lines += change_reasons(words, sums)
     return lines
@@ -158,6 +159,7 @@ def head_reasons(
         )
         if blank:
             lines.append(text_reason(words, sums[name], blank[name]))
+        lines.append("")
     if len(states) == 2:
         a, b = states.values()
         cosine = (a @ b / (a.norm() * b.norm())).item()
@@ -179,9 +181,11 @@ def text_reason(words: Sequence[str], values: list[float], blank: list[float]) -
         verdict = "the text speaks for it more than the template alone does"
     else:
         verdict = f"most of the margin is there whatever the text says, which favours {words[best]}"
+    side = "behind" if before < 0 else "ahead of"
     return (
-        f"Behind the template without a text {words[best]} is {before:+.4f} ahead of "
-        f"{words[other]}; this text makes it {margin:+.4f}, by {margin - before:+.4f}: {verdict}."
+        f"Where the template holds no text, {words[best]} is {abs(before):.4f} {side} "
+        f"{words[other]}; this text moves that by {margin - before:+.4f} to {margin:+.4f}: "
+        f"{verdict}."
     )
 
 

@@ -38,17 +38,20 @@ def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int =
 
 
 def paragraph(sentences: Sequence[str]) -> str:
-    """Indented sentences in lines of at most WIDTH columns, each beginning a line of its own."""
+    """Indented sentences in lines of at most WIDTH columns, each beginning a line of its own.
+
+    An empty one is an empty line, but not at the end.
+    """
     lines = []
     for sentence in sentences:
-        line = " "
+        line = " " * bool(sentence)
         for word in sentence.split(" "):
             if columns(f"{line} {word}") > WIDTH:
                 lines.append(line)
                 line = "   "
             line = f"{line} {word}"
-        lines.append(line)
-    return "\n".join(lines)
+        lines.append(line.rstrip())
+    return "\n".join(lines).rstrip()
 
 
 def visible(text: str) -> str:
