@@ -162,7 +162,9 @@ def read_predictions(path: Path, results: dict) -> Predictions | None:
         return None
     classes = len(results["per_class"])
     try:
-        rows = [json.loads(line) for line in place.read_text(encoding="utf-8").split("\n")[:-1]]
+        # Not splitlines: an answer may hold U+2028, which JSON leaves as it is.
+        lines = place.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        rows = [json.loads(line) for line in lines]
         if [row["index"] for row in rows] != list(range(results["n"])):
             raise ValueError(f"rows are not numbered 0 to {results['n'] - 1}")
         labels = np.array([row["label"] for row in rows])

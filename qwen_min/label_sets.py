@@ -13,7 +13,7 @@ import numpy as np
 from qwen_min.calibration import batch, best_threshold, measures, shares
 from qwen_min.errors import UserError
 from qwen_min.prompt import Prompt, parse_labels
-from qwen_min.table import text_table
+from qwen_min.table import text_table, visible
 from qwen_min.tokenizer import Tokenizer
 
 Set = tuple[str, ...]  # one word for each class, in class order
@@ -93,13 +93,14 @@ def format_sets(found: Sequence[dict], tokenizer: Tokenizer) -> str:
     word_rows, rows = [], []
     for entry in found:
         name = ",".join(entry["labels"])
-        shared = " ".join(tokenizer.decode([token]) for token in entry["shared_tokens"])
+        shared = " ".join(visible(tokenizer.decode([t])) for t in entry["shared_tokens"])
         notes = [name, f"shared: {shared}" if shared else ""]
         for word, ids, mean in zip(
             entry["labels"], entry["ids"], entry["mean_scores"], strict=True
         ):
+            pieces = " ".join(visible(tokenizer.decode([token])) for token in ids)
             shown = " ".join(map(str, ids))
-            word_rows.append([notes[0], word, str(len(ids)), shown, f"{mean:.2f}", notes[1]])
+            word_rows.append([notes[0], word, pieces, shown, f"{mean:.2f}", notes[1]])
             notes = ["", ""]  # once for a set
         row = [name, number(entry["label_mass"]), number(entry["accuracy"])]
         row += [shares(entry["predicted"]), number(entry["auc_roc"])]

@@ -10,7 +10,7 @@ from qwen_min.data import HELD_OUT, Example, held_out_split
 from qwen_min.prompt import FIELD, Prompt
 from qwen_min.task import Task, task_prompts
 
-# Zhao et al. 2021, section 5: the mean over these three did best of what they tried.
+# The three that Zhao et al. 2021, section 5, average over.
 CONTENT_FREE = ("N/A", "[MASK]", "")
 RANDOM_TEXTS = 20  # as Fei et al. 2023
 # Enough for one number; a held-out part may be thousands of rows, each a forward.

@@ -22,7 +22,7 @@ from qwen_min.metrics import log_loss
 from qwen_min.neutral import CONTENT_FREE, held_out_rows
 from qwen_min.prompt import build_prompts
 from qwen_min.scoring import score_label
-from qwen_min.table import columns
+from qwen_min.table import columns, visible
 from qwen_min.tokenizer import Tokenizer
 
 SAMPLE = REPO / "qwen_min" / "sample"
@@ -72,6 +72,12 @@ def by_definition(model: Path, texts: list[str], words=WORDS, template=TEMPLATE)
     return np.array([[score_label(loaded, p.ids, ids) for ids in p.labels] for p in prompts])
 
 
+def tokens_of(model: Path, word: str) -> list[str]:
+    """The pieces of a label word behind the template, as they are shown."""
+    (prompt,) = prompts_of(model, ["a"], (word, "fox"))
+    return [visible(Tokenizer(model).decode([token])) for token in prompt.labels[0]]
+
+
 # Label sets
 
 
@@ -95,6 +101,7 @@ def test_label_sets_are_each_what_a_run_of_its_own_would_give(reference, tmp_pat
         assert entry["ids"] == alone["label_ids"]
         assert f"{entry['accuracy']:.4f}" in out and ",".join(entry["labels"]) in out
     assert "shared: " in out and "in one pass" in out
+    assert "  ".join(["负向", " ".join(tokens_of(reference[0], "负向"))]) in out
 
 
 # Calibration
@@ -161,7 +168,10 @@ def test_generation_is_greedy_and_its_first_label_word_the_class(reference, tmp_
     assert [e["answer"] for e in shown] == [row["answer"] for row in astray][:5]
     assert f"off track     {len(astray) / N:.4f}" in out and "AUC" not in out
     assert f"line {shown[0]['line']}: " in out
-    # The report reads what generation leaves, classes that are none included.
+    # The report reads what generation leaves, classes that are none included, and answers with
+    # what Python takes for the end of a line and JSON does not.
+    odd = [json.dumps(row | {"answer": "\u2028\x85"}, ensure_ascii=False) for row in rows]
+    (tmp_path / "predictions.jsonl").write_text("\n".join([*odd, ""]), encoding="utf-8")
     read = read_result(tmp_path / "results.json")
     assert read.predictions.scores is None and (read.predictions.predicted == -1).sum() == len(
         astray
