@@ -70,7 +70,7 @@ def explain_labels(
                 pad(f"{clipped(visible(tokenizer.decode([token])))} {exp(log_p):.4f}", 16)
                 for token, log_p in words_of[y][t].likeliest
             ]
-            lines.append((pad(f"  {name}", 11) + " ".join(cells)).rstrip())
+            lines.append((pad(f"  {name}", 12) + " ".join(cells)).rstrip())
     parts.append("\n".join(lines))
 
     # 3. Sums, softmax, decision.

@@ -331,6 +331,5 @@ class Qwen(nn.Module):
 
         V is large (151,936): choose positions before calling this, not after.
         """
-        # dtype: the product in h's dtype, as in the reference (a weight in training is fp32, see
-        # embeddings.py); fp32 for the log-softmax.
+        # dtype: the product in h's, as in the reference (a trained weight is fp32); then fp32.
         return F.linear(h, self.head_weight.to(h.dtype)).float()

@@ -101,6 +101,8 @@ def label_reasons(
             f"{values[other]:.4f} of {words[other]}, a margin of {margin:.4f}: {words[best]} is "
             f"{odds} times as likely."
         )
+        if margin == 0:
+            lines.append("A tie: the first is taken. In --dtype float32 they may differ.")
         pairs = list(zip(rows[best], rows[other], strict=False))
         if len(rows[best]) == len(rows[other]) == 1:
             (a, b) = pairs[0]

@@ -1,6 +1,7 @@
 """--explain: its numbers are the scorer's, its columns line up, its last lines say why."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from qwen_min.head import LinearHead, pooled_features, pooled_state
 from qwen_min.loading import load_model
 from qwen_min.prompt import Prompt, build_prompts
 from qwen_min.scoring import score_label, score_labels
-from qwen_min.steps import head_state, label_positions, text_reason
+from qwen_min.steps import Position, head_state, label_positions, label_reasons, text_reason
 from qwen_min.table import WIDTH, clipped, columns, paragraph, visible
 from qwen_min.tokenizer import Tokenizer
 
@@ -149,6 +150,14 @@ def test_whether_the_text_or_the_words_decided(blank, verdict):
     reason = text_reason(("a", "b"), [-1.0, -2.5], blank)
     side = "3.0000 behind" if blank[0] < -2 else f"{blank[0] - blank[1]:.4f} ahead of"
     assert verdict in reason and f"a is {side} b" in reason
+
+
+def test_a_tie_is_called_one():
+    at = Position(5, 2.0, 3.0, ((5, -1.0),))
+    prompt, decoder = Prompt((1,), ((5,), (6,)), False), SimpleNamespace(decode=lambda ids: "x")
+    found, sums = {"base": [[at], [at]]}, {"base": [-1.0, -1.0]}
+    reasons = label_reasons(decoder, prompt, ("a", "b"), found, sums, None)
+    assert reasons[0].startswith("Base says a") and reasons[1].startswith("A tie: the first")
 
 
 def test_tokens_stand_above_their_ids(tokenizer):
