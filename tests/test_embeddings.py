@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 
 import numpy as np
@@ -286,7 +285,7 @@ def test_a_probe_has_no_vectors_to_train(base, data, tmp_path, capsys):
     assert "--train-embeddings is for lora_head" in one_line(capsys, 2, *args)
 
 
-def test_a_run_from_before_the_option_is_still_evaluated(base, data, tmp_path, capsys):
+def test_a_run_from_before_the_option_goes_on_and_is_evaluated(base, data, tmp_path, capsys):
     run = tmp_path / "run"
     assert train.main(arguments("lora_label_scoring", base, data, run, "--epochs", 1)) == 0
     capsys.readouterr()
@@ -296,4 +295,5 @@ def test_a_run_from_before_the_option_is_still_evaluated(base, data, tmp_path, c
         del found["arguments"][name]
     (run / "run.json").write_text(json.dumps(found))
     assert np.array_equal(scores_of(capsys, "--run", run, "--data", data), now)
-    shutil.rmtree(run / "checkpoints")
+    assert train.main(["--resume", "--output", str(run)]) == 0
+    assert "finished" in capsys.readouterr().out

@@ -524,6 +524,11 @@ BAD = {
     "no model": (["--method", "lora_head"], "--model is missing"),
     "nothing to train": (["--method", "lora_label_scoring", "--lora-targets", "none"], "none"),
     "merge of a head": (["--method", "lora_head", "--merge", "x"], "--merge"),
+    "system without chat": (["--method", "lora_head", "--system", "x"], "--chat"),
+    "chat and its markup": (
+        ["--method", "lora_head", "--chat", "--template", "<|im_start|>{text}"],
+        "chat markup already",
+    ),
     "adapter elsewhere": (["--method", "lora_head", "--adapter", "x"], "--adapter"),
     "no rate": (["--method", "lora_head", "--lr", "0"], "--lr"),
     "dropout of one": (["--method", "lora_head", "--dropout", "1"], "--dropout"),
