@@ -1,5 +1,6 @@
 """Evaluate a method of text classification with Qwen: scores, metrics, and files of both.
 
+    python evaluate.py --method zero_shot
     python evaluate.py --method zero_shot --model DIR --data reviews.tsv
     python evaluate.py --method zero_shot --model DIR --data news.csv --labels 体育,财经,科技 \\
         --template '新闻：{text}\\n类别：' --output results.json --predictions predictions.jsonl
@@ -30,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora import LoRAError, load_adapter, lora_modules
-from qwen_min.audit import clean_part, training_texts
+from qwen_min.audit import clean_part, fed_rows, training_texts
 from qwen_min.cli import (
     add_data_arguments,
     add_machine_arguments,
@@ -130,8 +131,6 @@ def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace,
         raise UserError(f"--method {args.method} needs --run, a directory that train.py made")
     if args.run and args.adapter:
         raise UserError("--run brings its own adapter; give --run or --adapter, not both")
-    if args.model is None:
-        raise UserError("--model is missing; give a directory or a hub name (README, Start)")
     args.changed = changed  # where the run's own setting was not wanted
     return args, record
 
@@ -141,7 +140,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     labels, template = parse_labels(args.labels), parse_template(args.template)
     device, directory = choose_device(args.device), resolve_model(args.model)
     examples, prompts = read_prompts(args, directory, labels, template)
-    data_hash = examples_hash(examples)
+    data_hash, fed = examples_hash(examples), fed_rows(directory, examples)
     training = training_texts(args.train_data, args.encoding, labels, record)
     if args.run:
         own = args.method == record["method"]
@@ -187,7 +186,8 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
             **evaluate_predictions(
                 [e.label for e in examples], scores.argmax(axis=1), scores, list(labels)
             ),
-            "clean": clean_part(training, examples, scores.argmax(axis=1)),
+            "clean": clean_part(training, examples, scores.argmax(axis=1), fed),
+            "fed_rows": len(fed),
             # How much of all probability the label words hold between them: near 0, the model
             # would rather have said something else, and the ranking among them means less.
             "label_mass": float(np.exp(scores).sum(axis=1).mean()) if head is None else None,

@@ -1,5 +1,6 @@
 """Train a method of text classification with Qwen; what is learned goes into a run directory.
 
+    python train.py --method lora_label_scoring
     python train.py --method head_only --model DIR --data train.tsv --output runs/probe
     python train.py --method lora_label_scoring --model DIR --data train.tsv --output runs/lora
     python train.py --resume --output runs/lora              # after Ctrl-C or a crash
@@ -35,6 +36,7 @@ from lora import (
     merge_lora,
     save_adapter,
 )
+from qwen_min.audit import fed_rows
 from qwen_min.cli import (
     add_data_arguments,
     add_machine_arguments,
@@ -111,6 +113,7 @@ def train(args: argparse.Namespace) -> int:
     device, directory = choose_device(args.device), resolve_model(args.model)
     run = Path(args.output)
     examples, prompts = read_prompts(args, directory, labels, template)
+    fed_rows(directory, examples)  # says so where the model has seen the rows already
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
     counts = class_counts([examples[i] for i in training], len(labels))
     for word, count in zip(labels, counts, strict=True):
@@ -184,8 +187,6 @@ class Split:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what would fail only after the model is loaded, or train nothing."""
-    if args.model is None:
-        raise UserError("--model is missing; give a directory or a hub name (README, Start)")
     if args.merge and (args.method != "lora_label_scoring" or args.lora_targets == "none"):
         raise UserError(
             "--merge needs lora_label_scoring with LoRA: a plain checkpoint has no head"

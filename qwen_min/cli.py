@@ -68,7 +68,8 @@ def add_data_arguments(parser: argparse.ArgumentParser, sample: str) -> None:
     """Which model, which texts (by default the sample's file `sample`), how many tokens at once."""
     parser.add_argument(
         "--model",
-        help="required: a directory, or a hub name such as Qwen/Qwen2.5-1.5B[@REVISION]",
+        default="tiny",
+        help="tiny (comes with the project), a directory, or a hub name: Qwen/Qwen2.5-1.5B[@REV]",
     )
     group = parser.add_argument_group("data")
     group.add_argument(
