@@ -11,6 +11,7 @@ from typing import NoReturn
 from qwen_min.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.errors import UserError
 from qwen_min.loading import DTYPES
+from qwen_min.memory import keep_freed_memory
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, DEFAULT_TEMPLATE
 
 SAMPLE = Path(__file__).parent / "sample"  # reviews written for this project
@@ -203,6 +204,7 @@ def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Nam
     # As Python itself has it for stderr: what a terminal's encoding lacks is shown as its code.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    keep_freed_memory()
     try:
         status = command(args)
         print(end="", flush=True)
