@@ -88,7 +88,7 @@ def hf_dtype(args: argparse.Namespace) -> str | torch.dtype:
 
 def in_process(*flags: str) -> dict:
     """Run this script again with `flags` added, for peak memory of its own; what it answers."""
-    quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "LOGLEVEL": "ERROR"}
+    quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     out = subprocess.run(
         [sys.executable, *sys.argv, *flags],
         stdout=subprocess.PIPE,

@@ -133,7 +133,7 @@ def lm_eval(args: argparse.Namespace, labels: list[str], batch_size: str) -> Sco
             }
         )
         task.build_all_requests()
-        found = [log_prob for log_prob, _ in lm.loglikelihood(task.instances)]
+        found = [log_prob for log_prob, _ in lm.loglikelihood(task.instances, True)]
         pairs = [lm._encode_pair(*instance.arguments) for instance in task.instances]
         rows = range(0, len(pairs), len(labels))
         tokens = [(pairs[i][0], [pair[1] for pair in pairs[i : i + len(labels)]]) for i in rows]
