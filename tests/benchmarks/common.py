@@ -30,6 +30,7 @@ from qwen_min.cli import positive_int
 from qwen_min.config import QwenConfig
 from qwen_min.data import Example, read_examples
 from qwen_min.loading import DTYPES, load_model
+from qwen_min.memory import keep_freed_memory
 from qwen_min.model import Qwen
 from qwen_min.prompt import DEFAULT_LABELS, Prompt, build_prompts
 from qwen_min.tokenizer import Tokenizer
@@ -151,8 +152,10 @@ def measure_floor(args: argparse.Namespace) -> Floor:
 def gemm_rate(args: argparse.Namespace) -> dict:
     """The best rate of x Wᵀ over a few numbers of tokens, W all of four layers' matrices.
 
-    Four layers, since one would stay in a large cache as it never does in a whole model.
+    Four layers, since one would stay in a large cache as it never does in a whole model; their
+    outputs in memory that is kept, so that no page faults are counted.
     """
+    keep_freed_memory()
     model = load_model(args.model, args.dtype)
     weights = [
         module.weight

@@ -29,6 +29,7 @@ from common import (
 
 from qwen_min.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.loading import load_model
+from qwen_min.memory import keep_freed_memory
 from qwen_min.model import Qwen
 from qwen_min.prompt import DEFAULT_LABELS, Prompt, build_prompts
 from qwen_min.scoring import score_labels
@@ -95,6 +96,7 @@ def memory(args: argparse.Namespace) -> dict:
 
 def main() -> None:
     args = make_parser(__doc__, rows=100).parse_args()
+    keep_freed_memory()  # as the commands do
     if args.only:
         return answer(gemm_rate(args) if args.only == "gemm" else memory(args))
     if args.quick:

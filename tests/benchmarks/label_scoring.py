@@ -43,6 +43,7 @@ from common import (
 )
 
 from qwen_min.loading import load_model
+from qwen_min.memory import keep_freed_memory
 from qwen_min.prompt import Prompt, build_prompts
 from qwen_min.scoring import score_label, score_labels
 from qwen_min.tokenizer import Tokenizer
@@ -62,6 +63,7 @@ def tokens_of(prompts: list[Prompt]) -> Tokens:
 
 
 def zero_shot(args: argparse.Namespace, labels: list[str]) -> Score:
+    keep_freed_memory()  # as the commands do
     model, tokenizer = load_model(args.model, args.dtype), Tokenizer(args.model)
 
     def score(texts: list[str]) -> tuple[list, Tokens]:

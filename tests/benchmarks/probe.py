@@ -38,6 +38,7 @@ from qwen_min.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.data import held_out_split
 from qwen_min.head import fit_layers, pooled_features
 from qwen_min.loading import load_model
+from qwen_min.memory import keep_freed_memory
 
 HELD_OUT, EPOCHS, BATCH, CLASSES = 0.1, 3, 8, 2
 RATE = 1e-3  # Trainer's own 5e-5 is for whole models and would leave a head where it started
@@ -57,6 +58,7 @@ COLUMNS = {
 
 
 def ours(args: argparse.Namespace) -> dict:
+    keep_freed_memory()  # as the commands do
     model = load_model(args.model, args.dtype)
     rows, prompts = read_prompts(args)
     training, held_out = held_out_split(rows, HELD_OUT, seed=0)

@@ -42,6 +42,7 @@ from lora import ATTENTION, inject_lora, lora_parameters
 from qwen_min.batching import shuffled_batches, token_budget_batches
 from qwen_min.head import head_loss
 from qwen_min.loading import load_model
+from qwen_min.memory import keep_freed_memory
 from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_loss
 
@@ -86,6 +87,7 @@ def initial(name: str, shape: torch.Size) -> torch.Tensor:
 
 
 def ours(args: argparse.Namespace) -> Step:
+    keep_freed_memory()  # as the commands do
     model = load_model(args.model, args.dtype)
     inject_lora(model, ATTENTION, R, ALPHA, 0.0)
     parameters = lora_parameters(model)
