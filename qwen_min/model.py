@@ -203,6 +203,11 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(-1, self.heads, self.head_dim))
         q = rotate(q, cos, sin)
 
+        if q.requires_grad and q.device.type == "cpu":
+            # dtype: fp32 where gradients are wanted: on a CPU the bf16 form has a backward pass
+            # that takes several times as long.
+            q = q.float()
+            keys_values = [(k_text.float(), v_text.float()) for k_text, v_text in keys_values]
         outs = []
         for q_text, (k_text, v_text), mask in zip(
             q.split(lengths), keys_values, masks, strict=True
@@ -217,7 +222,7 @@ class Attention(nn.Module):
             )
             outs.append(out[0].transpose(0, 1))  # (T, H, Dh)
         out = torch.cat(outs).reshape(-1, self.heads * self.head_dim)
-        return self.o_proj(out), keys_values
+        return self.o_proj(out.to(x.dtype)), keys_values
 
 
 class MLP(nn.Module):
