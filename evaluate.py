@@ -1,5 +1,6 @@
 """Evaluate a method of text classification with Qwen: scores, metrics, and files of both.
 
+    python evaluate.py --method zero_shot
     python evaluate.py --method zero_shot --model DIR --data reviews.tsv
     python evaluate.py --method zero_shot --model DIR --data news.csv --labels 体育,财经,科技 \\
         --template '新闻：{text}\\n类别：' --output results.json --predictions predictions.jsonl
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from lora import LoRAError, load_adapter, lora_modules
 from qwen_min import embeddings
 from qwen_min.arguments import UNTRAINED, check_head, with_run
-from qwen_min.audit import clean_part, training_examples
+from qwen_min.audit import clean_part, fed_rows, training_examples
 from qwen_min.calibration import calibrations, format_calibrations
 from qwen_min.cli import (
     add_data_arguments,
@@ -128,6 +129,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     sets = parse_label_sets(args.label_sets, labels) if args.label_sets else [labels]
     examples, prompts = read_rows(args, task, distinct_words(sets), MAX_NEW_TOKENS * generates)
     truth, data_hash = np.array([e.label for e in examples]), examples_hash(examples)
+    fed = fed_rows(task.directory, examples)
     training = training_examples(args.train_data, args.encoding, labels, record)
     stop = stop_ids(task.directory, task.tokenizer.markup) if generates else set()
     if args.run:
@@ -182,7 +184,8 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         results = {
             "method": args.method,
             **evaluate_predictions(truth, predictions, scores, list(labels)),
-            "clean": clean_part(training, examples, predictions),
+            "clean": clean_part(training, examples, predictions, fed),
+            "fed_rows": len(fed),
             # How much of all probability the label words hold between them: near 0, the model
             # would rather have said something else, and the ranking among them means less.
             "label_mass": float(np.exp(scores).sum(axis=1).mean()) if by_words else None,

@@ -1,5 +1,6 @@
 """Train a method of text classification with Qwen; what is learned goes into a run directory.
 
+    python train.py --method lora_label_scoring
     python train.py --method head_only --model DIR --data train.tsv --output runs/probe
     python train.py --method lora_label_scoring --model DIR --data train.tsv --output runs/lora
     python train.py --resume --output runs/lora              # after Ctrl-C or a crash
@@ -37,6 +38,7 @@ from lora import (
 )
 from qwen_min import embeddings
 from qwen_min.arguments import check_training
+from qwen_min.audit import fed_rows
 from qwen_min.cli import (
     add_data_arguments,
     add_machine_arguments,
@@ -111,6 +113,7 @@ def train(args: argparse.Namespace) -> int:
     device, task, run = choose_device(args.device), read_task(args), Path(args.output)
     labels, directory = task.labels, task.directory
     examples, prompts = read_rows(args, task)
+    fed_rows(directory, examples)  # says so where the model has seen the rows already
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
     counts = class_counts([examples[i] for i in training], len(labels))
     for word, count in zip(labels, counts, strict=True):

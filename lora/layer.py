@@ -65,9 +65,10 @@ class LoRALinear(nn.Module):
         y = self.base(x)  # (..., out)
         h = F.dropout(x.float(), self.dropout, training=self.training)  # (..., in)
         h = F.linear(h, self.lora_A)  # (..., r)
-        update = F.linear(h, self.lora_B)  # (..., out)
+        # s goes to B, which is small, and not to the update, which has a row for every token.
+        update = F.linear(h, self.scaling * self.lora_B)  # (..., out)
         # dtype: y is promoted, so that the sum is formed in fp32 and rounded once.
-        return (y + self.scaling * update).to(y.dtype)
+        return (y + update).to(y.dtype)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

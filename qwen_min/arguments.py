@@ -49,8 +49,6 @@ def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace,
         raise UserError(f"--method {args.method} needs --run, a directory that train.py made")
     if args.run and args.adapter:
         raise UserError("--run brings its own adapter; give --run or --adapter, not both")
-    if args.model is None:
-        raise UserError("--model is missing; give a directory or a hub name (README, Start)")
     check_evaluation(args, given)
     args.changed = changed  # where the run's own setting was not wanted
     return args, record
@@ -82,8 +80,6 @@ def check_evaluation(args: argparse.Namespace, given: dict) -> None:
 
 def check_training(args: argparse.Namespace) -> None:
     """Refuse what would fail only after the model is loaded, or train nothing."""
-    if args.model is None:
-        raise UserError("--model is missing; give a directory or a hub name (README, Start)")
     nothing = args.lora_targets == "none" and not args.train_embeddings
     if args.merge and (args.method != "lora_label_scoring" or nothing):
         raise UserError(

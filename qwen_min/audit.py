@@ -9,6 +9,7 @@ A text that stands in the training data as well is one that a trained method may
 """
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from unicodedata import category, normalize
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from qwen_min.cli import make_parser, positive_int, run_command
 from qwen_min.data import Example, class_counts, examples_hash, read_examples
@@ -25,6 +27,8 @@ from qwen_min.metrics import wilson_interval
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, parse_labels
 from qwen_min.table import text_table
 from qwen_min.tokenizer import Tokenizer
+
+FED = "fed.safetensors"  # in a model's directory: `text_hashes` of what it was made from
 
 
 class _Dropped(dict):
@@ -252,27 +256,61 @@ def training_examples(
     return file, examples
 
 
+def text_hashes(texts: Iterable[str]) -> np.ndarray:
+    """Eight bytes of SHA-256 of each normalised text, (distinct texts,) int64, in ascending order.
+
+    Enough to recognise a text, and nothing that it could be read from.
+    """
+    digests = (hashlib.sha256(normalised(text).encode()).digest()[:8] for text in texts)
+    return np.unique(np.frombuffer(b"".join(digests), dtype="<i8"))
+
+
+def fed_rows(directory: Path, examples: Sequence[Example]) -> list[int]:
+    """Indices of the examples that the model in `directory` was itself made from.
+
+    By the hashes in its file FED: a model without the file does not say, and none are found. If
+    there are any, stderr says how many.
+    """
+    if not (path := directory / FED).exists():
+        return []
+    known = load_file(path)["texts"]
+    fed = [i for i, e in enumerate(examples) if np.isin(text_hashes([e.text]), known).all()]
+    if fed:
+        print(
+            f"warning: {len(fed)} of these {len(examples)} texts are among those that the model "
+            f"in {directory} was itself made from; figures on them say nothing about new texts",
+            file=sys.stderr,
+        )
+    return fed
+
+
 def clean_part(
     training: tuple[str, list[Example]] | None,
     examples: Sequence[Example],
     predictions: Sequence[int],
+    fed: Sequence[int] = (),
 ) -> dict | None:
-    """Accuracy on the examples whose text, exact or normalised, is not in the training data.
+    """Accuracy on the examples that neither training nor the model's own making has seen.
 
-    None without training data (see `training_examples`). predictions: (n,), class numbers. Accuracy
-    and interval are None where no row is clean.
+    training: see `training_examples`; a text counts as seen exact or normalised. fed: as `fed_rows`
+    finds them. None without either. predictions: (n,), class numbers. Accuracy and interval are
+    None where no row is clean.
     """
-    if training is None:
+    sources, seen = [], set(fed)
+    if training is not None:
+        sources.append(training[0])
+        # Texts that are equal are equal normalised.
+        known = (normalised(row.text) for row in training[1])
+        seen.update(stand_in((normalised(e.text) for e in examples), known))
+    if fed:
+        sources.append("what the model itself was made from")
+    if not sources:
         return None
-    file, rows = training
-    # Texts that are equal are equal normalised.
-    known = (normalised(row.text) for row in rows)
-    seen = set(stand_in((normalised(e.text) for e in examples), known))
     right = [e.label == p for e, p in zip(examples, predictions, strict=True)]
     clean = [hit for i, hit in enumerate(right) if i not in seen]
     correct, n = sum(map(int, clean)), len(clean)
     return {
-        "train_data": file,
+        "train_data": " or ".join(sources),
         "n": n,
         "accuracy": correct / n if n else None,
         "accuracy_interval": list(wilson_interval(correct, n)) if n else None,

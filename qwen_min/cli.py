@@ -11,6 +11,7 @@ from typing import NoReturn
 from qwen_min.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.errors import UserError
 from qwen_min.loading import DTYPES
+from qwen_min.memory import keep_freed_memory
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, DEFAULT_TEMPLATE
 
 SAMPLE = Path(__file__).parent / "sample"  # reviews written for this project
@@ -68,7 +69,8 @@ def add_data_arguments(parser: argparse.ArgumentParser, sample: str) -> None:
     """Which model, which texts (by default the sample's file `sample`), how many tokens at once."""
     parser.add_argument(
         "--model",
-        help="required: a directory, or a hub name such as Qwen/Qwen2.5-1.5B[@REVISION]",
+        default="tiny",
+        help="tiny (comes with the project), a directory, or a hub name: Qwen/Qwen2.5-1.5B[@REV]",
     )
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -215,6 +217,7 @@ def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Nam
     # As Python itself has it for stderr: what a terminal's encoding lacks is shown as its code.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    keep_freed_memory()
     try:
         status = command(args)
         print(end="", flush=True)

@@ -49,7 +49,7 @@ def greedy_cached(
     ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
     lengths, cache = [len(prompt) for prompt in prompts], None
     for _ in range(max_new_tokens):
-        h, cache = model.model.forward_packed(ids, lengths, past=cache, last_only=True)
+        h, cache = model.model.forward_packed(ids, lengths, past=cache, last=[1] * len(lengths))
         tokens = model.logits(h).argmax(dim=-1).tolist()  # one for each active text
         going = [i for i, token in enumerate(tokens) if token not in stop]
         for i in going:

@@ -75,7 +75,8 @@ def pooled_features(
         sizes = [lengths[row] for row in rows]
         ids = torch.tensor([token for row in rows for token in prompts[row].ids], device=device)
         streams: list[Tensor] | None = [] if all_layers else None
-        h, _ = model.model.forward_packed(ids, sizes, last_only=pooling == "last", streams=streams)
+        last = [1] * len(rows) if pooling == "last" else None
+        h, _ = model.model.forward_packed(ids, sizes, last=last, streams=streams)
         ends = torch.tensor(sizes, device=device).cumsum(0) - 1
         pooled = [_pool(stream, sizes, ends, pooling) for stream in streams or []]
         pooled.append(h.float() if pooling == "last" else _pool(h, sizes, ends, pooling))
@@ -163,7 +164,7 @@ def head_loss(
     ids = torch.tensor([token for p in prompts for token in p.ids], device=weight.device)
     lengths = [len(prompt.ids) for prompt in prompts]
     h, _ = model.model.forward_packed(
-        ids, lengths, last_only=True, checkpointing=checkpointing
+        ids, lengths, last=[1] * len(lengths), checkpointing=checkpointing
     )  # (rows, D)
     targets = torch.tensor(classes, device=weight.device)
     return F.cross_entropy(F.linear(h.float(), weight), targets, reduction="sum")

@@ -1,4 +1,4 @@
-"""`--model NAME` to a local directory: one that is there, or a model of the hub."""
+"""`--model NAME` to a local directory: the embedded one, one that is there, or the hub's."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qwen_min.errors import UserError
 
+TINY = Path(__file__).parent / "tiny"  # the checkpoint that comes with the project
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Where a checkpoint has them: its chat template, and the tokens that end its answers.
 SMALL = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -24,11 +25,14 @@ def resolve_model(name: str) -> Path:
     """Directory with config.json, tokenizer.json and safetensors for what `--model` names; beside
     them, where the model has any, the files in SMALL.
 
+    `tiny` is the embedded checkpoint (`./tiny` is a directory of that name).
     An existing directory is itself: no network, and huggingface_hub is not even imported.
     `owner/name` and `owner/name@revision` are hub names: only the files above are downloaded, all
     from one commit, by huggingface_hub, which itself reads HF_ENDPOINT, HF_HOME, HF_TOKEN and
     HF_HUB_OFFLINE. Raises UserError for whatever stands in the way.
     """
+    if name == "tiny":
+        return TINY
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return Path(path)

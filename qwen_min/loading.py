@@ -19,6 +19,8 @@ from qwen_min.errors import UserError
 from qwen_min.model import Qwen
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What a merged checkpoint takes over from its base; the last says what that was made from.
+COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "fed.safetensors")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -145,7 +147,7 @@ def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
         if out.exists():
             raise FileExistsError(17, "it exists already")
         aside.mkdir(parents=True)
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        for name in COPIED:
             if (source / name).exists():
                 shutil.copyfile(source / name, aside / name)
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))

@@ -90,7 +90,9 @@ class Layout:
     sin: Tensor
     # For each text, which keys each token sees (T, keys); None: those up to itself.
     masks: list[Tensor | None]
-    only: Tensor | None = None  # places of the texts' last tokens, where these alone are asked for
+    # Where only each text's last tokens are asked for: how many of each, and their places in N.
+    last: list[int] | None = None
+    places: Tensor | None = None
 
 
 def lay_out(
@@ -98,17 +100,18 @@ def lay_out(
     device: torch.device,
     lengths: Sequence[int],
     past: Cache | None,
-    visible: Sequence[Tensor] | None,
+    visible: Sequence[Tensor | None] | None,
 ) -> Layout:
     """The layout for `QwenModel.forward_packed`, where the last three arguments are explained."""
     positions, masks = [], []
     for i, length in enumerate(lengths):
         start = 0 if past is None else len(past[0][i][0])
-        if visible is None and start == 0:
+        seen = None if visible is None else visible[i]
+        if seen is None and start == 0:
             positions.append(torch.arange(length))
             masks.append(None)
             continue
-        seen = torch.ones(length, length).tril().bool() if visible is None else visible[i]
+        seen = torch.ones(length, length).tril().bool() if seen is None else seen
         positions.append(start + seen.sum(dim=1) - 1)
         # `is_causal` of scaled_dot_product_attention counts from the first key, not from the last,
         # so tokens that continue a cache need a mask of their own (pytorch#108108).
@@ -116,6 +119,20 @@ def lay_out(
         masks.append(torch.cat([before, seen], dim=1).to(device))
     cos, sin = rotary_cos_sin(torch.cat(positions).to(device), config.head_dim, config.rope_theta)
     return Layout(list(lengths), cos, sin, masks)
+
+
+def ask_for_last(layout: Layout, last: Sequence[int]) -> Layout:
+    """The layout of a layer that has to answer for the last `last[i]` tokens of text i alone."""
+    masks, places, end = [], [], 0
+    for mask, length, count in zip(layout.masks, layout.lengths, last, strict=True):
+        end += length
+        places += range(end - count, end)
+        if mask is None and count > 1:
+            mask = torch.ones(length, length, device=layout.cos.device).tril().bool()
+        # A text's very last token sees every key, unless a mask says otherwise.
+        masks.append(None if mask is None else mask[-count:])
+    at = torch.tensor(places, device=layout.cos.device)
+    return replace(layout, masks=masks, last=list(last), places=at)
 
 
 class Attention(nn.Module):
@@ -166,7 +183,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, list[KeysValues]]:
         """Texts end to end, x (N, D): one product per weight, then attention text by text.
 
-        Returns (N, D), or (number of texts, D) where the layout asks for last tokens alone, and
+        Returns (N, D), or a row for each of the last tokens that the layout asks for alone, and
         each text's keys and values, those of `past` included.
         """
         cos, sin, lengths, masks = layout.cos, layout.sin, layout.lengths, layout.masks
@@ -180,13 +197,17 @@ class Attention(nn.Module):
                 for (old_k, old_v), (new_k, new_v) in zip(past, keys_values, strict=True)
             ]
 
-        if layout.only is not None:
-            # A text's last token sees every key, so it needs no mask.
-            x, cos, sin = x[layout.only], cos[layout.only], sin[layout.only]
-            lengths, masks = [1] * len(lengths), [None] * len(lengths)
+        if layout.places is not None:
+            x, cos, sin = x[layout.places], cos[layout.places], sin[layout.places]
+            lengths = layout.last
         q = self.q_norm(self.q_proj(x).view(-1, self.heads, self.head_dim))
         q = rotate(q, cos, sin)
 
+        if q.requires_grad and q.device.type == "cpu":
+            # dtype: fp32 where gradients are wanted: on a CPU the bf16 form has a backward pass
+            # that takes several times as long.
+            q = q.float()
+            keys_values = [(k_text.float(), v_text.float()) for k_text, v_text in keys_values]
         outs = []
         for q_text, (k_text, v_text), mask in zip(
             q.split(lengths), keys_values, masks, strict=True
@@ -201,7 +222,7 @@ class Attention(nn.Module):
             )
             outs.append(out[0].transpose(0, 1))  # (T, H, Dh)
         out = torch.cat(outs).reshape(-1, self.heads * self.head_dim)
-        return self.o_proj(out), keys_values
+        return self.o_proj(out.to(x.dtype)), keys_values
 
 
 class MLP(nn.Module):
@@ -238,7 +259,7 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, layout: Layout, past: Sequence[KeysValues] | None
     ) -> tuple[Tensor, list[KeysValues]]:
         attended, keys_values = self.self_attn.forward_packed(self.input_layernorm(x), layout, past)
-        x = (x if layout.only is None else x[layout.only]) + attended
+        x = (x if layout.places is None else x[layout.places]) + attended
         return x + self.mlp(self.post_attention_layernorm(x)), keys_values
 
 
@@ -270,8 +291,8 @@ class QwenModel(nn.Module):
         ids: Tensor,
         lengths: Sequence[int],
         past: Cache | None = None,
-        visible: Sequence[Tensor] | None = None,
-        last_only: bool = False,
+        visible: Sequence[Tensor | None] | None = None,
+        last: Sequence[int] | None = None,
         streams: list[Tensor] | None = None,
         checkpointing: bool = False,
     ) -> tuple[Tensor, Cache]:
@@ -279,24 +300,23 @@ class QwenModel(nn.Module):
 
         past: what came before each text, from an earlier call; `[layer][text]`.
         visible: for each text a boolean (T, T), row t marking those of the *new* tokens that token
-            t sees. Default: those before it and itself. Another pattern makes a tree, for the label
-            words of scoring.py: several continuations of one prompt side by side. A token's
-            position is the number of tokens it sees, less one.
-        last_only: hidden states of each text's last token alone (number of texts, D); the last
-            layer then skips its queries and MLP everywhere else.
+            t sees; None, for all or for one: those before it and itself. Another pattern makes a
+            tree, for the label words of scoring.py: several continuations of one prompt side by
+            side. A token's position is the number of tokens it sees, less one.
+        last: for each text how many of its last tokens are asked for: their hidden states alone
+            are returned (sum(last), D), and the last layer skips queries and MLP everywhere else.
         streams: a list that receives the residual stream (N, D) after the embedding and after each
             layer but the last, whose output the final norm turns into the returned states.
         checkpointing: recompute each layer in the backward pass instead of keeping activations.
         """
         layout = lay_out(self.config, ids.device, lengths, past, visible)
-        last = torch.tensor(lengths, device=ids.device).cumsum(0) - 1
         x = self.embed_tokens(ids)  # (N, D)
         cache: Cache = []
         for i, layer in enumerate(self.layers):
             if streams is not None:
                 streams.append(x)
-            if last_only and i == len(self.layers) - 1:
-                layout = replace(layout, only=last)
+            if last is not None and i == len(self.layers) - 1:
+                layout = ask_for_last(layout, last)
             arguments = (x, layout, None if past is None else past[i])
             if checkpointing:
                 x, keys_values = checkpoint(layer.forward_packed, *arguments, use_reentrant=False)

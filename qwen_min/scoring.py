@@ -6,8 +6,8 @@ tokens, one after the other, behind the prompt:
     s_y = Σ_t log p(y_t | prompt, y_<t),    log p(token) = logit(token) − log Σ_v exp logit(v)
 
 It stands here as its definition, one full forward for each candidate, and below as the form that
-runs: each prompt once, the label words as a tree that continues it from the cache, the vocabulary
-projection only where a token is scored.
+runs: each prompt once, the label words behind it as a tree, the vocabulary projection only where a
+token is scored.
 """
 
 from collections.abc import Callable, Sequence
@@ -87,54 +87,55 @@ def score_labels(
         frame_ids = torch.tensor(prompts[0].ids[:shared], device=device)
         _, frame = model.model.forward_packed(frame_ids, [shared])
     scores = np.zeros((len(prompts), len(prompts[0].labels)))
-    lengths = [len(prompt.ids) - shared for prompt in prompts]
+    trees = [label_tree(prompt.labels) for prompt in prompts]
+    lengths = [len(p.ids) - shared + len(t.tokens) for p, t in zip(prompts, trees, strict=True)]
     for rows in token_budget_batches(lengths, batch_tokens):
-        scores[rows] = _score_batch(model, [prompts[row] for row in rows], shared, frame)
+        batch = [(prompts[row].ids[shared:], trees[row]) for row in rows]
+        scores[rows] = _score_batch(model, batch, frame)
         progress(len(rows))
     return scores
 
 
 def _score_batch(
-    model: Qwen, prompts: Sequence[Prompt], shared: int, frame: Cache | None
+    model: Qwen, batch: Sequence[tuple[tuple[int, ...], LabelTree]], frame: Cache | None
 ) -> np.ndarray:
+    """Scores (rows, C) of prompts, what `frame` holds of them left out, with their label trees."""
     device = model.head_weight.device
-    # 1. Every prompt once, behind the shared beginning. (rows, D): the state after its last token.
-    tails = [prompt.ids[shared:] for prompt in prompts]
-    ids = torch.tensor([token for tail in tails for token in tail], device=device)
-    past = None if frame is None else [layer * len(prompts) for layer in frame]
-    ends, cache = model.model.forward_packed(ids, [len(t) for t in tails], past, last_only=True)
+    # 1. Each prompt with its tree behind it: one text, in which branches do not see each other. The
+    # prompt's last token predicts the first token of each label, a node of the tree the next one.
+    texts = [(*tail, *tree.tokens) for tail, tree in batch]
+    ids = torch.tensor([token for text in texts for token in text], device=device)
+    past = None if frame is None else [layer * len(batch) for layer in frame]
+    visible = [_behind(len(tail), tree) for tail, tree in batch]
+    predicting = [1 + len(tree.tokens) for _, tree in batch]
+    h, _ = model.model.forward_packed(
+        ids, [len(text) for text in texts], past, visible, last=predicting
+    )  # (Σ predicting, D)
 
-    # 2. The label words' inner tokens, continued from each prompt's keys and values.
-    trees = [label_tree(prompt.labels) for prompt in prompts]
-    sizes = [len(tree.tokens) for tree in trees]
-    grown = [row for row, size in enumerate(sizes) if size]
-    states: list[list[Tensor]] = [[end] for end in ends.split(1)]
-    if grown:
-        ids = torch.tensor([token for row in grown for token in trees[row].tokens], device=device)
-        nodes, _ = model.model.forward_packed(
-            ids,
-            [sizes[row] for row in grown],
-            past=[[layer[row] for row in grown] for layer in cache],
-            visible=[trees[row].visible for row in grown],
-        )
-        for row, states_of_row in zip(grown, nodes.split([sizes[r] for r in grown]), strict=True):
-            states[row].append(states_of_row)
-
-    # 3. Log-probability of each step: the token's logit less the log-sum-exp over the vocabulary.
-    h = torch.cat([part for parts in states for part in parts])  # (Σ 1 + nodes, D)
-    first = np.cumsum([0, *(1 + size for size in sizes)])
+    # 2. Log-probability of each step: the token's logit less the log-sum-exp over the vocabulary.
+    first = np.cumsum([0, *predicting])
     # Of each step: the row of h that predicts, the token, and the score that it adds to.
     at, tokens, owner = [], [], []
-    for row, tree in enumerate(trees):
+    for row, (_, tree) in enumerate(batch):
         for label, steps in enumerate(tree.steps):
             at += [int(first[row]) + node for node, _ in steps]
             tokens += [token for _, token in steps]
             owner += [row * len(tree.steps) + label] * len(steps)
     log_probs = token_log_probs(model, h, torch.tensor(at), torch.tensor(tokens))
 
-    # 4. Their sum over each label's tokens.
-    size = len(prompts) * len(prompts[0].labels)
-    return np.bincount(owner, weights=log_probs, minlength=size).reshape(len(prompts), -1)
+    # 3. Their sum over each label's tokens.
+    classes = len(batch[0][1].steps)
+    size = len(batch) * classes
+    return np.bincount(owner, weights=log_probs, minlength=size).reshape(-1, classes)
+
+
+def _behind(prompt: int, tree: LabelTree) -> Tensor | None:
+    """What each token of a prompt of so many tokens, and of the tree behind it, sees: (T, T)."""
+    if not (nodes := len(tree.tokens)):
+        return None
+    seen = torch.ones(prompt + nodes, prompt + nodes).tril().bool()
+    seen[prompt:, prompt:] = tree.visible
+    return seen
 
 
 def token_log_probs(model: Qwen, h: Tensor, at: Tensor, tokens: Tensor) -> np.ndarray:
@@ -162,13 +163,11 @@ def label_loss(
     # A label's last token is predicted, never read.
     texts = [(*p.ids, *label[:-1]) for p, label in zip(prompts, labels, strict=True)]
     ids = torch.tensor([token for text in texts for token in text], device=device)
-    lengths = [len(text) for text in texts]
-    one_token = all(len(label) == 1 for label in labels)
     h, _ = model.model.forward_packed(
-        ids, lengths, last_only=one_token, checkpointing=checkpointing
-    )
-    if not one_token:
-        parts = zip(h.split(lengths), labels, strict=True)
-        h = torch.cat([states[-len(label) :] for states, label in parts])
+        ids,
+        [len(text) for text in texts],
+        last=[len(label) for label in labels],
+        checkpointing=checkpointing,
+    )  # (Σ label tokens, D)
     targets = torch.tensor([token for label in labels for token in label], device=device)
     return F.cross_entropy(model.logits(h), targets, reduction="sum")

@@ -312,6 +312,7 @@ def test_local_names_reach_for_no_network_and_no_hub_library(tmp_path):
     (tmp_path / "org" / "model").mkdir(parents=True)
     (tmp_path / "file").touch()
     names = [
+        "tiny",
         str(tmp_path),
         "~/org/model",
         "~/org/model/",
@@ -321,6 +322,7 @@ def test_local_names_reach_for_no_network_and_no_hub_library(tmp_path):
     ]
     found = run(names, NO_SOCKETS, HOME=tmp_path)
     assert not any(line["imported"] for line in found.values())
+    assert Path(found["tiny"]["path"]) == REPO / "qwen_min" / "tiny"
     assert found[str(tmp_path)]["path"] == str(tmp_path)
     assert Path(found["~/org/model"]["path"]) == tmp_path / "org" / "model"
     assert Path(found["~/org/model/"]["path"]) == tmp_path / "org" / "model"

@@ -82,9 +82,23 @@ def test_packed_equals_definition(pair):
     packed, _ = ours.model.forward_packed(torch.cat(rows), [len(row) for row in rows])
     for row, h in zip(rows, packed.split([len(row) for row in rows]), strict=True):
         torch.testing.assert_close(h, ours(row[None])[0], **FP32)
-    last, _ = ours.model.forward_packed(torch.cat(rows), [len(r) for r in rows], last_only=True)
-    expected = torch.stack([ours(row[None])[0, -1] for row in rows])
-    torch.testing.assert_close(last, expected, **FP32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1), (1, 7, 4, 2), (1, 2, 1, 1)])
+def test_asking_for_last_tokens_alone_gives_the_same(pair, counts):
+    ours, _ = pair
+    rows = [random_ids(1, n, seed=n)[0] for n in (1, 7, 23, 2)]
+    expected = torch.cat([ours(r[None])[0, -n:] for r, n in zip(rows, counts, strict=True)])
+    h, _ = ours.model.forward_packed(torch.cat(rows), [len(r) for r in rows], last=counts)
+    torch.testing.assert_close(h, expected, **FP32)
+    # The same behind a cache, where masks take the place of causality.
+    _, cache = ours.model.forward_packed(random_ids(1, 5)[0], [5])
+    past = [layer * len(rows) for layer in cache]
+    whole, _ = ours.model.forward_packed(torch.cat(rows), [len(r) for r in rows], past=past)
+    h, _ = ours.model.forward_packed(torch.cat(rows), [len(r) for r in rows], past, last=counts)
+    asked = [s[-n:] for s, n in zip(whole.split([len(r) for r in rows]), counts, strict=True)]
+    torch.testing.assert_close(h, torch.cat(asked), **FP32)
 
 
 @torch.no_grad()
@@ -118,6 +132,13 @@ def test_tree_equals_each_branch_alone(pair):
     h, _ = ours.model.forward_packed(torch.tensor([a, b, c]), [3], past=cache, visible=[visible])
     torch.testing.assert_close(h[:2], ours(torch.tensor([[*prompt, a, b]]))[0, -2:], **FP32)
     torch.testing.assert_close(h[2], ours(torch.tensor([[*prompt, c]]))[0, -1], **FP32)
+    # The same in one pass, the tree behind its prompt, beside a text without one.
+    seen = torch.ones(9, 9).tril().bool()
+    seen[6:, 6:] = visible
+    ids = torch.cat([prompt, torch.tensor([a, b, c]), prompt[:4]])
+    both, _ = ours.model.forward_packed(ids, [9, 4], visible=[seen, None], last=[3, 1])
+    torch.testing.assert_close(both[:3], h, **FP32)
+    torch.testing.assert_close(both[3], ours(prompt[None, :4])[0, -1], **FP32)
 
 
 @torch.no_grad()

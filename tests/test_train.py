@@ -521,7 +521,6 @@ def test_a_moved_model_and_a_copy_of_the_data_go_on(runs, base, data, tmp_path, 
 
 BAD = {
     "no method": ([], "--method is missing"),
-    "no model": (["--method", "lora_head"], "--model is missing"),
     "nothing to train": (["--method", "lora_label_scoring", "--lora-targets", "none"], "none"),
     "merge of a head": (["--method", "lora_head", "--merge", "x"], "--merge"),
     "system without chat": (["--method", "lora_head", "--system", "x"], "--chat"),

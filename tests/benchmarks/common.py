@@ -1,0 +1,223 @@
+"""What the benchmarks share: rows, the floor, a process for each program, tables and JSON.
+
+The floor is the time that the products alone would take that a task cannot do without, at the rate
+that this machine reaches for products of the model's own shapes and dtype:
+
+- reading: 2·N FLOPs for each token, N the weights outside embedding and LM head, where a beginning
+  that several sequences share counts once, be it the frame of all prompts or one prompt's text;
+- scoring: 2·V·D FLOPs for each position whose next token is predicted;
+- training LoRA: 4·N FLOPs for each token of each row (forward, and gradients of the inputs).
+
+Attention's own products, norms and everything else are left out, so no program reaches 100 %.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from qwen_min.cli import positive_int
+from qwen_min.config import QwenConfig
+from qwen_min.data import Example, read_examples
+from qwen_min.loading import DTYPES, load_model
+from qwen_min.memory import keep_freed_memory
+from qwen_min.model import Qwen
+from qwen_min.prompt import DEFAULT_LABELS, Prompt, build_prompts
+from qwen_min.tokenizer import Tokenizer
+
+TEMPLATE = "以下是一条中文评论，请判断它的情感倾向。\n评论：{text}\n情感倾向："
+CHARACTERS = 256  # of a text; the cut comes before everything else, so it is every program's
+UNCUT = 100_000  # tokens of a text: nothing is cut a second time
+
+
+def make_parser(doc: str, rows: int) -> argparse.ArgumentParser:
+    """The arguments that every benchmark takes."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, metavar="DIR")
+    parser.add_argument("--data", required=True, metavar="FILE")
+    parser.add_argument(
+        "--rows", type=positive_int, default=rows, help=f"the first N of the file (default {rows})"
+    )
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+    parser.add_argument("--quick", action="store_true", help="a minute's run: does it work?")
+    parser.add_argument("--output", metavar="FILE", help="JSON")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # the program that this process runs
+    return parser
+
+
+def read_rows(args: argparse.Namespace) -> list[Example]:
+    """The first rows of the file, their texts cut."""
+    examples = read_examples(args.data, DEFAULT_LABELS, limit=args.rows)
+    return [Example(e.text[:CHARACTERS], e.label, e.line) for e in examples]
+
+
+def read_prompts(
+    args: argparse.Namespace, labels: Sequence[str] = DEFAULT_LABELS
+) -> tuple[list[Example], list[Prompt]]:
+    """The rows and their prompts."""
+    rows = read_rows(args)
+    tokenizer = Tokenizer(args.model)
+    return rows, build_prompts(tokenizer, [row.text for row in rows], TEMPLATE, labels, UNCUT)
+
+
+def score_bound(dtype: str, tokens: int = 1) -> float:
+    """How far apart two programs' scores of a label of so many tokens may be.
+
+    fp32: rounding alone, in 24 layers. bf16 has 8 bits: a logit from 16 to 32 is a multiple of 1/8,
+    two programs may well round it to neighbours, and lm-eval rounds the log-probability once more;
+    so two steps for each token.
+    """
+    return 1e-4 if dtype == "float32" else 0.25 * tokens
+
+
+def hf_dtype(args: argparse.Namespace) -> str | torch.dtype:
+    """What transformers calls --dtype."""
+    return "auto" if args.dtype == "auto" else DTYPES[args.dtype]
+
+
+def in_process(*flags: str) -> dict:
+    """Run this script again with `flags` added, for peak memory of its own; what it answers."""
+    quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    out = subprocess.run(
+        [sys.executable, *sys.argv, *flags],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **quiet},
+    )
+    if out.returncode:
+        sys.exit(f"error: {' '.join(flags)} ended with status {out.returncode}")
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def answer(found: dict) -> None:
+    """The last line of a process that `in_process` started, with the peak of its memory."""
+    # Linux counts kilobytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    print(json.dumps({**found, "peak_mib": peak}))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds that a task's products take at `rate`."""
+
+    rate: float  # FLOP/s
+    dtype: str
+    weights: int  # N
+    head: int  # V·D
+
+    def reading(self, sequences: Sequence[tuple[int, ...]]) -> float:
+        return 2 * self.weights * distinct_tokens(sequences) / self.rate
+
+    def scoring(self, prompts: Sequence[Prompt]) -> float:
+        """All labels of all prompts: what must be read, and a prediction at the end of each."""
+        contexts = {
+            (*p.ids, *label[:t]) for p in prompts for label in p.labels for t in range(len(label))
+        }
+        return self.reading(list(contexts)) + 2 * self.head * len(contexts) / self.rate
+
+    def training(self, tokens: int) -> float:
+        return 4 * self.weights * tokens / self.rate
+
+
+def measure_floor(args: argparse.Namespace) -> Floor:
+    """N and V·D from the config, the rate measured now, in a process of its own."""
+    config = QwenConfig.from_json(Path(args.model) / "config.json")
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in Qwen(config).named_parameters()}
+    head = config.vocab_size * config.hidden_size
+    weights = sum(n for name, n in sizes.items() if "embed_tokens" not in name and name[:2] != "lm")
+    gemm = in_process("--only", "gemm")
+    floor = Floor(gemm["rate"], gemm["dtype"], weights, head)
+    print(
+        f"products: {floor.rate / 1e9:.0f} GFLOP/s in {floor.dtype}, N = {weights / 1e6:.0f} M, "
+        f"V·D = {head / 1e6:.0f} M, {torch.get_num_threads()} threads",
+        flush=True,
+    )
+    return floor
+
+
+def gemm_rate(args: argparse.Namespace) -> dict:
+    """The best rate of x Wᵀ over a few numbers of tokens, W all of four layers' matrices.
+
+    Four layers, since one would stay in a large cache as it never does in a whole model; their
+    outputs in memory that is kept, so that no page faults are counted.
+    """
+    keep_freed_memory()
+    model = load_model(args.model, args.dtype)
+    weights = [
+        module.weight
+        for layer in model.model.layers[:4]
+        for module in layer.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    rate = 0.0
+    with torch.inference_mode():
+        for tokens in (512, 1024, 2048, 4096):
+            inputs = [torch.randn(tokens, w.shape[1]).to(w.dtype) for w in weights]
+            flops = sum(2 * tokens * w.numel() for w in weights)
+            for _ in range(2 if args.quick else 5):
+                started = time.perf_counter()
+                for x, w in zip(inputs, weights, strict=True):
+                    torch.nn.functional.linear(x, w)
+                rate = max(rate, flops / (time.perf_counter() - started))
+    return {"rate": rate, "dtype": str(model.head_weight.dtype).removeprefix("torch.")}
+
+
+def distinct_tokens(sequences: Sequence[tuple[int, ...]]) -> int:
+    """Nodes of the trie of all sequences: tokens, where a shared beginning counts once."""
+    count, before = 0, ()
+    for sequence in sorted(sequences):
+        # In lexical order, what a sequence shares with any earlier one it shares with the last.
+        pairs = zip(sequence, before, strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        count += len(sequence) - (min(len(sequence), len(before)) if shared is None else shared)
+        before = sequence
+    return count
+
+
+def figures(rows: int, seconds: float, least: float) -> dict[str, float]:
+    """A program's speed beside the floor's, where the floor takes `least` seconds."""
+    return {
+        "rows_per_s": rows / seconds,
+        "floor_rows_per_s": rows / least,
+        "share": least / seconds,
+    }
+
+
+def print_table(rows: Sequence[dict], columns: dict[str, str]) -> None:
+    """The rows' fields that `columns` names, each with its format; words left, figures right."""
+    cells = [[key.replace("_", " ") for key in columns]]
+    cells += [[format(row[key], how) for key, how in columns.items()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        aligned = zip(row, widths, columns.values(), strict=True)
+        print("  ".join(c.rjust(w) if how else c.ljust(w) for c, w, how in aligned))
+    print(flush=True)
+
+
+def write_json(args: argparse.Namespace, floor: Floor, results: object) -> None:
+    """--output: the results, the floor's ingredients, the machine and every argument."""
+    if not args.output:
+        return
+    machine = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    whole = {"machine": machine, "arguments": vars(args), "floor": vars(floor), "results": results}
+    Path(args.output).write_text(json.dumps(whole, ensure_ascii=False, indent=2) + "\n")

@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""Label scoring against lm-evaluation-harness, a plain transformers loop, and our definition.
+
+    python tests/benchmarks/label_scoring.py --model DIR --data FILE --output scoring.json
+    python tests/benchmarks/label_scoring.py --model DIR --data FILE --rows 8 --dtype float32
+
+Every program gets the same prompts and labels, in a process of its own, and is timed from texts to
+scores, tokenising included, loading and one first forward not. Before each peer's run stands one of
+ours; its figure is the median. A peer's tokens must be ours and its scores agree with ours before
+speed is compared: otherwise the status is 1.
+
+zero_shot       `score_labels`, what a run uses
+definition      `score_label`: one forward for each candidate, from this project
+transformers    the same loop around AutoModelForCausalLM
+lm-eval N       lm-evaluation-harness, model `hf`, a multiple-choice task, batches of N rows;
+                `auto` first looks for a batch that fits (five forwards of 64 longest rows), and a
+                user waits for that, so it counts
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from common import (
+    TEMPLATE,
+    UNCUT,
+    answer,
+    figures,
+    gemm_rate,
+    hf_dtype,
+    in_process,
+    make_parser,
+    measure_floor,
+    print_table,
+    read_prompts,
+    read_rows,
+    score_bound,
+    write_json,
+)
+
+from qwen_min.loading import load_model
+from qwen_min.memory import keep_freed_memory
+from qwen_min.prompt import Prompt, build_prompts
+from qwen_min.scoring import score_label, score_labels
+from qwen_min.tokenizer import Tokenizer
+
+LABELS = (
+    "负面,正面",
+    "负向,正向",
+    "非常满意,十分满意,相当满意,比较满意,基本满意,有点不满意,不太满意,很不满意,非常不满意,极其不满意",
+)
+# What each program makes of texts: scores [row][label], and each row's tokens (prompt, labels).
+Tokens = list[tuple[list[int], list[list[int]]]]
+Score = Callable[[list[str]], tuple[list, Tokens]]
+
+
+def tokens_of(prompts: list[Prompt]) -> Tokens:
+    return [(list(p.ids), [list(label) for label in p.labels]) for p in prompts]
+
+
+def zero_shot(args: argparse.Namespace, labels: list[str]) -> Score:
+    keep_freed_memory()  # as the commands do
+    model, tokenizer = load_model(args.model, args.dtype), Tokenizer(args.model)
+
+    def score(texts: list[str]) -> tuple[list, Tokens]:
+        prompts = build_prompts(tokenizer, texts, TEMPLATE, labels, UNCUT)
+        return score_labels(model, prompts).tolist(), tokens_of(prompts)
+
+    score(["好"])
+    return score
+
+
+def definition(args: argparse.Namespace, labels: list[str]) -> Score:
+    model, tokenizer = load_model(args.model, args.dtype), Tokenizer(args.model)
+
+    def score(texts: list[str]) -> tuple[list, Tokens]:
+        prompts = build_prompts(tokenizer, texts, TEMPLATE, labels, UNCUT)
+        scores = [[score_label(model, p.ids, label) for label in p.labels] for p in prompts]
+        return scores, tokens_of(prompts)
+
+    score(["好"])
+    return score
+
+
+def transformers(args: argparse.Namespace, labels: list[str]) -> Score:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=hf_dtype(args)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+
+    @torch.inference_mode()
+    def score_one(prompt: list[int], label: list[int]) -> float:
+        log_probs = model(torch.tensor([prompt + label])).logits[0].float().log_softmax(dim=-1)
+        steps = range(len(prompt) - 1, len(prompt) + len(label) - 1)
+        return sum(log_probs[at, token].item() for at, token in zip(steps, label, strict=True))
+
+    def score(texts: list[str]) -> tuple[list, Tokens]:
+        tokens = []
+        for text in texts:
+            prompt = TEMPLATE.replace("{text}", text)
+            ids = tokenizer(prompt)["input_ids"]
+            tokens.append((ids, [tokenizer(prompt + x)["input_ids"][len(ids) :] for x in labels]))
+        return [[score_one(ids, label) for label in words] for ids, words in tokens], tokens
+
+    score(["好"])
+    return score
+
+
+def lm_eval(args: argparse.Namespace, labels: list[str], batch_size: str) -> Score:
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=args.model, dtype=hf_dtype(args), batch_size=batch_size, device="cpu")
+    lm._model_call(torch.ones(1, 32, dtype=torch.long))
+
+    def score(texts: list[str]) -> tuple[list, Tokens]:
+        docs = [
+            {"prompt": TEMPLATE.replace("{text}", t), "labels": labels, "gold": 0} for t in texts
+        ]
+        task = ConfigurableTask(
+            config={
+                "task": "labels",
+                "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(docs)},
+                "test_split": "test",
+                "output_type": "multiple_choice",
+                "doc_to_text": lambda doc: doc["prompt"],
+                "doc_to_choice": lambda doc: doc["labels"],
+                "doc_to_target": "gold",
+                "target_delimiter": "",
+            }
+        )
+        task.build_all_requests()
+        found = [log_prob for log_prob, _ in lm.loglikelihood(task.instances, True)]
+        pairs = [lm._encode_pair(*instance.arguments) for instance in task.instances]
+        rows = range(0, len(pairs), len(labels))
+        tokens = [(pairs[i][0], [pair[1] for pair in pairs[i : i + len(labels)]]) for i in rows]
+        return [found[i : i + len(labels)] for i in rows], tokens
+
+    return score
+
+
+COLUMNS = {
+    "program": "",
+    "rows_per_s": ".2f",
+    "floor_rows_per_s": ".2f",
+    "share": ".0%",
+    "ours_faster_by": ".2f",
+    "peak_mib": ".0f",
+}
+PROGRAMS = {
+    "zero_shot": zero_shot,
+    "definition": definition,
+    "transformers": transformers,
+    "lm-eval 8": lambda args, labels: lm_eval(args, labels, "8"),
+    "lm-eval auto": lambda args, labels: lm_eval(args, labels, "auto"),
+}
+
+
+def run(args: argparse.Namespace) -> dict:
+    """One program: load, then score all rows."""
+    score = PROGRAMS[args.only](args, args.labels.split(","))
+    texts = [row.text for row in read_rows(args)]
+    started = time.perf_counter()
+    scores, tokens = score(texts)
+    return {"seconds": time.perf_counter() - started, "scores": scores, "tokens": tokens}
+
+
+def disagreement(ours: dict, peer: dict, dtype: str) -> tuple[str, bool]:
+    """How far a peer's scores are from ours, in words; whether that is within bounds."""
+    if ours["tokens"] != peer["tokens"]:
+        pairs = zip(ours["tokens"], peer["tokens"], strict=True)
+        row = next(i for i, (a, b) in enumerate(pairs) if a != b)
+        return f"reads other tokens than ours from row {row + 1} on", False
+    a, b = np.array(ours["scores"]), np.array(peer["scores"])
+    bounds = [[score_bound(dtype, len(x)) for x in labels] for _, labels in ours["tokens"]]
+    flips = int((a.argmax(axis=1) != b.argmax(axis=1)).sum())
+    message = f"scores differ by at most {abs(a - b).max():.1e}; {flips} of {len(a)} decisions flip"
+    return message, bool((abs(a - b) <= np.array(bounds)).all())
+
+
+def main() -> None:
+    parser = make_parser(__doc__, rows=100)
+    parser.add_argument("--labels", metavar="WORD,WORD", help="default: the three sets in turn")
+    args = parser.parse_args()
+    if args.only:
+        return answer(gemm_rate(args) if args.only == "gemm" else run(args))
+    if args.quick:
+        args.rows = min(args.rows, 2)
+    peers = [name for name in PROGRAMS if name != "zero_shot"]
+    if args.quick or args.dtype == "float32":
+        peers.remove("lm-eval auto")  # its search takes minutes, in fp32 tens of GB
+    floor, results, agreed = measure_floor(args), [], True
+    sets = [args.labels] if args.labels else LABELS[1:2] if args.quick else LABELS
+    for labels in sets:
+        flags = ("--rows", str(args.rows), "--labels", labels, "--only")
+        found: dict[str, list[dict]] = {"zero_shot": []}
+        for peer in peers:
+            found["zero_shot"].append(in_process(*flags, "zero_shot"))
+            found[peer] = [in_process(*flags, peer)]
+        _, prompts = read_prompts(args, labels.split(","))
+        least = floor.scoring(prompts)
+        print(f"{labels}: floor {least:.2f} s")
+        seconds = {name: statistics.median(r["seconds"] for r in f) for name, f in found.items()}
+        table = []
+        for name, runs in found.items():
+            message, agrees = disagreement(found["zero_shot"][0], runs[0], floor.dtype)
+            agreed &= agrees
+            if name != "zero_shot":
+                print(f"{name}: {message}")
+            table.append(
+                {
+                    "labels": labels,
+                    "program": name,
+                    **figures(len(prompts), seconds[name], least),
+                    "ours_faster_by": seconds[name] / seconds["zero_shot"],
+                    "peak_mib": max(r["peak_mib"] for r in runs),
+                    "seconds": [r["seconds"] for r in runs],
+                    "agreement": message,
+                }
+            )
+        print_table(table, COLUMNS)
+        results += table
+    write_json(args, floor, results)
+    if not agreed:
+        sys.exit("error: scores do not agree; speed says nothing")
+
+
+if __name__ == "__main__":
+    main()
