@@ -269,7 +269,10 @@ class QwenModel(nn.Module):
     def __init__(self, config: QwenConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Without values: they come from a file. Drawing random ones first would, on the meta device
+        # that loading builds on, import torch's whole compiler.
+        vectors = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(vectors, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
