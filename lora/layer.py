@@ -63,12 +63,26 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)  # (..., out)
+        if torch.is_grad_enabled() and x.dtype != torch.float32:
+            return self._add_rounded_update(x, y)
         h = F.dropout(x.float(), self.dropout, training=self.training)  # (..., in)
         h = F.linear(h, self.lora_A)  # (..., r)
         # s goes to B, which is small, and not to the update, which has a row for every token.
         update = F.linear(h, self.scaling * self.lora_B)  # (..., out)
         # dtype: y is promoted, so that the sum is formed in fp32 and rounded once.
         return (y + update).to(y.dtype)
+
+    def _add_rounded_update(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same for training on a bf16 or fp16 base, without copies of x and y in fp32.
+
+        dtype: A and B stay fp32, and so do their moments; what is multiplied is their roundings to
+        x's dtype, which changes the update by about one part in 2^8 of itself. The sum with y is
+        formed in fp32 inside the product, and rounded once.
+        """
+        h = F.linear(F.dropout(x, self.dropout, training=self.training), self.lora_A.to(x.dtype))
+        scaled = (self.scaling * self.lora_B).to(x.dtype)
+        out = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, self.r), scaled.T)
+        return out.view(y.shape)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

@@ -23,7 +23,7 @@ from qwen_min.metrics import log_loss
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.run import write_atomically
-from qwen_min.scoring import score_labels
+from qwen_min.scoring import last_states, score_labels
 
 POOLINGS = ("last", "mean")
 # Strengths of the L2 penalty that are tried, strongest first: each solution starts the next.
@@ -161,11 +161,7 @@ def head_loss(
 
     h is the last token's final state, weight (C, D) in fp32.
     """
-    ids = torch.tensor([token for p in prompts for token in p.ids], device=weight.device)
-    lengths = [len(prompt.ids) for prompt in prompts]
-    h, _ = model.model.forward_packed(
-        ids, lengths, last=[1] * len(lengths), checkpointing=checkpointing
-    )  # (rows, D)
+    h = last_states(model, [p.ids for p in prompts], [1] * len(prompts), checkpointing)  # (rows, D)
     targets = torch.tensor(classes, device=weight.device)
     return F.cross_entropy(F.linear(h.float(), weight), targets, reduction="sum")
 

@@ -23,6 +23,7 @@ Shapes:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qwen_min.config import QwenConfig
+from qwen_min.gradients import RMSNormFunction, SwiGLUFunction, attention_side_by_side
 
 # Keys (rotated) and values of the tokens of one text, in one layer: two tensors (T, K, Dh).
 KeysValues = tuple[Tensor, Tensor]
@@ -54,6 +56,9 @@ class RMSNorm(nn.Module):
         h = x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)
+
+    def forward_packed(self, x: Tensor) -> Tensor:
+        return RMSNormFunction.apply(x, self.weight, self.eps)
 
 
 def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -90,9 +95,25 @@ class Layout:
     sin: Tensor
     # For each text, which keys each token sees (T, keys); None: those up to itself.
     masks: list[Tensor | None]
+    framed: bool = False  # whether the first text is what every other one begins with
     # Where only each text's last tokens are asked for: how many of each, and their places in N.
     last: list[int] | None = None
     places: Tensor | None = None
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """The masks as one (texts, T, keys), for the longest of both; made once for all layers."""
+        counts = self.lengths if self.last is None else self.last
+        masks = [
+            torch.ones(n, n).tril().bool()[-count:] if mask is None else mask.cpu()
+            for mask, n, count in zip(self.masks, self.lengths, counts, strict=True)
+        ]
+        longest = [max(mask.shape[dim] for mask in masks) for dim in (0, 1)]
+        seen = torch.zeros(len(masks), *longest, dtype=torch.bool)
+        seen[:, :, 0] = True  # every token does; padding must not see nothing at all
+        for mask, into in zip(masks, seen, strict=True):
+            into[: mask.shape[0], : mask.shape[1]] = mask
+        return seen.to(self.cos.device)
 
 
 def lay_out(
@@ -101,11 +122,14 @@ def lay_out(
     lengths: Sequence[int],
     past: Cache | None,
     visible: Sequence[Tensor | None] | None,
+    framed: bool = False,
 ) -> Layout:
-    """The layout for `QwenModel.forward_packed`, where the last three arguments are explained."""
+    """The layout for `QwenModel.forward_packed`, where the last four arguments are explained."""
     positions, masks = [], []
     for i, length in enumerate(lengths):
         start = 0 if past is None else len(past[0][i][0])
+        if framed and i:
+            start = lengths[0]
         seen = None if visible is None else visible[i]
         if seen is None and start == 0:
             positions.append(torch.arange(length))
@@ -118,7 +142,7 @@ def lay_out(
         before = torch.ones(length, start, dtype=torch.bool)
         masks.append(torch.cat([before, seen], dim=1).to(device))
     cos, sin = rotary_cos_sin(torch.cat(positions).to(device), config.head_dim, config.rope_theta)
-    return Layout(list(lengths), cos, sin, masks)
+    return Layout(list(lengths), cos, sin, masks, framed)
 
 
 def ask_for_last(layout: Layout, last: Sequence[int]) -> Layout:
@@ -191,6 +215,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(-1, self.kv_heads, self.head_dim)
         k = rotate(k, cos, sin)
         keys_values = list(zip(k.split(lengths), v.split(lengths), strict=True))
+        if layout.framed:
+            past = [(k[:0], v[:0]), *[keys_values[0]] * (len(lengths) - 1)]
         if past is not None:
             keys_values = [
                 (torch.cat([old_k, new_k]), torch.cat([old_v, new_v]))
@@ -203,11 +229,13 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(-1, self.heads, self.head_dim))
         q = rotate(q, cos, sin)
 
-        if q.requires_grad and q.device.type == "cpu":
-            # dtype: fp32 where gradients are wanted: on a CPU the bf16 form has a backward pass
-            # that takes several times as long.
-            q = q.float()
-            keys_values = [(k_text.float(), v_text.float()) for k_text, v_text in keys_values]
+        if torch.is_grad_enabled() and q.device.type == "cpu":
+            # For training on a CPU, where the backward pass of the form below takes several times
+            # as long. On a GPU, and where nothing is kept for a backward pass, that one is faster.
+            keys, values = (torch.cat(part) for part in zip(*keys_values, strict=True))
+            sizes = [len(k_text) for k_text, _ in keys_values]
+            out = attention_side_by_side(q, keys, values, lengths, sizes, layout.seen)
+            return self.o_proj(out.flatten(1)), keys_values
         outs = []
         for q_text, (k_text, v_text), mask in zip(
             q.split(lengths), keys_values, masks, strict=True
@@ -222,7 +250,7 @@ class Attention(nn.Module):
             )
             outs.append(out[0].transpose(0, 1))  # (T, H, Dh)
         out = torch.cat(outs).reshape(-1, self.heads * self.head_dim)
-        return self.o_proj(out.to(x.dtype)), keys_values
+        return self.o_proj(out), keys_values
 
 
 class MLP(nn.Module):
@@ -236,6 +264,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def forward_packed(self, x: Tensor) -> Tensor:
+        return self.down_proj(SwiGLUFunction.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -258,9 +289,11 @@ class DecoderLayer(nn.Module):
     def forward_packed(
         self, x: Tensor, layout: Layout, past: Sequence[KeysValues] | None
     ) -> tuple[Tensor, list[KeysValues]]:
-        attended, keys_values = self.self_attn.forward_packed(self.input_layernorm(x), layout, past)
+        h = self.input_layernorm.forward_packed(x)
+        attended, keys_values = self.self_attn.forward_packed(h, layout, past)
         x = (x if layout.places is None else x[layout.places]) + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), keys_values
+        h = self.post_attention_layernorm.forward_packed(x)
+        return x + self.mlp.forward_packed(h), keys_values
 
 
 class QwenModel(nn.Module):
@@ -295,6 +328,7 @@ class QwenModel(nn.Module):
         lengths: Sequence[int],
         past: Cache | None = None,
         visible: Sequence[Tensor | None] | None = None,
+        framed: bool = False,
         last: Sequence[int] | None = None,
         streams: list[Tensor] | None = None,
         checkpointing: bool = False,
@@ -306,13 +340,15 @@ class QwenModel(nn.Module):
             t sees; None, for all or for one: those before it and itself. Another pattern makes a
             tree, for the label words of scoring.py: several continuations of one prompt side by
             side. A token's position is the number of tokens it sees, less one.
+        framed: the first text is the frame that all others begin with, which is so run once; they
+            come without it, and their states and gradients are as if each had brought its own.
         last: for each text how many of its last tokens are asked for: their hidden states alone
             are returned (sum(last), D), and the last layer skips queries and MLP everywhere else.
         streams: a list that receives the residual stream (N, D) after the embedding and after each
             layer but the last, whose output the final norm turns into the returned states.
         checkpointing: recompute each layer in the backward pass instead of keeping activations.
         """
-        layout = lay_out(self.config, ids.device, lengths, past, visible)
+        layout = lay_out(self.config, ids.device, lengths, past, visible, framed)
         x = self.embed_tokens(ids)  # (N, D)
         cache: Cache = []
         for i, layer in enumerate(self.layers):
@@ -326,7 +362,7 @@ class QwenModel(nn.Module):
             else:
                 x, keys_values = layer.forward_packed(*arguments)
             cache.append(keys_values)
-        return self.norm(x), cache
+        return self.norm.forward_packed(x), cache
 
 
 class Qwen(nn.Module):

@@ -151,6 +151,34 @@ def token_log_probs(model: Qwen, h: Tensor, at: Tensor, tokens: Tensor) -> np.nd
     return found
 
 
+def last_states(
+    model: Qwen,
+    texts: Sequence[tuple[int, ...]],
+    last: Sequence[int],
+    checkpointing: bool = False,
+) -> Tensor:
+    """States of the last `last[i]` tokens of text i, with gradient: (sum(last), D).
+
+    What the texts begin with is run once, beside what is their own. Under dropout they so share one
+    draw there, where each running alone would have its own.
+    """
+    # Of a single text nothing is shared, and what is read must be its own.
+    shared = common_prefix(texts) if len(texts) > 1 else 0
+    shared = min([shared, *(len(text) - n for text, n in zip(texts, last, strict=True))])
+    own = [text[shared:] for text in texts]
+    if shared:
+        own, last = [texts[0][:shared], *own], [1, *last]
+    ids = torch.tensor([token for text in own for token in text], device=model.head_weight.device)
+    h, _ = model.model.forward_packed(
+        ids,
+        [len(text) for text in own],
+        framed=shared > 0,
+        last=last,
+        checkpointing=checkpointing,
+    )
+    return h[1:] if shared else h
+
+
 def label_loss(
     model: Qwen, prompts: Sequence[Prompt], classes: Sequence[int], checkpointing: bool = False
 ) -> Tensor:
@@ -158,16 +186,9 @@ def label_loss(
 
     Cross-entropy on the label's tokens alone; logits exist at their positions only, (Σ tokens, V).
     """
-    device = model.head_weight.device
     labels = [prompt.labels[y] for prompt, y in zip(prompts, classes, strict=True)]
     # A label's last token is predicted, never read.
     texts = [(*p.ids, *label[:-1]) for p, label in zip(prompts, labels, strict=True)]
-    ids = torch.tensor([token for text in texts for token in text], device=device)
-    h, _ = model.model.forward_packed(
-        ids,
-        [len(text) for text in texts],
-        last=[len(label) for label in labels],
-        checkpointing=checkpointing,
-    )  # (Σ label tokens, D)
-    targets = torch.tensor([token for label in labels for token in label], device=device)
+    h = last_states(model, texts, [len(label) for label in labels], checkpointing)
+    targets = torch.tensor([token for label in labels for token in label], device=h.device)
     return F.cross_entropy(model.logits(h), targets, reduction="sum")

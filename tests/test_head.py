@@ -36,7 +36,7 @@ from qwen_min.loading import load_model
 from qwen_min.metrics import log_loss
 from qwen_min.model import Qwen, QwenModel
 from qwen_min.prompt import Prompt, build_prompts
-from qwen_min.scoring import label_loss, score_label
+from qwen_min.scoring import label_loss, last_states, score_label
 from qwen_min.tokenizer import Tokenizer
 
 # fp32, small checkpoints, states of size 1 to 10: sums in another order.
@@ -45,6 +45,7 @@ HUGE = 10**9
 ONE_TOKEN = ((7,), (8,))
 SEVERAL = ((7, 8, 9), (10, 11))
 MIXED = ((7,), (8, 9))
+FRAME = (3, 1, 4, 1, 5)  # what prompts begin with
 
 
 @pytest.fixture(autouse=True)
@@ -65,10 +66,12 @@ def model(reference) -> Qwen:
     return load_model(reference[0])
 
 
-def random_prompts(count: int, labels=ONE_TOKEN, seed: int = 0) -> list[Prompt]:
+def random_prompts(
+    count: int, labels=ONE_TOKEN, seed: int = 0, frame: tuple[int, ...] = ()
+) -> list[Prompt]:
     rng = np.random.default_rng(seed)
     texts = [rng.integers(0, 500, rng.integers(1, 40)).tolist() for _ in range(count)]
-    return [Prompt(tuple(ids), labels, False) for ids in texts]
+    return [Prompt((*frame, *ids), labels, False) for ids in texts]
 
 
 def pool(states: Tensor, pooling: str) -> Tensor:
@@ -563,12 +566,13 @@ def compare_gradients(
         assert difference < tolerance * expected.abs().max(), name
 
 
+@pytest.mark.parametrize("frame", [(), FRAME])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("labels", [ONE_TOKEN, SEVERAL, MIXED])
-def test_label_loss_equals_transformers(labels, checkpointing, pair):
+def test_label_loss_equals_transformers(labels, checkpointing, frame, pair):
     """Against full logits (B, T, V) of a padded batch, the label words' tokens picked out."""
     ours, theirs, their_parameters = adapted(pair)
-    prompts, classes = random_prompts(5, labels), [0, 1, 1, 0, 1]
+    prompts, classes = random_prompts(5, labels, frame=frame), [0, 1, 1, 0, 1]
     loss = label_loss(ours, prompts, classes, checkpointing)
     loss.backward()
 
@@ -587,10 +591,11 @@ def test_label_loss_equals_transformers(labels, checkpointing, pair):
     assert all(p.grad is None for p in frozen)
 
 
+@pytest.mark.parametrize("frame", [(), FRAME])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_head_loss_equals_transformers(checkpointing, pair):
+def test_head_loss_equals_transformers(checkpointing, frame, pair):
     ours, theirs, their_parameters = adapted(pair)
-    prompts, classes = random_prompts(5), [0, 2, 1, 0, 1]
+    prompts, classes = random_prompts(5, frame=frame), [0, 2, 1, 0, 1]
     start = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
     weight, their_weight = nn.Parameter(0.1 * start), nn.Parameter(0.1 * start)
     loss = head_loss(ours, weight, prompts, classes, checkpointing)
@@ -621,7 +626,7 @@ def test_label_loss_is_minus_the_score(labels, model):
 def test_losses_are_sums_over_rows(kind, pair):
     """All rows in one forward or each in its own: the same value, the same gradient."""
     ours, _, _ = adapted(pair)
-    prompts = random_prompts(6, MIXED if kind == "mixed" else ONE_TOKEN)
+    prompts = random_prompts(6, MIXED if kind == "mixed" else ONE_TOKEN, frame=FRAME)
     classes = [0, 1, 1, 0, 1, 0]
     weight = nn.Parameter(0.1 * torch.randn(2, 32, generator=torch.Generator().manual_seed(2)))
     parameters = lora_parameters(ours) | ({"score": weight} if kind == "head" else {})
@@ -666,6 +671,26 @@ def test_vocabulary_projection_only_where_a_label_is_predicted(model, monkeypatc
     assert shapes == []
 
 
+def test_texts_that_begin_alike_share_that_beginning(model, monkeypatch):
+    """As much as all of them share, short of what is asked of any; a text alone shares nothing."""
+    counted, real = [], QwenModel.forward_packed
+
+    def counting(self, ids, *arguments, **keywords):
+        counted.append(len(ids))
+        return real(self, ids, *arguments, **keywords)
+
+    monkeypatch.setattr(QwenModel, "forward_packed", counting)
+    texts = [(*FRAME, 9, 9, 8), (*FRAME, 9), (*FRAME, 7, 6)]
+    for asked, tokens in (([1, 1, 1], 5 + 3 + 1 + 2), ([3, 2, 2], 4 + 4 + 2 + 3)):
+        h = last_states(model, texts, asked)
+        assert counted.pop() == tokens
+        alone = torch.cat([last_states(model, [t], [n]) for t, n in zip(texts, asked, strict=True)])
+        assert [counted.pop() for _ in texts] == [7, 6, 8]
+        torch.testing.assert_close(h, alone, **FP32)
+    last_states(model, [texts[0]] * 2, [1, 1])  # twice the same: all but the last token
+    assert counted == [7 + 1 + 1]
+
+
 def test_head_loss_of_a_bf16_base_is_fp32(reference):
     """A head in bf16 would lose its small steps; the loss is formed in fp32."""
     rounded = load_model(reference[0], "bfloat16")
@@ -673,7 +698,8 @@ def test_head_loss_of_a_bf16_base_is_fp32(reference):
     loss = head_loss(rounded, weight, random_prompts(3), [0, 1, 1])
     loss.backward()
     assert loss.dtype == weight.grad.dtype == torch.float32
-    features = pooled_features(rounded, random_prompts(3), "last", False, HUGE)[:, 0]
-    scores = features @ weight.detach().T
+    h = last_states(rounded, [prompt.ids for prompt in random_prompts(3)], [1, 1, 1])
+    assert h.dtype == torch.bfloat16
+    scores = h.detach().float() @ weight.detach().T
     expected = F.cross_entropy(scores, torch.tensor([0, 1, 1]), reduction="sum")
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-6, atol=1e-6)

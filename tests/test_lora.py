@@ -126,7 +126,8 @@ def test_layer_equals_peft_in_train_mode(dtype: torch.dtype) -> None:
         theirs.lora_B["default"].weight.copy_(ours.lora_B)
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
     torch.manual_seed(3)
-    y = ours(x)
+    with torch.no_grad():  # the definition in bf16 as well; its fast form has a test of its own
+        y = ours(x)
     torch.manual_seed(3)  # the same mask
     # fp32: as above. bf16: a sum beside a rounding border may fall to the other side, by 2^-8.
     tolerance = {"rtol": 0, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 0}
@@ -134,16 +135,54 @@ def test_layer_equals_peft_in_train_mode(dtype: torch.dtype) -> None:
     assert y.dtype == dtype
 
 
-def test_bf16_output_is_rounded_once() -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_bf16_output_is_rounded_once(training: bool) -> None:
+    """In training what is multiplied is rounded; the sum with y is formed in fp32 all the same."""
     wrapped = layer(linear(torch.bfloat16))
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
-    update = x.float() @ wrapped.lora_A.T @ wrapped.lora_B.T * wrapped.scaling
+
+    def rounded(t: Tensor) -> Tensor:
+        return t.to(torch.bfloat16).float() if training else t
+
+    h = rounded(x.float() @ rounded(wrapped.lora_A).T)
+    update = h @ rounded(wrapped.scaling * wrapped.lora_B).T
     once = (wrapped.base(x).float() + update).to(torch.bfloat16)
     twice = wrapped.base(x) + update.to(torch.bfloat16)
-    y = wrapped(x)
+    with torch.set_grad_enabled(training):
+        y = wrapped(x)
     # 99 %: the order of fp32 sums may move a value that lies on a rounding border, and no other.
     assert (y == once).float().mean() > 0.99
     assert (y == twice).float().mean() < 0.9
+
+
+def test_bf16_training_form_is_the_definition_by_bound() -> None:
+    """Value and gradients, with dropout's mask the same."""
+    wrapped = layer(linear(torch.bfloat16), dropout=0.5).train()
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    x.requires_grad_()
+    with torch.no_grad():
+        torch.manual_seed(3)
+        definition = wrapped(x)
+    torch.manual_seed(3)
+    y = wrapped(x)
+    # A, h and s·B are each rounded by up to 2^-8 of themselves, and the two sums once.
+    size = x.detach().float().abs() * 2 @ wrapped.lora_A.abs().T @ wrapped.lora_B.abs().T
+    bound = 2**-8 * (3 * wrapped.scaling * size + 2 * definition.abs())
+    assert ((y - definition).abs() <= bound).all()
+    assert not torch.equal(y, definition)  # or this compared one form with itself
+
+    dy = torch.randn(64, 24, generator=torch.Generator().manual_seed(4)).to(torch.bfloat16)
+    inputs = (x, wrapped.lora_A, wrapped.lora_B)
+    found = torch.autograd.grad(y, inputs, dy)
+    torch.manual_seed(3)
+    exact = x.detach().float().requires_grad_()
+    h = F.dropout(exact, 0.5) @ wrapped.lora_A.T
+    whole = F.linear(exact, wrapped.base.weight.float()) + wrapped.scaling * h @ wrapped.lora_B.T
+    expected = torch.autograd.grad(whole, (exact, *inputs[1:]), dy.float())
+    for a, b, of in zip(found, expected, inputs, strict=True):
+        assert a.dtype == of.dtype
+        # Sums of tens of products, each of several roundings of 2^-8, whose signs differ.
+        assert (a.float() - b).abs().max() < 4 * 2**-8 * b.abs().max()
 
 
 def test_initial_update_is_zero_and_a_is_uniform() -> None:

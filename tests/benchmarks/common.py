@@ -6,7 +6,8 @@ that this machine reaches for products of the model's own shapes and dtype:
 - reading: 2·N FLOPs for each token, N the weights outside embedding and LM head, where a beginning
   that several sequences share counts once, be it the frame of all prompts or one prompt's text;
 - scoring: 2·V·D FLOPs for each position whose next token is predicted;
-- training LoRA: 4·N FLOPs for each token of each row (forward, and gradients of the inputs).
+- training LoRA: 4·N FLOPs for each token of a step (forward, and gradients of the inputs), where a
+  beginning that the step's rows share counts once.
 
 Attention's own products, norms and everything else are left out, so no program reaches 100 %.
 """
@@ -128,8 +129,9 @@ class Floor:
         }
         return self.reading(list(contexts)) + 2 * self.head * len(contexts) / self.rate
 
-    def training(self, tokens: int) -> float:
-        return 4 * self.weights * tokens / self.rate
+    def training(self, sequences: Sequence[tuple[int, ...]]) -> float:
+        """One step on these rows."""
+        return 2 * self.reading(sequences)
 
 
 def measure_floor(args: argparse.Namespace) -> Floor:

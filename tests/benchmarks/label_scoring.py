@@ -159,6 +159,7 @@ PROGRAMS = {
     "lm-eval 8": lambda args, labels: lm_eval(args, labels, "8"),
     "lm-eval auto": lambda args, labels: lm_eval(args, labels, "auto"),
 }
+PEERS = tuple(name for name in PROGRAMS if name != "zero_shot")
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -186,13 +187,16 @@ def disagreement(ours: dict, peer: dict, dtype: str) -> tuple[str, bool]:
 def main() -> None:
     parser = make_parser(__doc__, rows=100)
     parser.add_argument("--labels", metavar="WORD,WORD", help="default: the three sets in turn")
+    parser.add_argument("--peers", metavar="NAME,NAME", help=f"of {', '.join(PEERS)} (default all)")
     args = parser.parse_args()
     if args.only:
         return answer(gemm_rate(args) if args.only == "gemm" else run(args))
     if args.quick:
         args.rows = min(args.rows, 2)
-    peers = [name for name in PROGRAMS if name != "zero_shot"]
-    if args.quick or args.dtype == "float32":
+    peers = args.peers.split(",") if args.peers else list(PEERS)
+    if unknown := set(peers) - set(PEERS):
+        parser.error(f"--peers: found {', '.join(unknown)}, expected some of {', '.join(PEERS)}")
+    if not args.peers and (args.quick or args.dtype == "float32"):
         peers.remove("lm-eval auto")  # its search takes minutes, in fp32 tens of GB
     floor, results, agreed = measure_floor(args), [], True
     sets = [args.labels] if args.labels else LABELS[1:2] if args.quick else LABELS

@@ -1,0 +1,136 @@
+"""The forms that training runs, values and gradients, against the definitions and PyTorch's own."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen_min.gradients import (
+    PadFunction,
+    RMSNormFunction,
+    SwiGLUFunction,
+    UnpadFunction,
+    attention_side_by_side,
+)
+from qwen_min.loading import load_model
+from qwen_min.model import RMSNorm
+
+# fp32 sums of some ten products, in another order, on values of size 1.
+FP32 = {"atol": 2e-6, "rtol": 1e-5}
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return numbers.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (3, 2, 8), (0, 8)])
+@pytest.mark.parametrize("trained", ["x", "weight", "both"])
+def test_norm_equals_its_definition(shape, trained):
+    # An eps as large as the mean square itself: a gradient that left it out would show.
+    norm, x, dy = RMSNorm(8, 0.5), draw(*shape), draw(*shape, seed=1).detach()
+    norm.weight.data = draw(8, seed=2).detach()
+    inputs = {"x": [x], "weight": [norm.weight], "both": [x, norm.weight]}[trained]
+    x.requires_grad_(trained != "weight")
+    norm.weight.requires_grad_(trained != "x")
+    y = RMSNormFunction.apply(x, norm.weight, 0.5)
+    assert torch.equal(y, norm(x))
+    found, expected = (torch.autograd.grad(out, inputs, dy) for out in (y, norm(x)))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **FP32)
+
+
+def test_norm_in_bf16():
+    norm, x = RMSNorm(64, 1e-6).bfloat16(), draw(32, 64, dtype=torch.bfloat16)
+    norm.weight.data = draw(64, seed=2, dtype=torch.bfloat16).detach()
+    dy = draw(32, 64, seed=1, dtype=torch.bfloat16).detach()
+    y = RMSNormFunction.apply(x, norm.weight, 1e-6)
+    assert torch.equal(y, norm(x))
+    exact = x.detach().float().requires_grad_()
+    (wanted,) = torch.autograd.grad(norm.float()(exact), exact, dy.float())
+    (found,) = torch.autograd.grad(y, x, dy)
+    assert found.dtype == torch.bfloat16
+    # Rounded twice, each time by half of the last of 8 bits: w·dy, and the result.
+    scale = wanted.abs().max()
+    assert (found.float() - wanted).abs().max() < 2 * 2**-8 * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_equals_its_definition_to_the_bit(dtype):
+    gate, up, dy = (draw(5, 12, seed=seed, dtype=dtype) for seed in range(3))
+    y, definition = SwiGLUFunction.apply(gate, up), F.silu(gate) * up
+    assert torch.equal(y, definition)
+    found, expected = (torch.autograd.grad(out, (gate, up), dy) for out in (y, definition))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_padding_and_back():
+    lengths, x = [2, 4, 1], draw(7, 3)
+    padded = PadFunction.apply(x, lengths)
+    assert padded.shape == (3, 4, 3) and torch.equal(padded[1], x[2:6])
+    assert not padded[0, 2:].any() and not padded[2, 1:].any()
+    assert torch.equal(UnpadFunction.apply(padded, lengths), x)
+    # The gradient of a real place is its own, that of padding goes nowhere.
+    dy = draw(3, 4, 3, seed=1).detach()
+    (dx,) = torch.autograd.grad(padded, x, dy)
+    assert torch.equal(dx, torch.cat([dy[0, :2], dy[1], dy[2, :1]]))
+    (back,) = torch.autograd.grad(UnpadFunction.apply(dy.requires_grad_(), lengths), dy, x)
+    assert torch.equal(back, padded)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (4, 1), (3, 3), (14, 2)])
+def test_attention_side_by_side_equals_text_by_text(heads, kv_heads):
+    """Texts of unequal lengths, some behind keys of their own past, one with a tree's mask."""
+    lengths, before = [3, 1, 6, 2], [0, 4, 0, 5]
+    sizes = [n + m for n, m in zip(lengths, before, strict=True)]
+    q = draw(sum(lengths), heads, 8)
+    k, v = (draw(sum(sizes), kv_heads, 8, seed=seed) for seed in (1, 2))
+    masks = [torch.ones(n, m).tril(m - n).bool() for n, m in zip(lengths, sizes, strict=True)]
+    masks[2][5, 3] = False  # the sixth token does not see the fourth
+    seen = torch.zeros(4, 6, 7, dtype=torch.bool)
+    seen[:, :, 0] = True
+    for mask, into in zip(masks, seen, strict=True):
+        into[: mask.shape[0], : mask.shape[1]] = mask
+    found = attention_side_by_side(q, k, v, lengths, sizes, seen)
+    group = heads // kv_heads
+    outs = []
+    for q_i, k_i, v_i, mask in zip(
+        q.split(lengths), k.split(sizes), v.split(sizes), masks, strict=True
+    ):
+        k_i, v_i = k_i.repeat_interleave(group, dim=1), v_i.repeat_interleave(group, dim=1)
+        scores = torch.einsum("thd,shd->hts", q_i, k_i) / math.sqrt(8)
+        weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
+        outs.append(torch.einsum("hts,shd->thd", weights, v_i))
+    expected, dy = torch.cat(outs), draw(sum(lengths), heads, 8, seed=3).detach()
+    torch.testing.assert_close(found, expected, **FP32)
+    pairs = (torch.autograd.grad(out, (q, k, v), dy) for out in (found, expected))
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b, **FP32)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_gradients_of_a_packed_pass_equal_those_of_the_definition(kind, tmp_path):
+    """Of every weight of the model: autograd on the definition, text by text."""
+    from conftest import make_reference
+
+    make_reference(tmp_path, kind)
+    model = load_model(tmp_path)
+    model.requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, 500, (n,), generator=generator) for n in (9, 3, 14)]
+    wanted, gradients = draw(sum(map(len, rows)), 32).detach(), []
+    for packed in (True, False):
+        model.zero_grad()
+        if packed:
+            h, _ = model.model.forward_packed(torch.cat(rows), [len(row) for row in rows])
+        else:
+            h = torch.cat([model(row[None])[0] for row in rows])
+        (h * wanted).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in gradients[1].items():
+        assert expected.abs().max() > 0, name
+        difference = (gradients[0][name] - expected).abs().max()
+        # fp32 through two layers and back, each sum in another order.
+        assert difference < 1e-4 * expected.abs().max(), name
