@@ -63,7 +63,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)  # (..., out)
-        if torch.is_grad_enabled() and x.dtype != torch.float32:
+        if self.training and x.dtype == torch.bfloat16:
             return self._add_rounded_update(x, y)
         h = F.dropout(x.float(), self.dropout, training=self.training)  # (..., in)
         h = F.linear(h, self.lora_A)  # (..., r)
@@ -73,14 +73,20 @@ class LoRALinear(nn.Module):
         return (y + update).to(y.dtype)
 
     def _add_rounded_update(self, x: Tensor, y: Tensor) -> Tensor:
-        """The same for training on a bf16 or fp16 base, without copies of x and y in fp32.
+        """y + s·B(A(dropout(x))) in training on a bf16 base, without copies of x and y in fp32.
 
         dtype: A and B stay fp32, and so do their moments; what is multiplied is their roundings to
-        x's dtype, which changes the update by about one part in 2^8 of itself. The sum with y is
-        formed in fp32 inside the product, and rounded once.
+        bf16, which changes the update by about one part in 2^8 of itself. The sum with y is formed
+        in fp32 inside the product, and rounded once. Not for fp16, where the gradients of a B that
+        has just left zero would be zero.
         """
-        h = F.linear(F.dropout(x, self.dropout, training=self.training), self.lora_A.to(x.dtype))
-        scaled = (self.scaling * self.lora_B).to(x.dtype)
+        scaling = self.scaling
+        if self.dropout:
+            # The same draw as F.dropout's, whose factor 1/(1 - p), however, bf16 would round: to s.
+            kept = torch.empty_like(x).bernoulli_(1 - self.dropout)
+            x, scaling = x * kept, scaling / (1 - self.dropout)
+        h = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
+        scaled = (scaling * self.lora_B).to(x.dtype)  # (out, r)
         out = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, self.r), scaled.T)
         return out.view(y.shape)
 

@@ -46,11 +46,11 @@ def shuffled_batches(
 
     The permutation is cut into pools of `pool` batches, and rows are sorted by length inside a pool
     before the batches are cut; then the order of the batches is shuffled. So the texts of a batch
-    have nearly one length: attention's calls have nearly one shape, and a pass that padded would
-    pad little. The price is that tokens per batch vary more, and the longest batch sets the peak of
-    memory. Sorting the whole epoch would do as well but give each row the same company every epoch;
-    pools are drawn anew, so that a batch's gradient stays closer to a random sample's. The last
-    batch is left as drawn: cut from a sorted pool it would always get the extremes.
+    have nearly one length, and attention, which is padded in training on a CPU, pads little. The
+    price is that tokens per batch vary more, and the longest batch sets the peak of memory. Sorting
+    the whole epoch would do as well but give each row the same company every epoch; pools are drawn
+    anew, so that a batch's gradient stays closer to a random sample's. The last batch is left as
+    drawn: cut from a sorted pool it would always get the extremes.
 
     The same (seed, epoch) gives the same batches, which is what a resumed run relies on.
 

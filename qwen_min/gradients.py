@@ -1,9 +1,10 @@
-"""Three parts of a layer as a run computes them: norm, SwiGLU, attention of several texts at once.
+"""Parts of a layer as a run computes them: norm, SwiGLU and, in training, attention.
 
 model.py has their definitions, which autograd can differentiate as they stand. But it then keeps
 every intermediate result for the backward pass, several in fp32, and a processor spends longer on
-writing and reading those than on the arithmetic. Here the first two keep their inputs alone and
-have their gradients written out, and attention is a few large products instead of many small ones.
+writing and reading those than on the arithmetic. Here norm and SwiGLU keep little more than their
+inputs and bring their own gradients, and the attention of several texts is a few large products
+instead of many small ones.
 
 Notation of the gradients: L is the loss, and dx stands for ∂L/∂x. Shapes as in model.py.
 """
@@ -112,7 +113,7 @@ def attention_side_by_side(
 
     q (N, H, Dh), k and v (M, K, Dh): N and M are the sums of `lengths` and `key_lengths`, of B
     texts. seen (B, T, S), for the longest T and S: which keys each query sees; none of them may be
-    blind. Returns (N, H, Dh). What is padded here is attention alone, the smallest part of a layer.
+    blind. Returns (N, H, Dh). Padding costs little: attention is the smallest part of a layer.
     """
     B, T, S = seen.shape
     H, K, Dh = q.shape[1], k.shape[1], q.shape[2]
@@ -122,8 +123,8 @@ def attention_side_by_side(
     q = q.view(B, T, K, H // K, Dh).permute(0, 2, 3, 1, 4).reshape(B * K, -1, Dh)
     k, v = k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)  # (B·K, S, Dh)
     scores = (q @ k.transpose(1, 2)).view(B, H, T, S)
-    # In place: no gradient needs the scores, only the weights that they turn into.
-    scores += torch.where(seen, 0.0, -math.inf).to(q.dtype)[:, None]
+    with torch.no_grad():  # adding a constant leaves the gradient as it is: nothing to record
+        scores += torch.where(seen, 0.0, -math.inf).to(q.dtype)[:, None]
     # dtype: softmax of bf16 numbers sums in fp32 and rounds its result, as the definition does.
     weights = scores.softmax(dim=-1).view(B * K, -1, S)
     out = (weights @ v).view(B, K, H // K, T, Dh).permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -5,15 +5,17 @@ and MLP and none after their sum, hence the one after the last layer; nothing is
 in the embeddings, since position enters by rotating queries and keys; there is no dropout.
 
 The module tree is the checkpoint's tensor tree, so that weights load without a map of names.
-Attention, layer and model stand here twice:
+Norm, attention, MLP, layer and model stand here twice:
 
 - `forward` is the definition. It takes a batch of equally long rows and spells everything out.
 - `forward_packed`, right below it, is what a run uses. Texts of different lengths are laid end to
-  end, so that the linear layers see one long matrix and nothing is ever computed for padding; only
-  attention looks at one text at a time. It can continue from keys and values computed earlier.
+  end, so that the linear layers see one long matrix and compute nothing for padding; only attention
+  looks at one text at a time (in training on a CPU at all of them, padded: see gradients.py). It
+  can continue from keys and values computed earlier.
 
-Neither calls the other. Both are held to transformers' `modeling_qwen2.py` / `modeling_qwen3.py`,
-whose casts between dtypes they repeat; those places are marked `# dtype:`.
+Neither calls the other, but for the norms of q and k, which are the definition in both. Both are
+held to transformers' `modeling_qwen2.py` / `modeling_qwen3.py`, whose casts between dtypes they
+repeat; those places are marked `# dtype:`.
 
 Shapes:
     B batch    T tokens of one text    N tokens of several texts, end to end    D hidden_size
@@ -38,6 +40,9 @@ KeysValues = tuple[Tensor, Tensor]
 # The key/value cache: [layer][text]. It is never changed in place: continuing a text makes a new
 # cache, so that one prompt can be continued by many candidates, in any order.
 Cache = list[list[KeysValues]]
+# Texts · queries · keys, padded, that attention in training takes at once: in a 0.5B model (14
+# heads, 24 layers, bf16) 0.7 GB of weights are kept for the backward pass.
+LARGEST_SEEN = 2**20
 
 
 class RMSNorm(nn.Module):
@@ -102,10 +107,13 @@ class Layout:
 
     @cached_property
     def seen(self) -> Tensor:
-        """The masks as one (texts, T, keys), for the longest of both; made once for all layers."""
+        """The masks as one (texts, T, keys), for the longest of both; made once for all layers.
+
+        Only `attention_side_by_side` asks for it, on the CPU.
+        """
         counts = self.lengths if self.last is None else self.last
         masks = [
-            torch.ones(n, n).tril().bool()[-count:] if mask is None else mask.cpu()
+            torch.ones(n, n).tril().bool()[-count:] if mask is None else mask
             for mask, n, count in zip(self.masks, self.lengths, counts, strict=True)
         ]
         longest = [max(mask.shape[dim] for mask in masks) for dim in (0, 1)]
@@ -113,7 +121,7 @@ class Layout:
         seen[:, :, 0] = True  # every token does; padding must not see nothing at all
         for mask, into in zip(masks, seen, strict=True):
             into[: mask.shape[0], : mask.shape[1]] = mask
-        return seen.to(self.cos.device)
+        return seen
 
 
 def lay_out(
@@ -205,7 +213,7 @@ class Attention(nn.Module):
     def forward_packed(
         self, x: Tensor, layout: Layout, past: Sequence[KeysValues] | None
     ) -> tuple[Tensor, list[KeysValues]]:
-        """Texts end to end, x (N, D): one product per weight, then attention text by text.
+        """Texts end to end, x (N, D): one product per weight, attention for each text alone.
 
         Returns (N, D), or a row for each of the last tokens that the layout asks for alone, and
         each text's keys and values, those of `past` included.
@@ -229,9 +237,11 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(-1, self.heads, self.head_dim))
         q = rotate(q, cos, sin)
 
-        if torch.is_grad_enabled() and q.device.type == "cpu":
-            # For training on a CPU, where the backward pass of the form below takes several times
-            # as long. On a GPU, and where nothing is kept for a backward pass, that one is faster.
+        # For training on a CPU, where the backward pass of the form below takes several times as
+        # long. Where nothing is kept for a backward pass, or on a GPU, that one is faster; and with
+        # long texts it is smaller, since it does not keep the weights of every pair of tokens.
+        training = torch.is_grad_enabled() and q.device.type == "cpu"
+        if training and layout.seen.numel() <= LARGEST_SEEN:
             keys, values = (torch.cat(part) for part in zip(*keys_values, strict=True))
             sizes = [len(k_text) for k_text, _ in keys_values]
             out = attention_side_by_side(q, keys, values, lengths, sizes, layout.seen)
@@ -340,14 +350,16 @@ class QwenModel(nn.Module):
             t sees; None, for all or for one: those before it and itself. Another pattern makes a
             tree, for the label words of scoring.py: several continuations of one prompt side by
             side. A token's position is the number of tokens it sees, less one.
-        framed: the first text is the frame that all others begin with, which is so run once; they
-            come without it, and their states and gradients are as if each had brought its own.
+        framed: the first text is what all others begin with; they come without it, and it is run
+            once. States and gradients are as if each had brought its own. Not together with past.
         last: for each text how many of its last tokens are asked for: their hidden states alone
             are returned (sum(last), D), and the last layer skips queries and MLP everywhere else.
         streams: a list that receives the residual stream (N, D) after the embedding and after each
             layer but the last, whose output the final norm turns into the returned states.
         checkpointing: recompute each layer in the backward pass instead of keeping activations.
         """
+        if framed and past is not None:
+            raise ValueError("texts continue either a past or the first text, not both")
         layout = lay_out(self.config, ids.device, lengths, past, visible, framed)
         x = self.embed_tokens(ids)  # (N, D)
         cache: Cache = []

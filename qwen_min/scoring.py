@@ -159,16 +159,19 @@ def last_states(
 ) -> Tensor:
     """States of the last `last[i]` tokens of text i, with gradient: (sum(last), D).
 
-    What the texts begin with is run once, beside what is their own. Under dropout they so share one
-    draw there, where each running alone would have its own.
+    On a CPU, what all texts begin with is run once, beside what is their own. Under dropout they so
+    share one draw there, where each running alone would have its own.
     """
-    # Of a single text nothing is shared, and what is read must be its own.
-    shared = common_prefix(texts) if len(texts) > 1 else 0
+    device = model.head_weight.device
+    # Of a single text nothing is shared. On a GPU attention is faster without the masks that
+    # continuing needs.
+    shared = common_prefix(texts) if len(texts) > 1 and device.type == "cpu" else 0
+    # What is read must be a text's own.
     shared = min([shared, *(len(text) - n for text, n in zip(texts, last, strict=True))])
     own = [text[shared:] for text in texts]
     if shared:
         own, last = [texts[0][:shared], *own], [1, *last]
-    ids = torch.tensor([token for text in own for token in text], device=model.head_weight.device)
+    ids = torch.tensor([token for text in own for token in text], device=device)
     h, _ = model.model.forward_packed(
         ids,
         [len(text) for text in own],

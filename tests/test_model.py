@@ -342,6 +342,23 @@ def test_a_frame_run_once_equals_each_text_with_its_own(pair, checkpointing):
     ours.requires_grad_(False)
 
 
+def test_long_texts_take_the_form_that_keeps_no_weights(pair, monkeypatch):
+    ours, _ = pair
+    ids, lengths, calls = random_ids(1, 30)[0], [10, 20], []
+    real = model_module.attention_side_by_side
+    monkeypatch.setattr(
+        model_module, "attention_side_by_side", lambda *a: calls.append(1) or real(*a)
+    )
+    whole, _ = ours.model.forward_packed(ids, lengths)
+    assert len(calls) == len(ours.model.layers)
+    monkeypatch.setattr(model_module, "LARGEST_SEEN", 2 * 20 * 20 - 1)
+    h, _ = ours.model.forward_packed(ids, lengths)
+    assert len(calls) == len(ours.model.layers)
+    torch.testing.assert_close(h, whole, **FP32)
+    with pytest.raises(ValueError, match="not both"):
+        ours.model.forward_packed(ids, lengths, past=[[]], framed=True)
+
+
 def test_streams_are_the_reference_hidden_states(reference):
     directory, theirs = reference
     ours, ids = load_model(directory), random_ids(1, 15)

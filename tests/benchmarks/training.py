@@ -89,6 +89,7 @@ def ours(args: argparse.Namespace) -> Step:
     keep_freed_memory()  # as the commands do
     model = load_model(args.model, args.dtype)
     inject_lora(model, ATTENTION, R, ALPHA, 0.0)
+    model.train()
     parameters = lora_parameters(model)
     for name, parameter in parameters.items():
         if name.endswith("lora_A"):
