@@ -165,9 +165,9 @@ def update_size(layer: LoRALinear, x: Tensor) -> Tensor:
 def test_bf16_training_form_is_the_definition_by_bound(dropout: float) -> None:
     """Value and gradients, with dropout's mask the same."""
     wrapped = layer(linear(torch.bfloat16), dropout=dropout).train()
-    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
     x.requires_grad_()
-    dy = torch.randn(64, 24, generator=torch.Generator().manual_seed(4)).to(torch.bfloat16)
+    dy = torch.randn(4096, 24, generator=torch.Generator().manual_seed(4)).to(torch.bfloat16)
     inputs = (x, wrapped.lora_A, wrapped.lora_B)
     torch.manual_seed(3)
     y = wrapped(x)
