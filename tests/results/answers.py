@@ -1,0 +1,97 @@
+"""What the numbers say of six claims, in English and Chinese; tables.py fills in every figure.
+
+{acc NAME}    accuracy with its interval, or mean ± standard deviation over seeds
+{auc NAME}    likewise
+{diff A B}    accuracy of A minus that of B on the same rows: paired interval and McNemar's p
+{off NAME}    share of answers without a label word, with its interval
+"""
+
+# Claim, then what the numbers show and what they do not.
+ENGLISH = (
+    (
+        "A head on a frozen base fails (0.512).",
+        "No. The probe gets {acc head_only}, and {acc head_only-best} on the layer that the "
+        "held-out rows choose; against zero-shot {diff head_only zero_shot}. What fails is "
+        "`lora_head`'s head put on the bare base, {acc transplanted_head}: it was fitted to other "
+        "states. That is what the diary's row measured.",
+    ),
+    (
+        "LoRA changes the distribution of the hidden states, and head and LoRA cannot be taken "
+        "apart.",
+        "Half of it. That head does not fit the bare base "
+        "({diff lora_head transplanted_head}). But LoRA's states need no head of their own "
+        "making: a probe solved anew on them gets {acc probe-of-lora_head}, against the head that "
+        "was trained with them {diff probe-of-lora_head lora_head}; and on the base that label "
+        "scoring adapted, where no head was ever trained, {acc probe-of-lora_label_scoring}.",
+    ),
+    (
+        "Label scoring beats the head, by two points.",
+        "{acc lora_label_scoring} against {acc lora_head}: {diff lora_label_scoring lora_head}.",
+    ),
+    (
+        "The choice of label words shifts zero-shot.",
+        "Yes, and mostly the threshold, not the ranking: 消极/积极 has {acc zero_shot-xiaoji}, "
+        "against 负面/正面 {diff zero_shot-xiaoji zero_shot}, at an AUC of {auc zero_shot-xiaoji} "
+        "beside {auc zero_shot}. 差/好 ({auc zero_shot-chahao}) and 负向/正向 "
+        "({auc zero_shot-xiang}) rank worse too. After training little of it is left: LoRA with "
+        "负向/正向 gets {acc lora_label_scoring-xiang}, "
+        "{diff lora_label_scoring-xiang lora_label_scoring}.",
+    ),
+    (
+        "Training the embedding would revive even a bare head, by dragging the label's meaning "
+        "rather than by understanding.",
+        "A head with the embedding trained under it, without LoRA, gets {acc embeddings-head}; "
+        "against the probe on the frozen base {diff embeddings-head head_only}. A head never reads "
+        "the label's vector, so what it gains there cannot be that vector's. Label scoring with "
+        "the embedding alone trained gets {acc embeddings-words}, against LoRA "
+        "{diff embeddings-words lora_label_scoring}.",
+    ),
+    (
+        "Generating instead of scoring goes off track.",
+        "With the plain prompt, yes: {off zero_shot_generate} of the answers hold no label word. "
+        "With a question in the model's own markup {off zero_shot_generate-chat} do, and accuracy "
+        "is {acc zero_shot_generate-chat}, against scoring the same prompt "
+        "{diff zero_shot_generate-chat zero_shot-chat}.",
+    ),
+)
+CHINESE = (
+    (
+        "冻结底座上的分类头会失败（0.512）。",
+        "不成立。线性探针得到 {acc head_only}，用留出集选层时 {acc head_only-best}；与零样本相比 "
+        "{diff head_only zero_shot}。真正失败的是把 `lora_head` 的头搬到没有 LoRA 的底座上："
+        "{acc transplanted_head}，因为它是按另一种状态拟合的。日记里的那一行量的正是这个。",
+    ),
+    (
+        "LoRA 改变了隐状态的分布，头和 LoRA 不能分开。",
+        "只对一半。那个头确实不适合原来的底座（{diff lora_head transplanted_head}）。但 LoRA 之后的"
+        "状态并不离不开它：在其上重新求解的探针得到 {acc probe-of-lora_head}，与一起训练的头相比 "
+        "{diff probe-of-lora_head lora_head}；在只按标签词打分训练过、从未有过头的底座上，"
+        "探针得到 {acc probe-of-lora_label_scoring}。",
+    ),
+    (
+        "标签打分比分类头高两个百分点。",
+        "{acc lora_label_scoring} 对 {acc lora_head}：{diff lora_label_scoring lora_head}。",
+    ),
+    (
+        "标签词的选择会移动零样本结果。",
+        "成立，而且移动的主要是阈值而不是排序：消极/积极 {acc zero_shot-xiaoji}，与 负面/正面 相比 "
+        "{diff zero_shot-xiaoji zero_shot}，而 AUC 是 {auc zero_shot-xiaoji} 对 {auc zero_shot}。"
+        "差/好（{auc zero_shot-chahao}）和 负向/正向（{auc zero_shot-xiang}）连排序也更差。训练之后"
+        "差别所剩无几：用 负向/正向 训练的 LoRA 得到 {acc lora_label_scoring-xiang}，"
+        "{diff lora_label_scoring-xiang lora_label_scoring}。",
+    ),
+    (
+        "训练词向量能让光秃秃的头也活过来，但靠的是拖动标签词的含义，而不是理解。",
+        "只训练词向量和头、不用 LoRA，得到 {acc embeddings-head}；与冻结底座上的探针相比 "
+        "{diff embeddings-head head_only}。头从不读标签词的向量，所以它的所得不可能来自那个向量。"
+        "只训练词向量的标签打分得到 {acc embeddings-words}，与 LoRA 相比 "
+        "{diff embeddings-words lora_label_scoring}。",
+    ),
+    (
+        "让模型生成而不是打分会跑题。",
+        "用普通提示词时成立：{off zero_shot_generate} 的回答里没有标签词。用模型自己的格式提问时"
+        "是 {off zero_shot_generate-chat}，准确率 {acc zero_shot_generate-chat}，"
+        "与对同一提示词打分相比 "
+        "{diff zero_shot_generate-chat zero_shot-chat}。",
+    ),
+)

@@ -1,0 +1,240 @@
+#!/usr/bin/env python3
+"""The experiment behind README's "Results": every command, in order, and what is kept of each.
+
+    python tests/real/prepare.py 0.5b          # prints the directory of the weights
+    python tests/results/experiment.py 0.5b --model DIR --train train.tsv --dev dev.tsv
+    python tests/results/experiment.py 0.5b --list
+
+--train and --dev are ChnSentiCorp's train.tsv and dev.tsv (label, text_a). Everything that is
+trained sees the first 3,000 rows of the one, a tenth of them held out, which alone decides what is
+chosen; the other is scored once for each row of the table. Works in runs/ and goes on where it was
+stopped. Kept in tests/results/0.5b/ are NAME.json, with the commit that made it, and NAME.jsonl,
+scores to four decimals, each row with whether its text stands in the 3,000. What is kept is not
+computed again; to do that, delete runs/0.5b/NAME* as well.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from qwen_min.audit import normalised, stand_in
+from qwen_min.data import read_examples
+from qwen_min.prompt import DEFAULT_LABELS
+
+REPO = Path(__file__).resolve().parents[2]
+KEPT = Path(__file__).resolve().parent
+MODELS = {"0.5b": "Qwen2.5-Coder-0.5B-Instruct", "1.5b": "Qwen2.5-Coder-1.5B-Instruct"}
+TRAINING_ROWS = 3000
+CURVE = (50, 200, 800)  # and all
+SEEDS = (0, 1, 2)
+SETS = {"": "负面,正面", "-xiaoji": "消极,积极", "-chahao": "差,好", "-xiang": "负向,正向"}
+# In Qwen's markup a question is asked; the sentence stands where the markup's answer begins.
+CHAT = "--chat --template '{text}\\n这条评论的情感倾向是正面还是负面？只回答“正面”或“负面”。'"
+WORDS, HEAD = "--method lora_label_scoring --epochs 1", "--method lora_head --epochs 1"
+PROBE = "--method head_only"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: how it is trained, if it is, and how it is measured."""
+
+    name: str
+    evaluate: str  # arguments of evaluate.py beside data and output
+    train: str | None = None  # arguments of train.py beside model, data and output
+
+
+def trained(name: str, train: str, run: str | None = None, evaluate: str = "") -> Row:
+    """A row measured on the run of its own name, or on that of another row."""
+    return Row(name, f"--run {{runs}}/{run or name}{evaluate}", train if run is None else None)
+
+
+def rows_of_seed(seed: int) -> list[Row]:
+    """The methods that draw at random, and what is made of what they learnt."""
+    rows = []
+    for name, train in (("lora_head", HEAD), ("lora_label_scoring", WORDS)):
+        run = f"{name}-s{seed}"
+        rows.append(trained(run, f"{train} --seed {seed}"))
+        if name == "lora_head":
+            transplanted = " --method transplanted_head"
+            rows.append(trained(f"transplanted_head-s{seed}", "", run, transplanted))
+        rows.append(trained(f"probe-of-{run}", f"{PROBE} --adapter {{runs}}/{run}/adapter"))
+    return rows
+
+
+def all_rows(size: str) -> list[Row]:
+    """In the order in which they run: one seed of everything first."""
+    untrained = "--model {model} --train-data {train}"
+    zero_shot = f"--method zero_shot {untrained}"
+    sets = f" --label-sets '{';'.join(SETS.values())}'"
+    rows = [
+        Row("zero_shot", f"{zero_shot} --calibrate{sets}"),
+        trained("head_only", PROBE),
+        trained("head_only-best", f"{PROBE} --layer best"),
+    ]
+    if size == "1.5b":
+        return [*rows, trained("lora_label_scoring-s0", f"{WORDS} --seed 0")]
+    rows += [
+        Row(f"zero_shot{ending}", f"{zero_shot} --calibrate --labels {words}")
+        for ending, words in SETS.items()
+        if ending
+    ]
+    rows += [
+        Row("zero_shot_generate", f"--method zero_shot_generate {untrained}"),
+        Row("zero_shot_generate-chat", f"--method zero_shot_generate {untrained} {CHAT}"),
+        Row("zero_shot-chat", f"{zero_shot} {CHAT}"),
+        *rows_of_seed(0),
+        trained("lora_label_scoring-xiang", f"{WORDS} --seed 0 --labels 负向,正向"),
+        trained("embeddings-head", f"{HEAD} --seed 0 --train-embeddings --lora-targets none"),
+        trained("embeddings-words", f"{WORDS} --seed 0 --train-embeddings --lora-targets none"),
+        trained("embeddings-lora-words", f"{WORDS} --seed 0 --train-embeddings"),
+        trained("head_only-mean", f"{PROBE} --pooling mean"),
+        trained("head_only-mean-best", f"{PROBE} --pooling mean --layer best"),
+    ]
+    for n in CURVE:
+        rows.append(trained(f"head_only-n{n}", f"{PROBE} --limit {n}"))
+        rows.append(trained(f"lora_head-n{n}", f"{HEAD} --seed 0 --limit {n}"))
+        rows.append(trained(f"lora_label_scoring-n{n}", f"{WORDS} --seed 0 --limit {n}"))
+    for seed in SEEDS[1:]:
+        rows += rows_of_seed(seed)
+    return rows
+
+
+def commands(row: Row, size: str) -> list[str]:
+    """The lines that made the row, to be typed in the project's directory."""
+    places = {"runs": f"runs/{size}", "model": f"runs/{MODELS[size]}"}
+    places["train"] = f"runs/train-{TRAINING_ROWS}.tsv"
+    lines = []
+    if row.train is not None:
+        lines.append(
+            f"python train.py {row.train} --model {places['model']} --data {places['train']} "
+            f"--output {places['runs']}/{row.name}"
+        )
+    out = f"{places['runs']}/{row.name}"
+    lines.append(
+        f"python evaluate.py {row.evaluate} --data runs/dev.tsv --output {out}.json "
+        f"--predictions {out}.jsonl"
+    )
+    # Not str.format: a template has braces of its own.
+    for name, place in places.items():
+        lines = [line.replace(f"{{{name}}}", place) for line in lines]
+    return lines
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Links in runs/, so that no command and no result names a place of one machine."""
+    runs = REPO / "runs"
+    (runs / args.size).mkdir(parents=True, exist_ok=True)
+    for name, target in ((MODELS[args.size], args.model), ("dev.tsv", args.dev)):
+        link = runs / name
+        if target is not None:
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path(target).resolve())
+        if not link.exists():
+            sys.exit(f"error: {link} is missing; name what it stands for, see --help")
+    part = runs / f"train-{TRAINING_ROWS}.tsv"
+    if args.train is not None:
+        # Lines end in \n alone, as qwen_min.data reads them.
+        with open(args.train, encoding="utf-8", newline="\n") as file:
+            lines = [line for line, _ in zip(file, range(TRAINING_ROWS + 1), strict=False)]
+        if len(lines) <= TRAINING_ROWS:
+            sys.exit(f"error: {args.train} has {len(lines) - 1} rows, expected {TRAINING_ROWS}")
+        part.write_text("".join(lines), encoding="utf-8", newline="")
+    if not part.exists():
+        sys.exit(f"error: {part} is missing; give the whole file by --train")
+
+
+def commit() -> str:
+    """The code that runs, by its commit; `-dirty` where it differs from that."""
+    line = ["git", "describe", "--always", "--abbrev=12", "--dirty"]
+    return subprocess.run(line, cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def run(row: Row, size: str) -> None:
+    """Train unless that is done, evaluate, keep."""
+    directory = REPO / "runs" / size / row.name
+    *train, evaluate = commands(row, size)
+    if train and (directory / "run.json").exists():
+        # A probe that was cut off would be timed from its cached features on: it starts anew.
+        finished = json.loads((directory / "run.json").read_text())["finished"]
+        if PROBE in row.train and not finished:
+            shutil.rmtree(directory)
+        else:
+            train = [f"{train[0]} --resume"]  # which refuses to go on with other arguments
+    directory.with_suffix(".commit").write_text(commit())
+    for line in [*train, evaluate]:
+        print(f"$ {line}", flush=True)
+        words = [sys.executable, *shlex.split(line)[1:]]
+        with open(directory.with_suffix(".log"), "a") as log:
+            process = subprocess.Popen(words, cwd=REPO, stdout=log, stderr=log)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # Ctrl-C reached it too: it saves first
+            raise
+        if status:
+            sys.exit(f"error: it ended with status {status}; see {directory.with_suffix('.log')}")
+    keep(row, size)
+
+
+@cache
+def contaminated() -> set[int]:
+    """Rows of dev whose text stands in the training rows, exact or normalised."""
+    dev, train = (
+        [normalised(e.text) for e in read_examples(REPO / "runs" / name, DEFAULT_LABELS)]
+        for name in ("dev.tsv", f"train-{TRAINING_ROWS}.tsv")
+    )
+    return set(stand_in(dev, train))
+
+
+def keep(row: Row, size: str) -> None:
+    """The results as they are, and the commit; of the predictions four decimals."""
+    made, kept = REPO / "runs" / size / f"{row.name}.json", KEPT / size / f"{row.name}.json"
+    kept.parent.mkdir(exist_ok=True)
+    with open(made.with_suffix(".jsonl")) as lines, open(kept.with_suffix(".jsonl"), "w") as out:
+        for line in lines:
+            prediction = json.loads(line)
+            if prediction["scores"] is not None:
+                prediction["scores"] = [round(score, 4) for score in prediction["scores"]]
+            prediction["clean"] = prediction["index"] not in contaminated()
+            out.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+    results = json.loads(made.read_text())
+    results["commit"] = made.with_suffix(".commit").read_text()
+    # Last: what has it is done.
+    kept.write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n")
+    print(f"{row.name}: accuracy {results['accuracy']:.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("size", choices=MODELS)
+    parser.add_argument("--model", metavar="DIR", help="the weights")
+    parser.add_argument("--train", metavar="FILE")
+    parser.add_argument("--dev", metavar="FILE")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows, in this order")
+    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    args = parser.parse_args()
+    rows = {row.name: row for row in all_rows(args.size)}
+    if unknown := set(args.only or ()) - set(rows):
+        parser.error(f"--only: no row {', '.join(sorted(unknown))}; see --list")
+    chosen = [rows[name] for name in args.only or rows]
+    if args.list:
+        for row in chosen:
+            print(f"# {row.name}", *commands(row, args.size), sep="\n")
+        return
+    prepare(args)
+    for row in chosen:
+        if not (KEPT / args.size / f"{row.name}.json").exists():
+            run(row, args.size)
+
+
+if __name__ == "__main__":
+    main()
