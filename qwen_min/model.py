@@ -24,8 +24,7 @@ Shapes:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +33,8 @@ from torch.utils.checkpoint import checkpoint
 
 from qwen_min.config import QwenConfig
 from qwen_min.gradients import RMSNormFunction, SwiGLUFunction, attention_side_by_side
+from qwen_min.layout import Cache, KeysValues, Layout, ask_for_last, lay_out
 
-# Keys (rotated) and values of the tokens of one text, in one layer: two tensors (T, K, Dh).
-KeysValues = tuple[Tensor, Tensor]
-# The key/value cache: [layer][text]. It is never changed in place: continuing a text makes a new
-# cache, so that one prompt can be continued by many candidates, in any order.
-Cache = list[list[KeysValues]]
 # Texts · queries · keys, padded, that attention in training takes at once: in a 0.5B model (14
 # heads, 24 layers, bf16) 0.7 GB of weights are kept for the backward pass.
 LARGEST_SEEN = 2**20
@@ -89,82 +84,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # dtype: cos and sin go to the activations' dtype and the rotation happens there.
     first, second = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How texts lie end to end, N tokens in all, and what each token sees."""
-
-    lengths: list[int]  # of each text; their sum is N
-    cos: Tensor  # (N, 1, Dh), of each token's position in its text
-    sin: Tensor
-    # For each text, which keys each token sees (T, keys); None: those up to itself.
-    masks: list[Tensor | None]
-    framed: bool = False  # whether the first text is what every other one begins with
-    # Where only each text's last tokens are asked for: how many of each, and their places in N.
-    last: list[int] | None = None
-    places: Tensor | None = None
-
-    @cached_property
-    def seen(self) -> Tensor:
-        """The masks as one (texts, T, keys), for the longest of both; made once for all layers.
-
-        Only `attention_side_by_side` asks for it, on the CPU.
-        """
-        counts = self.lengths if self.last is None else self.last
-        masks = [
-            torch.ones(n, n).tril().bool()[-count:] if mask is None else mask
-            for mask, n, count in zip(self.masks, self.lengths, counts, strict=True)
-        ]
-        longest = [max(mask.shape[dim] for mask in masks) for dim in (0, 1)]
-        seen = torch.zeros(len(masks), *longest, dtype=torch.bool)
-        seen[:, :, 0] = True  # every token does; padding must not see nothing at all
-        for mask, into in zip(masks, seen, strict=True):
-            into[: mask.shape[0], : mask.shape[1]] = mask
-        return seen
-
-
-def lay_out(
-    config: QwenConfig,
-    device: torch.device,
-    lengths: Sequence[int],
-    past: Cache | None,
-    visible: Sequence[Tensor | None] | None,
-    framed: bool = False,
-) -> Layout:
-    """The layout for `QwenModel.forward_packed`, where the last four arguments are explained."""
-    positions, masks = [], []
-    for i, length in enumerate(lengths):
-        start = 0 if past is None else len(past[0][i][0])
-        if framed and i:
-            start = lengths[0]
-        seen = None if visible is None else visible[i]
-        if seen is None and start == 0:
-            positions.append(torch.arange(length))
-            masks.append(None)
-            continue
-        seen = torch.ones(length, length).tril().bool() if seen is None else seen
-        positions.append(start + seen.sum(dim=1) - 1)
-        # `is_causal` of scaled_dot_product_attention counts from the first key, not from the last,
-        # so tokens that continue a cache need a mask of their own (pytorch#108108).
-        before = torch.ones(length, start, dtype=torch.bool)
-        masks.append(torch.cat([before, seen], dim=1).to(device))
-    cos, sin = rotary_cos_sin(torch.cat(positions).to(device), config.head_dim, config.rope_theta)
-    return Layout(list(lengths), cos, sin, masks, framed)
-
-
-def ask_for_last(layout: Layout, last: Sequence[int]) -> Layout:
-    """The layout of a layer that has to answer for the last `last[i]` tokens of text i alone."""
-    masks, places, end = [], [], 0
-    for mask, length, count in zip(layout.masks, layout.lengths, last, strict=True):
-        end += length
-        places += range(end - count, end)
-        if mask is None and count > 1:
-            mask = torch.ones(length, length, device=layout.cos.device).tril().bool()
-        # A text's very last token sees every key, unless a mask says otherwise.
-        masks.append(None if mask is None else mask[-count:])
-    at = torch.tensor(places, device=layout.cos.device)
-    return replace(layout, masks=masks, last=list(last), places=at)
 
 
 class Attention(nn.Module):
@@ -360,7 +279,9 @@ class QwenModel(nn.Module):
         """
         if framed and past is not None:
             raise ValueError("texts continue either a past or the first text, not both")
-        layout = lay_out(self.config, ids.device, lengths, past, visible, framed)
+        shape = {"head_dim": self.config.head_dim, "theta": self.config.rope_theta}
+        angles = partial(rotary_cos_sin, **shape)
+        layout = lay_out(angles, ids.device, lengths, past, visible, framed)
         x = self.embed_tokens(ids)  # (N, D)
         cache: Cache = []
         for i, layer in enumerate(self.layers):

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_min.batching import DEFAULT_BATCH_TOKENS, token_budget_batches
-from qwen_min.model import Cache, Qwen
+from qwen_min.layout import Cache
+from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt, common_prefix
 
 # Rows of logits held at once: V = 151,936 in fp32 is 0.6 MB a row.
