@@ -60,11 +60,10 @@ def test_a_kept_file_fits_its_predictions(path):
     right = result.predictions.predicted == result.predictions.labels
     assert right.mean() == pytest.approx(result.results["accuracy"], abs=1e-12)
     if (scores := result.predictions.scores) is not None:
-        # Kept to four decimals, which can make ties.
         chosen = scores[np.arange(len(scores)), result.predictions.predicted]
-        assert np.array_equal(chosen, scores.max(axis=1))
+        assert not chosen.any()  # they are kept less the largest
         found = auc_roc(result.predictions.labels, scores)
-        assert found == pytest.approx(result.results["auc_roc"], abs=1e-4)
+        assert found == pytest.approx(result.results["auc_roc"], abs=1e-5)
 
 
 def test_every_kept_file_is_about_the_same_rows():

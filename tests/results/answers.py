@@ -10,10 +10,10 @@
 ENGLISH = (
     (
         "A head on a frozen base fails (0.512).",
-        "No. The probe gets {acc head_only}, and {acc head_only-best} on the layer that the "
-        "held-out rows choose; against zero-shot {diff head_only zero_shot}. What fails is "
-        "`lora_head`'s head put on the bare base, {acc transplanted_head}: it was fitted to other "
-        "states. That is what the diary's row measured.",
+        "No. A probe on the frozen base gets {acc head_only}, and {acc head_only-best} where the "
+        "held-out rows choose the layer; against zero-shot {diff head_only zero_shot}. The diary's "
+        "row was another thing: `lora_head`'s head moved onto the bare base. Here that loses, "
+        "{diff transplanted_head lora_head}, but does not collapse: {acc transplanted_head}.",
     ),
     (
         "LoRA changes the distribution of the hidden states, and head and LoRA cannot be taken "
@@ -26,7 +26,8 @@ ENGLISH = (
     ),
     (
         "Label scoring beats the head, by two points.",
-        "{acc lora_label_scoring} against {acc lora_head}: {diff lora_label_scoring lora_head}.",
+        "Not here: {acc lora_label_scoring} against {acc lora_head}, a difference of "
+        "{diff lora_label_scoring lora_head}, whose interval leaves two points out.",
     ),
     (
         "The choice of label words shifts zero-shot.",
@@ -41,8 +42,8 @@ ENGLISH = (
         "Training the embedding would revive even a bare head, by dragging the label's meaning "
         "rather than by understanding.",
         "A head with the embedding trained under it, without LoRA, gets {acc embeddings-head}; "
-        "against the probe on the frozen base {diff embeddings-head head_only}. A head never reads "
-        "the label's vector, so what it gains there cannot be that vector's. Label scoring with "
+        "against the probe on the frozen base {diff embeddings-head head_only}. A head reads no "
+        "label word, so what it gains cannot come from a label's vector. Label scoring with "
         "the embedding alone trained gets {acc embeddings-words}, against LoRA "
         "{diff embeddings-words lora_label_scoring}.",
     ),
@@ -57,9 +58,10 @@ ENGLISH = (
 CHINESE = (
     (
         "冻结底座上的分类头会失败（0.512）。",
-        "不成立。线性探针得到 {acc head_only}，用留出集选层时 {acc head_only-best}；与零样本相比 "
-        "{diff head_only zero_shot}。真正失败的是把 `lora_head` 的头搬到没有 LoRA 的底座上："
-        "{acc transplanted_head}，因为它是按另一种状态拟合的。日记里的那一行量的正是这个。",
+        "不成立。冻结底座上的线性探针得到 {acc head_only}，由留出集选层时 {acc head_only-best}；"
+        "与零样本相比 {diff head_only zero_shot}。日记里那一行量的是另一件事：把 "
+        "`lora_head` 的头搬到没有 LoRA 的底座上。在这里它有损失，"
+        "{diff transplanted_head lora_head}，但没有崩溃：{acc transplanted_head}。",
     ),
     (
         "LoRA 改变了隐状态的分布，头和 LoRA 不能分开。",
@@ -70,7 +72,8 @@ CHINESE = (
     ),
     (
         "标签打分比分类头高两个百分点。",
-        "{acc lora_label_scoring} 对 {acc lora_head}：{diff lora_label_scoring lora_head}。",
+        "在这里不成立：{acc lora_label_scoring} 对 {acc lora_head}，相差 "
+        "{diff lora_label_scoring lora_head}，区间不含两个百分点。",
     ),
     (
         "标签词的选择会移动零样本结果。",
@@ -83,7 +86,7 @@ CHINESE = (
     (
         "训练词向量能让光秃秃的头也活过来，但靠的是拖动标签词的含义，而不是理解。",
         "只训练词向量和头、不用 LoRA，得到 {acc embeddings-head}；与冻结底座上的探针相比 "
-        "{diff embeddings-head head_only}。头从不读标签词的向量，所以它的所得不可能来自那个向量。"
+        "{diff embeddings-head head_only}。头不读任何标签词，所以它的所得不可能来自标签词的向量。"
         "只训练词向量的标签打分得到 {acc embeddings-words}，与 LoRA 相比 "
         "{diff embeddings-words lora_label_scoring}。",
     ),

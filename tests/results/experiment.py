@@ -9,8 +9,8 @@
 trained sees the first 3,000 rows of the one, a tenth of them held out, which alone decides what is
 chosen; the other is scored once for each row of the table. Works in runs/ and goes on where it was
 stopped. Kept in tests/results/0.5b/ are NAME.json, with the commit that made it, and NAME.jsonl,
-scores to four decimals, each row with whether its text stands in the 3,000. What is kept is not
-computed again; to do that, delete runs/0.5b/NAME* as well.
+scores less the row's largest to five decimals, and whether the row's text stands in the 3,000. What
+is kept is not computed again; to do that, delete runs/0.5b/NAME* as well.
 """
 
 import argparse
@@ -194,17 +194,23 @@ def contaminated() -> set[int]:
 
 
 def keep(row: Row, size: str) -> None:
-    """The results as they are, and the commit; of the predictions four decimals."""
+    """The results as they are, and the commit; of the scores what decisions and ranks need.
+
+    Ties of bf16 scores are ties of differences: rounding the scores themselves would break them.
+    What was generated is left out: it repeats the reviews, which are not the project's.
+    """
     made, kept = REPO / "runs" / size / f"{row.name}.json", KEPT / size / f"{row.name}.json"
     kept.parent.mkdir(exist_ok=True)
     with open(made.with_suffix(".jsonl")) as lines, open(kept.with_suffix(".jsonl"), "w") as out:
         for line in lines:
             prediction = json.loads(line)
-            if prediction["scores"] is not None:
-                prediction["scores"] = [round(score, 4) for score in prediction["scores"]]
+            if (scores := prediction["scores"]) is not None:
+                prediction["scores"] = [round(score - max(scores), 5) for score in scores]
+            prediction.pop("answer", None)
             prediction["clean"] = prediction["index"] not in contaminated()
             out.write(json.dumps(prediction, ensure_ascii=False) + "\n")
     results = json.loads(made.read_text())
+    results.pop("off_track_examples", None)
     results["commit"] = made.with_suffix(".commit").read_text()
     # Last: what has it is done.
     kept.write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n")

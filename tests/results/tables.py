@@ -33,30 +33,35 @@ METHODS = {
     "zero_shot-xiaoji": "`zero_shot`, 消极/积极",
     "zero_shot-chahao": "`zero_shot`, 差/好",
     "zero_shot-xiang": "`zero_shot`, 负向/正向",
-    "zero_shot-chat": "`zero_shot`, as a question in Qwen's markup",
+    "zero_shot-chat": "`zero_shot --chat`",
     "zero_shot_generate": "`zero_shot_generate`",
-    "zero_shot_generate-chat": "`zero_shot_generate`, as a question in Qwen's markup",
-    "head_only": "`head_only`, last token, last layer",
-    "head_only-best": "`head_only`, last token, best layer",
-    "head_only-mean": "`head_only`, mean, last layer",
-    "head_only-mean-best": "`head_only`, mean, best layer",
+    "zero_shot_generate-chat": "`zero_shot_generate --chat`",
+    "head_only": "`head_only`",
+    "head_only-best": "`head_only --layer best`",
+    "head_only-mean": "`head_only --pooling mean`",
+    "head_only-mean-best": "`head_only --pooling mean --layer best`",
     "lora_head": "`lora_head`",
     "lora_label_scoring": "`lora_label_scoring`",
     "lora_label_scoring-xiang": "`lora_label_scoring`, 负向/正向",
     "transplanted_head": "`transplanted_head`",
-    "probe-of-lora_head": "`head_only` on `lora_head`'s base",
-    "probe-of-lora_label_scoring": "`head_only` on `lora_label_scoring`'s base",
-    "embeddings-head": "embedding and head, no LoRA",
-    "embeddings-words": "embedding by label scoring, no LoRA",
-    "embeddings-lora-words": "embedding and LoRA by label scoring",
+    "probe-of-lora_head": "`head_only --adapter` (`lora_head`)",
+    "probe-of-lora_label_scoring": "`head_only --adapter` (`lora_label_scoring`)",
+    "embeddings-head": "`lora_head --train-embeddings --lora-targets none`",
+    "embeddings-words": "`lora_label_scoring --train-embeddings --lora-targets none`",
+    "embeddings-lora-words": "`lora_label_scoring --train-embeddings`",
 }
+ENGLISH_HEADS = ["method", "accuracy", "95 % interval", "precision", "F1", "recall 负面"]
+ENGLISH_HEADS += ["recall 正面", "AUC", "ECE", "clean part", "trained", "train s"]
+CHINESE_HEADS = ["方法", "准确率", "95 % 区间", "精确率", "F1", "负面召回", "正面召回"]
+CHINESE_HEADS += ["AUC", "ECE", "去重后准确率", "训练参数", "训练秒数"]
 # What the claims rest on: A against B.
 PAIRS = (
     ("head_only", "zero_shot"),
     ("head_only-best", "head_only"),
     ("head_only-mean", "head_only"),
     ("lora_head", "head_only"),
-    ("lora_head", "transplanted_head"),
+    ("transplanted_head", "lora_head"),
+    ("transplanted_head", "zero_shot"),
     ("probe-of-lora_head", "lora_head"),
     ("probe-of-lora_head", "head_only"),
     ("probe-of-lora_label_scoring", "lora_label_scoring"),
@@ -118,10 +123,8 @@ def between(interval: tuple[float, float]) -> str:
     return "{:.3f} to {:.3f}".format(*interval)
 
 
-def methods(size: str) -> str:
+def methods(size: str, heads: list[str] = ENGLISH_HEADS) -> str:
     """The main table."""
-    heads = ["method", "accuracy", "95 % interval", "precision", "F1", "recall 负面", "recall 正面"]
-    heads += ["AUC", "ECE", "clean part", "trained", "train s"]
     rows = []
     for name, shown in METHODS.items():
         if not (found := list(find(name, size).values())):
@@ -230,17 +233,15 @@ def generation() -> str:
     for name in ("zero_shot_generate", "zero_shot_generate-chat"):
         for result in find(name).values():
             astray, n = result.results["off_track"], result.results["n"]
-            example = result.results["off_track_examples"][:1]
             rows.append(
                 [
                     METHODS[name],
                     number(result.results["accuracy"]),
                     f"{astray} of {n}",
                     between(wilson_interval(astray, n)),
-                    f"`{example[0]['answer']!r}`" if example else "-",
                 ]
             )
-    return markdown_table(["", "accuracy", "off track", "95 % interval", "for example"], rows)
+    return markdown_table(["", "accuracy", "off track", "95 % interval"], rows)
 
 
 def typed() -> str:
@@ -309,6 +310,7 @@ def claims(answers: tuple[tuple[str, str], ...]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "methods": lambda: methods("0.5b"),
+    "methods zh": lambda: methods("0.5b", CHINESE_HEADS),
     "methods 1.5b": lambda: methods("1.5b"),
     "seeds": seeds,
     "pairs": pairs,
