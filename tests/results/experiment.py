@@ -92,7 +92,13 @@ def all_rows(size: str) -> list[Row]:
         *rows_of_seed(0),
         trained("lora_label_scoring-xiang", f"{WORDS} --seed 0 --labels 负向,正向"),
         trained("embeddings-head", f"{HEAD} --seed 0 --train-embeddings --lora-targets none"),
-        trained("embeddings-words", f"{WORDS} --seed 0 --train-embeddings --lora-targets none"),
+        # The words that were trained on, and others: is it the task that was learnt, or a vector?
+        trained(
+            "embeddings-words",
+            f"{WORDS} --seed 0 --train-embeddings --lora-targets none",
+            None,
+            sets,
+        ),
         trained("embeddings-lora-words", f"{WORDS} --seed 0 --train-embeddings"),
         trained("head_only-mean", f"{PROBE} --pooling mean"),
         trained("head_only-mean-best", f"{PROBE} --pooling mean --layer best"),
@@ -211,6 +217,9 @@ def keep(row: Row, size: str) -> None:
             out.write(json.dumps(prediction, ensure_ascii=False) + "\n")
     results = json.loads(made.read_text())
     results.pop("off_track_examples", None)
+    run = REPO / "runs" / size / row.name / "run.json"
+    if run.exists():
+        results["embedding_movement"] = json.loads(run.read_text()).get("embedding_movement")
     results["commit"] = made.with_suffix(".commit").read_text()
     # Last: what has it is done.
     kept.write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n")

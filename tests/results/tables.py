@@ -227,6 +227,36 @@ def curve() -> str:
     return markdown_table(["rows", *map(str, sizes)], rows)
 
 
+def embeddings() -> str:
+    """How far token vectors moved that were trained, and what other label words make of it."""
+    rows = []
+    for name in ("embeddings-head", "embeddings-words", "embeddings-lora-words"):
+        for result in find(name).values():
+            for groups in result.results["embedding_movement"].values():
+                for group in groups:
+                    cells = [
+                        f"{group['tokens']:,}",
+                        number(group["cosine"]),
+                        number(group["change"]),
+                    ]
+                    rows.append([METHODS[name], group["vectors"], *cells])
+    parts = [markdown_table(["", "vectors", "tokens", "cosine", "change"], rows, words=2)]
+    before, after = find("zero_shot"), find("embeddings-words")
+    if before and after:
+        sets = [r.results["label_sets"] for found in (before, after) for r in found.values()]
+        rows = [
+            [
+                "/".join(a["labels"]),
+                *(number(entry[key]) for key in ("auc_roc", "accuracy") for entry in (a, b)),
+                *(f"{entry['label_mass']:.1e}" for entry in (a, b)),
+            ]
+            for a, b in zip(*sets, strict=True)
+        ]
+        heads = [f"{what} {when}" for what in ("AUC", "accuracy") for when in ("before", "after")]
+        parts.append(markdown_table(["label words", *heads, "mass before", "mass after"], rows))
+    return "\n\n".join(parts)
+
+
 def generation() -> str:
     """How often generated text holds no label word."""
     rows = []
@@ -316,6 +346,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pairs": pairs,
     "label sets": label_sets,
     "curve": curve,
+    "embeddings": embeddings,
     "generation": generation,
     "commands": typed,
     "claims": lambda: claims(ENGLISH),
