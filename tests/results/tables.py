@@ -181,7 +181,10 @@ def pairs() -> str:
                 ]
             )
     heads = ["A", "B", "seed", "A − B", "95 % interval", "only A : only B right", "McNemar p"]
-    return markdown_table(heads, rows, words=2) + f"\n\n{len(rows)} tests."
+    note = (
+        f"{len(rows)} tests: p < {0.05 / max(len(rows), 1):.2g} stands up to that number of them."
+    )
+    return f"{markdown_table(heads, rows, words=2)}\n\n{note}"
 
 
 def label_sets() -> str:
@@ -310,9 +313,13 @@ def p_value(p: float) -> str:
 def figure(kind: str, a: str, b: str = "") -> str:
     """One figure of an answer (see answers.py); a dash for what has not been computed."""
     found = list(find(a).values())
-    if not found or (b and not find(b)):
+    if not found or (kind == "diff" and not find(b)):
         return "–"
     first = found[0].results
+    if kind == "set":
+        return number(
+            next(e["auc_roc"] for e in first["label_sets"] if "/".join(e["labels"]) == b), 3
+        )
     if kind == "diff":
         return "; ".join(
             f"{test['difference']:+.3f} ({test['interval'][0]:+.3f} to {test['interval'][1]:+.3f}, "
