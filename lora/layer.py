@@ -82,7 +82,7 @@ class LoRALinear(nn.Module):
         """
         scaling = self.scaling
         if self.dropout:
-            # The same draw as F.dropout's, whose factor 1/(1 - p), however, bf16 would round: to s.
+            # The same draw as F.dropout's, whose factor 1/(1 - p) bf16 would round: s takes it.
             kept = torch.empty_like(x).bernoulli_(1 - self.dropout)
             x, scaling = x * kept, scaling / (1 - self.dropout)
         h = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)

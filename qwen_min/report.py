@@ -205,8 +205,13 @@ def pair_row(pair: dict, test: dict, several: set[str]) -> list[str]:
         f"{low:+.4f} to {high:+.4f}",
         str(test["only_a"]),
         str(test["only_b"]),
-        f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}",
+        p_value(p),
     ]
+
+
+def p_value(p: float) -> str:
+    """Four decimals, or the order of magnitude where these would say nothing."""
+    return f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}"
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:

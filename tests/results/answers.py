@@ -32,7 +32,7 @@ ENGLISH = (
     ),
     (
         "The choice of label words shifts zero-shot.",
-        "Yes, and mostly the threshold, not the ranking: 消极/积极 has {acc zero_shot-xiaoji}, "
+        "Yes. With 消极/积极 it is the threshold alone, not the ranking: {acc zero_shot-xiaoji}, "
         "against 负面/正面 {diff zero_shot-xiaoji zero_shot}, at an AUC of {auc zero_shot-xiaoji} "
         "beside {auc zero_shot}. 差/好 ({auc zero_shot-chahao}) and 负向/正向 "
         "({auc zero_shot-xiang}) rank worse too.",
@@ -79,7 +79,7 @@ CHINESE = (
     ),
     (
         "标签词的选择会移动零样本结果。",
-        "成立，而且移动的主要是阈值而不是排序：消极/积极 {acc zero_shot-xiaoji}，与 负面/正面 相比 "
+        "成立。消极/积极移动的只是阈值而不是排序：{acc zero_shot-xiaoji}，与 负面/正面 相比 "
         "{diff zero_shot-xiaoji zero_shot}，而 AUC 是 {auc zero_shot-xiaoji} 对 {auc zero_shot}。"
         "差/好（{auc zero_shot-chahao}）和 负向/正向（{auc zero_shot-xiang}）连排序也更差。",
     ),

@@ -25,7 +25,7 @@ from experiment import CURVE, KEPT, REPO, SEEDS, SETS, TRAINING_ROWS, all_rows, 
 sys.path.insert(0, str(REPO))
 from qwen_min.compare import Result, read_result
 from qwen_min.metrics import mcnemar_exact, paired_bootstrap, wilson_interval
-from qwen_min.report import markdown_table
+from qwen_min.report import markdown_table, p_value
 
 # Rows of the main table: name of the kept file without its seed, and what the reader sees.
 METHODS = {
@@ -132,14 +132,12 @@ def methods(size: str, heads: list[str] = ENGLISH_HEADS) -> str:
         measures = [result.measures for result in found]
         keys = ("precision", "f1", "recall_0", "recall_1", "auc_roc", "ece")
         clean = [result.results["clean"]["accuracy"] for result in found]
-        several = len(found) > 1
+        interval = between(found[0].results["accuracy_interval"])
         rows.append(
             [
                 shown,
                 over_seeds([m["accuracy"] for m in measures]),
-                f"{len(found)} seeds"
-                if several
-                else between(found[0].results["accuracy_interval"]),
+                interval if len(found) == 1 else f"{len(found)} seeds",
                 *(over_seeds([m[key] for m in measures], 3) for key in keys),
                 over_seeds(clean),
                 f"{measures[0]['trained_parameters']:,}",
@@ -304,10 +302,6 @@ def tests_of(a: str, b: str) -> list[tuple[int | None, dict]]:
         test = {"difference": difference, "interval": interval, **mcnemar_exact(*right)}
         tests.append((seed, test))
     return tests
-
-
-def p_value(p: float) -> str:
-    return f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}"
 
 
 def figure(kind: str, a: str, b: str = "") -> str:
