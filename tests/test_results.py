@@ -7,16 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import evaluate
 import train
 from qwen_min.cli import parse_with_given
 from qwen_min.compare import read_result
-from qwen_min.metrics import auc_roc
+from qwen_min.metrics import auc_roc, paired_bootstrap
 
 RESULTS = Path(__file__).resolve().parent / "results"
 sys.path.insert(0, str(RESULTS))
 import experiment  # noqa: E402
+import kept  # noqa: E402
+import pictures  # noqa: E402
 import tables  # noqa: E402
 
 KEPT = sorted(RESULTS.glob("*/*.json"))
@@ -69,8 +72,70 @@ def test_a_kept_file_fits_its_predictions(path):
 def test_every_kept_file_is_about_the_same_rows():
     results = [json.loads(path.read_text()) for path in KEPT]
     assert len({r["examples_hash"] for r in results}) == 1
-    masks = {tables.clean(path).tobytes() for path in KEPT}
+    masks = {kept.clean(path).tobytes() for path in KEPT}
     assert len(masks) == 1
     # What a method trained on all 3,000 calls clean is what the tests take as clean.
     found = {r["clean"]["n"] for r in results if not (r["training_arguments"] or {}).get("limit")}
-    assert found == {int(tables.clean(KEPT[0]).sum())}
+    assert found == {int(kept.clean(KEPT[0]).sum())}
+
+
+def test_the_pictures_were_drawn_from_the_kept_files():
+    readme = (experiment.REPO / "README.md").read_text(encoding="utf-8")
+    for name in pictures.PICTURES:
+        with Image.open(RESULTS / f"{name}.png") as picture:
+            found = picture.text["Description"]
+        assert found == pictures.digest(), "run: python tests/results/tables.py --write"
+        assert f"(tests/results/{name}.png)" in readme
+
+
+def test_the_pictures_show_the_kept_accuracies():
+    def accuracy(path):
+        return json.loads((RESULTS / path).read_text())["accuracy"]
+
+    _, part = pictures.accuracies().axes
+    points, *_ = part.containers[0].lines  # 0.5B
+    names = [name for name in kept.METHODS if kept.find(name)]
+    drawn = dict(zip(names, points.get_xdata(), strict=True))
+    assert drawn["head_only"] == accuracy("0.5b/head_only.json")
+    seeds = [accuracy(f"0.5b/lora_head-s{seed}.json") for seed in kept.find("lora_head")]
+    assert drawn["lora_head"] == pytest.approx(np.mean(seeds))
+    (axes,) = pictures.curve().axes
+    for container, name in zip(axes.containers, kept.TRAINED, strict=True):
+        points, *_ = container.lines
+        assert points.get_ydata()[0] == accuracy(f"0.5b/{name}-n50.json")
+
+
+def test_the_interval_of_one_seed_is_that_of_the_paired_bootstrap():
+    a, b = (kept.right(kept.find(name)[None]) for name in ("head_only", "zero_shot"))
+    difference, *interval = paired_bootstrap(a, b)
+    assert kept.mean_interval(a.astype(int) - b) == pytest.approx(interval, abs=1e-12)
+    assert difference == np.mean(a.astype(int) - b)
+
+
+def test_several_seeds_are_compared_by_their_mean_on_the_clean_rows():
+    one, other = kept.find("lora_label_scoring"), kept.find("lora_head")
+    assert set(one) == set(other)
+    rows = kept.clean(KEPT[0])
+    gains = [kept.right(one[s])[rows].mean() - kept.right(other[s])[rows].mean() for s in one]
+    test = kept.compared("lora_label_scoring", "lora_head")
+    assert test.difference == pytest.approx(np.mean(gains))
+    assert test.interval[0] < test.difference < test.interval[1]
+    assert [(t["only_a"] - t["only_b"]) / rows.sum() for t in test.tests] == pytest.approx(gains)
+    # And what has no seed goes with each.
+    assert len(kept.compared("lora_head", "head_only").tests) == len(one)
+
+
+def test_the_interval_of_an_auc_is_about_that_of_a_bootstrap():
+    """Hanley and McNeil's assumes exponential scores: within a fifth of its length here."""
+    predictions = kept.find("zero_shot")[None].predictions
+    labels, scores = predictions.labels, predictions.scores
+    rng = np.random.default_rng(0)
+    draws = [
+        auc_roc(labels[rows], scores[rows])
+        for rows in rng.integers(len(labels), size=(1000, len(labels)))
+    ]
+    counts = int(labels.sum()), int((1 - labels).sum())
+    low, high = kept.auc_interval(auc_roc(labels, scores), *counts)
+    assert [low, high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=(high - low) / 5)
+    # By hand: A = 0.75 with 2 and 2 rows, Q1 = 0.6, Q2 = 1.125 / 1.75.
+    assert kept.auc_interval(0.75, 2, 2)[0] == pytest.approx(0.75 - 1.96 * (0.305357 / 4) ** 0.5)

@@ -1,10 +1,10 @@
 """What the numbers say of six claims, in English and Chinese; tables.py fills in every figure.
 
-{acc NAME}    accuracy with its interval, or mean ± standard deviation over seeds
-{auc NAME}    likewise
-{diff A B}    accuracy of A minus that of B on the same rows: paired interval and McNemar's p
-{off NAME}    share of answers without a label word, with its interval
-{set A WORDS} AUC with other label words, from a row with --label-sets
+{acc NAME}       accuracy with its interval; of several seeds the mean's
+{auc NAME}       likewise AUC
+{auc NAME WORDS} AUC with other label words, from a row with --label-sets
+{diff A B}       accuracy of A minus that of B on the clean rows: paired interval, McNemar's p
+{off NAME}       share of answers without a label word, with its interval
 """
 
 # Claim, then what the numbers show and what they do not.
@@ -46,8 +46,8 @@ ENGLISH = (
         "embedding alone trained gets {acc embeddings-words}, against LoRA "
         "{diff embeddings-words lora_label_scoring}; the vectors of 负面 and 正面 moved little "
         "more than those of the texts' own tokens (table above); and words that were never trained "
-        "on rank far better as well: 负向/正向 from an AUC of {set zero_shot 负向/正向} to "
-        "{set embeddings-words 负向/正向}.",
+        "on rank far better as well: 负向/正向 from an AUC of {auc zero_shot 负向/正向} to "
+        "{auc embeddings-words 负向/正向}.",
     ),
     (
         "Generating instead of scoring goes off track.",
@@ -90,7 +90,7 @@ CHINESE = (
         "只训练词向量的标签打分得到 {acc embeddings-words}，与 LoRA 相比 "
         "{diff embeddings-words lora_label_scoring}；负面、正面的向量只比评论里其他词的"
         "向量多动了一点（见英文部分的表）；从未训练过的标签词排序也好了很多：负向/正向的 AUC 从 "
-        "{set zero_shot 负向/正向} 到 {set embeddings-words 负向/正向}。",
+        "{auc zero_shot 负向/正向} 到 {auc embeddings-words 负向/正向}。",
     ),
     (
         "让模型生成而不是打分会跑题。",

@@ -1,82 +1,82 @@
 #!/usr/bin/env python3
-"""The tables of README's "Results", made from the files that are kept in this directory.
+"""The tables and pictures of README's "Results", made from the files kept in this directory.
 
     python tests/results/tables.py            # prints them
-    python tests/results/tables.py --write    # puts them between the marks in README.md
+    python tests/results/tables.py --write    # puts them between the marks in README.md, and draws
 
 A table stands in README between <!-- results: NAME --> and <!-- end -->. Rows that have not been
 computed yet are left out.
 """
 
 import argparse
-import json
 import math
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
-from pathlib import Path
 
-import numpy as np
 from answers import CHINESE, ENGLISH
-from experiment import CURVE, KEPT, REPO, SEEDS, SETS, TRAINING_ROWS, all_rows, commands
+from experiment import CURVE, KEPT, MODELS, REPO, SEEDS, SETS, TRAINING_ROWS, all_rows, commands
+from kept import (
+    METHODS,
+    TRAINED,
+    accuracy_interval,
+    auc_interval,
+    compared,
+    find,
+    mean,
+    mean_sd,
+    off_track_interval,
+    shown,
+)
 
 sys.path.insert(0, str(REPO))
-from qwen_min.compare import Result, read_result
-from qwen_min.metrics import mcnemar_exact, paired_bootstrap, wilson_interval
 from qwen_min.report import markdown_table, p_value
 
-# Rows of the main table: name of the kept file without its seed, and what the reader sees.
-METHODS = {
-    "zero_shot": "`zero_shot`",
-    "zero_shot-xiaoji": "`zero_shot`, 消极/积极",
-    "zero_shot-chahao": "`zero_shot`, 差/好",
-    "zero_shot-xiang": "`zero_shot`, 负向/正向",
-    "zero_shot-chat": "`zero_shot --chat`",
-    "zero_shot_generate": "`zero_shot_generate`",
-    "zero_shot_generate-chat": "`zero_shot_generate --chat`",
-    "head_only": "`head_only`",
-    "head_only-best": "`head_only --layer best`",
-    "head_only-mean": "`head_only --pooling mean`",
-    "head_only-mean-best": "`head_only --pooling mean --layer best`",
-    "lora_head": "`lora_head`",
-    "lora_label_scoring": "`lora_label_scoring`",
-    "lora_label_scoring-xiang": "`lora_label_scoring`, 负向/正向",
-    "transplanted_head": "`transplanted_head`",
-    "probe-of-lora_head": "`head_only --adapter` (`lora_head`)",
-    "probe-of-lora_label_scoring": "`head_only --adapter` (`lora_label_scoring`)",
-    "embeddings-head": "`lora_head --train-embeddings --lora-targets none`",
-    "embeddings-words": "`lora_label_scoring --train-embeddings --lora-targets none`",
-    "embeddings-lora-words": "`lora_label_scoring --train-embeddings`",
-}
 ENGLISH_HEADS = ["method", "accuracy", "95 % interval", "precision", "F1", "recall 负面"]
 ENGLISH_HEADS += ["recall 正面", "AUC", "ECE", "clean part", "trained", "train s"]
 CHINESE_HEADS = ["方法", "准确率", "95 % 区间", "精确率", "F1", "负面召回", "正面召回"]
 CHINESE_HEADS += ["AUC", "ECE", "去重后准确率", "训练参数", "训练秒数"]
+DIARY_HEADS = ["method", "diary, 1.5B", "here, 1.5B", "here, 0.5B"]
+DIARY_CHINESE_HEADS = ["方法", "日记（1.5B）", "这里，1.5B", "这里，0.5B"]
 # What the claims rest on: A against B.
 PAIRS = (
     ("head_only", "zero_shot"),
     ("head_only-best", "head_only"),
     ("head_only-mean", "head_only"),
+    ("head_only-mean-best", "head_only"),
     ("lora_head", "head_only"),
+    ("lora_label_scoring", "head_only"),
+    ("lora_label_scoring", "lora_head"),
+    ("lora_label_scoring-xiang", "lora_label_scoring"),
     ("transplanted_head", "lora_head"),
     ("transplanted_head", "zero_shot"),
     ("probe-of-lora_head", "lora_head"),
     ("probe-of-lora_head", "head_only"),
     ("probe-of-lora_label_scoring", "lora_label_scoring"),
-    ("lora_label_scoring", "lora_head"),
-    ("lora_label_scoring-xiang", "lora_label_scoring"),
-    ("lora_label_scoring", "zero_shot"),
+    ("probe-of-lora_label_scoring", "head_only"),
+    *((f"lora_label_scoring-n{n}", f"{other}-n{n}") for n in CURVE for other in TRAINED[:2]),
     ("zero_shot-xiaoji", "zero_shot"),
     ("zero_shot-chahao", "zero_shot"),
     ("zero_shot-xiang", "zero_shot"),
     ("embeddings-head", "head_only"),
-    ("embeddings-head", "transplanted_head"),
     ("embeddings-words", "lora_label_scoring"),
     ("embeddings-lora-words", "lora_label_scoring"),
     ("zero_shot_generate-chat", "zero_shot-chat"),
+    ("1.5b/zero_shot", "zero_shot"),
+    ("1.5b/head_only", "1.5b/zero_shot"),
+    ("1.5b/head_only", "head_only"),
+    ("1.5b/head_only-best", "1.5b/head_only"),
+    ("1.5b/lora_label_scoring", "1.5b/head_only"),
+    ("1.5b/lora_label_scoring", "lora_label_scoring"),
 )
+# What the diary reports of Qwen2.5-1.5B; its "head-only" is, by its own files, the third of these.
+DIARY = {
+    "zero_shot": 0.880,
+    "head_only": None,
+    "transplanted_head": 0.512,
+    "lora_head": 0.938,
+    "lora_label_scoring": 0.958,
+}
 CALIBRATIONS = {
     "raw": "raw",
     "contextual": "contextual",
@@ -87,101 +87,92 @@ CALIBRATIONS = {
 }
 
 
-@cache
-def find(name: str, size: str = "0.5b") -> dict[int | None, Result]:
-    """The kept results of a row by seed; None for what draws nothing at random."""
-    named = [(seed, KEPT / size / f"{name}-s{seed}.json") for seed in SEEDS]
-    found = {seed: read_result(path) for seed, path in named if path.exists()}
-    if (path := KEPT / size / f"{name}.json").exists():
-        result = read_result(path)
-        training = result.results["training_arguments"]
-        # A probe is solved, not drawn; the others that have no seed in their name were given 0.
-        solved = training is None or training["method"] == "head_only"
-        found[None if solved else training["seed"]] = result
-    return found
-
-
-@cache
-def clean(path: Path) -> np.ndarray:
-    """Which rows of dev are not among the training rows: (n,) of true and false."""
-    lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    return np.array([json.loads(line)["clean"] for line in lines])
-
-
 def number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def over_seeds(values: list[float | None], digits: int = 4) -> str:
-    """A value; of several seeds their mean ± sample standard deviation."""
-    if None in values or len(values) == 1:
-        return number(values[0], digits)
-    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+def signed(value: float) -> str:
+    return f"{value:+.3f}"
 
 
-def between(interval: tuple[float, float]) -> str:
-    return "{:.3f} to {:.3f}".format(*interval)
+def between(interval: tuple[float, float], show: Callable[[float], str] = "{:.3f}".format) -> str:
+    return " to ".join(map(show, interval))
 
 
 def methods(size: str, heads: list[str] = ENGLISH_HEADS) -> str:
     """The main table."""
     rows = []
-    for name, shown in METHODS.items():
-        if not (found := list(find(name, size).values())):
+    for name in METHODS:
+        if not (found := list(find(f"{size}/{name}").values())):
             continue
         measures = [result.measures for result in found]
-        keys = ("precision", "f1", "recall_0", "recall_1", "auc_roc", "ece")
+        column = {key: [m[key] for m in measures] for key in measures[0]}
         clean = [result.results["clean"]["accuracy"] for result in found]
-        interval = between(found[0].results["accuracy_interval"])
         rows.append(
             [
-                shown,
-                over_seeds([m["accuracy"] for m in measures]),
-                interval if len(found) == 1 else f"{len(found)} seeds",
-                *(over_seeds([m[key] for m in measures], 3) for key in keys),
-                over_seeds(clean),
-                f"{measures[0]['trained_parameters']:,}",
-                over_seeds([m["training_seconds"] for m in measures], 0),
+                METHODS[name],
+                mean_sd(column["accuracy"], "{:.4f}".format),
+                between(accuracy_interval(found)),
+                *(number(mean(column[key]), 3) for key in ("precision", "f1")),
+                *(number(mean(column[key]), 3) for key in ("recall_0", "recall_1")),
+                mean_sd(column["auc_roc"], "{:.3f}".format),
+                number(mean(column["ece"]), 3),
+                number(mean(clean)),
+                f"{column['trained_parameters'][0]:,}",
+                number(mean(column["training_seconds"]), 0),
             ]
         )
+    return markdown_table(heads, rows)
+
+
+def diary(heads: list[str] = DIARY_HEADS) -> str:
+    """The diary's accuracies beside those of here."""
+    rows = []
+    for name, reported in DIARY.items():
+        cells = [METHODS[name], number(reported, 3)]
+        for size in reversed(MODELS):
+            found = list(find(f"{size}/{name}").values())
+            cells.append(figure("acc", f"{size}/{name}") if found else "-")
+        rows.append(cells)
     return markdown_table(heads, rows)
 
 
 def seeds() -> str:
     """Accuracy and interval of each seed."""
     rows = []
-    for name, shown in METHODS.items():
+    for name in METHODS:
         found = find(name)
         if len(found) == len(SEEDS):
+            results = [found[seed] for seed in SEEDS]
             cells = [
-                f"{r.results['accuracy']:.4f} ({between(r.results['accuracy_interval'])})"
-                for r in (found[seed] for seed in SEEDS if seed in found)
+                f"{r.results['accuracy']:.4f} ({between(accuracy_interval([r]))})" for r in results
             ]
-            rows.append([shown, *cells])
+            rows.append([METHODS[name], *cells])
     return markdown_table(["method", *(f"seed {seed}" for seed in SEEDS)], rows)
 
 
 def pairs() -> str:
-    """The paired tests."""
+    """The paired tests, and which of them stand up to their number."""
+    found = [(a, b, test) for a, b in PAIRS if (test := compared(a, b))]
+    count = sum(len(test.p) for _, _, test in found)
+    bound = 0.05 / max(count, 1)
     rows = []
-    for a, b in PAIRS:
-        for seed, test in tests_of(a, b):
-            low, high = test["interval"]
-            rows.append(
-                [
-                    METHODS[a],
-                    METHODS[b],
-                    "" if seed is None else str(seed),
-                    f"{test['difference']:+.4f}",
-                    f"{low:+.4f} to {high:+.4f}",
-                    f"{test['only_a']} : {test['only_b']}",
-                    p_value(test["p"]),
-                ]
-            )
-    heads = ["A", "B", "seed", "A − B", "95 % interval", "only A : only B right", "McNemar p"]
-    note = (
-        f"{len(rows)} tests: p < {0.05 / max(len(rows), 1):.2g} stands up to that number of them."
-    )
+    for a, b, test in found:
+        stand = sum(p < bound for p in test.p)
+        some = f"{stand} of {len(test.p)} seeds"
+        rows.append(
+            [
+                shown(a),
+                shown(b),
+                signed(test.difference),
+                between(test.interval, signed),
+                ", ".join(f"{t['only_a']} : {t['only_b']}" for t in test.tests),
+                ", ".join(map(p_value, test.p)),
+                {0: "no", len(test.p): "yes"}.get(stand, some),
+            ]
+        )
+    heads = ["A", "B", "A − B", "95 % interval", "only A : only B right", "McNemar p", "real"]
+    note = f"{count} tests; real: p < 0.05 / {count} = {bound:.2g}."
     return f"{markdown_table(heads, rows, words=2)}\n\n{note}"
 
 
@@ -212,16 +203,16 @@ def label_sets() -> str:
 
 def curve() -> str:
     """Accuracy against the number of training rows, one epoch of each."""
-    names = ("head_only", "lora_head", "lora_label_scoring")
     sizes = (*CURVE, TRAINING_ROWS)
     rows = []
-    for name in names:
-        columns = [find(f"{name}-n{n}") if n in CURVE else find(name) for n in sizes]
-        cells = [
-            f"{c.results['accuracy']:.4f} ({between(c.results['accuracy_interval'])})" if c else "-"
-            for c in (next(iter(column.values()), None) for column in columns)
-        ]
-        rows.append([METHODS[name].split(",")[0], *cells])
+    for name in TRAINED:
+        cells = []
+        for n in sizes:
+            found = find(f"{name}-n{n}" if n in CURVE else name)
+            result = found.get(0, found.get(None))
+            accuracy = result and f"{result.results['accuracy']:.4f}"
+            cells.append(f"{accuracy} ({between(accuracy_interval([result]))})" if result else "-")
+        rows.append([METHODS[name], *cells])
     # A tenth is held out; eight rows are a step.
     steps = [f"{math.ceil((n - n // 10) / 8)}" for n in sizes]
     rows.append(["steps of LoRA", *steps])
@@ -269,7 +260,7 @@ def generation() -> str:
                     METHODS[name],
                     number(result.results["accuracy"]),
                     f"{astray} of {n}",
-                    between(wilson_interval(astray, n)),
+                    between(off_track_interval(result)),
                 ]
             )
     return markdown_table(["", "accuracy", "off track", "95 % interval"], rows)
@@ -278,56 +269,36 @@ def generation() -> str:
 def typed() -> str:
     """The commands of each kept row."""
     lines = []
-    for size in ("0.5b", "1.5b"):
+    for size in MODELS:
         for row in all_rows(size):
             if (KEPT / size / f"{row.name}.json").exists():
                 lines += commands(row, size)
     return "```\n" + "\n".join(lines) + "\n```"
 
 
-def tests_of(a: str, b: str) -> list[tuple[int | None, dict]]:
-    """A against B on the clean rows, for each seed that both have; no seed goes with every one."""
-    found_a, found_b = find(a), find(b)
-    tests = []
-    for seed in sorted({*found_a, *found_b} - {None}) or [None]:
-        one, other = (found.get(seed, found.get(None)) for found in (found_a, found_b))
-        if one is None or other is None:
-            continue
-        if one.results["examples_hash"] != other.results["examples_hash"]:
-            sys.exit(f"error: {one.path} and {other.path} are about different rows")
-        # What is clean is so for every method, whatever it was trained on.
-        rows = clean(one.path)
-        right = [(r.predictions.predicted == r.predictions.labels)[rows] for r in (one, other)]
-        difference, *interval = paired_bootstrap(*right)
-        test = {"difference": difference, "interval": interval, **mcnemar_exact(*right)}
-        tests.append((seed, test))
-    return tests
-
-
 def figure(kind: str, a: str, b: str = "") -> str:
     """One figure of an answer (see answers.py); a dash for what has not been computed."""
     found = list(find(a).values())
-    if not found or (kind == "diff" and not find(b)):
+    if not found or (kind == "diff" and not compared(a, b)):
         return "–"
     first = found[0].results
-    if kind == "set":
-        return number(
-            next(e["auc_roc"] for e in first["label_sets"] if "/".join(e["labels"]) == b), 3
-        )
     if kind == "diff":
-        return "; ".join(
-            f"{test['difference']:+.3f} ({test['interval'][0]:+.3f} to {test['interval'][1]:+.3f}, "
-            f"p = {p_value(test['p'])})"
-            for _, test in tests_of(a, b)
-        )
+        test = compared(a, b)
+        p = ", ".join(map(p_value, test.p))
+        return f"{signed(test.difference)} ({between(test.interval, signed)}; p = {p})"
     if kind == "off":
-        astray, n = first["off_track"], first["n"]
-        return f"{astray / n:.3f} ({between(wilson_interval(astray, n))})"
-    key = {"acc": "accuracy", "auc": "auc_roc"}[kind]
-    value = over_seeds([result.results[key] for result in found], 3)
-    if kind == "acc" and len(found) == 1:
-        value += f" ({between(first['accuracy_interval'])})"
-    return value
+        share = first["off_track"] / first["n"]
+        return f"{share:.3f} ({between(off_track_interval(found[0]))})"
+    if kind == "acc":
+        accuracy = mean([result.results["accuracy"] for result in found])
+        return f"{accuracy:.3f} ({between(accuracy_interval(found))})"
+    entries = [result.results for result in found]
+    if b:
+        sets = [entry for results in entries for entry in results["label_sets"]]
+        entries = [entry for entry in sets if "/".join(entry["labels"]) == b]
+    auc = mean([entry["auc_roc"] for entry in entries])
+    negative, positive = (entry["support"] for entry in first["per_class"])
+    return f"{auc:.3f} ({between(auc_interval(auc, positive, negative))})"
 
 
 def claims(answers: tuple[tuple[str, str], ...]) -> str:
@@ -339,10 +310,18 @@ def claims(answers: tuple[tuple[str, str], ...]) -> str:
     return "\n".join(f"{i}. *{claim}* {filled(text)}" for i, (claim, text) in enumerate(answers, 1))
 
 
+def chinese(text: str) -> str:
+    """Intervals as they are written in Chinese."""
+    return re.sub(r"(?<=\d) to (?=[+-]?\d)", " ～ ", text)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "methods": lambda: methods("0.5b"),
-    "methods zh": lambda: methods("0.5b", CHINESE_HEADS),
+    "methods zh": lambda: chinese(methods("0.5b", CHINESE_HEADS)),
     "methods 1.5b": lambda: methods("1.5b"),
+    "methods 1.5b zh": lambda: chinese(methods("1.5b", CHINESE_HEADS)),
+    "diary": diary,
+    "diary zh": lambda: chinese(diary(DIARY_CHINESE_HEADS)),
     "seeds": seeds,
     "pairs": pairs,
     "label sets": label_sets,
@@ -351,7 +330,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation": generation,
     "commands": typed,
     "claims": lambda: claims(ENGLISH),
-    "claims zh": lambda: claims(CHINESE),
+    "claims zh": lambda: chinese(claims(CHINESE)),
 }
 MARK = re.compile(r"(<!-- results: ([\w. ]+) -->).*?(<!-- end -->)", re.DOTALL)
 
@@ -370,12 +349,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="into README.md")
+    parser.add_argument(
+        "--write", action="store_true", help="into README.md, and the pictures beside"
+    )
     args = parser.parse_args()
     if not args.write:
         return print("\n".join(all_tables()))
     path = REPO / "README.md"
     path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
+    import pictures  # here: matplotlib is needed for nothing else
+
+    pictures.draw()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""The kept results, and the statistics that tables, pictures and answers take from them.
+
+A row is named as in experiment.py, without its seed; one of the larger model 1.5b/NAME. Pairs of
+methods are tested on the clean rows of dev: those whose text is not among the training rows.
+"""
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from experiment import CURVE, KEPT, MODELS, REPO, SEEDS
+
+sys.path.insert(0, str(REPO))
+from qwen_min.compare import Result, read_result
+from qwen_min.metrics import mcnemar_exact, wilson_interval
+
+# Rows of the main table, and what the reader sees.
+METHODS = {
+    "zero_shot": "`zero_shot`",
+    "zero_shot-xiaoji": "`zero_shot`, 消极/积极",
+    "zero_shot-chahao": "`zero_shot`, 差/好",
+    "zero_shot-xiang": "`zero_shot`, 负向/正向",
+    "zero_shot-chat": "`zero_shot --chat`",
+    "zero_shot_generate": "`zero_shot_generate`",
+    "zero_shot_generate-chat": "`zero_shot_generate --chat`",
+    "head_only": "`head_only`",
+    "head_only-best": "`head_only --layer best`",
+    "head_only-mean": "`head_only --pooling mean`",
+    "head_only-mean-best": "`head_only --pooling mean --layer best`",
+    "lora_head": "`lora_head`",
+    "lora_label_scoring": "`lora_label_scoring`",
+    "lora_label_scoring-xiang": "`lora_label_scoring`, 负向/正向",
+    "transplanted_head": "`transplanted_head`",
+    "probe-of-lora_head": "`head_only --adapter` (`lora_head`)",
+    "probe-of-lora_label_scoring": "`head_only --adapter` (`lora_label_scoring`)",
+    "embeddings-head": "`lora_head --train-embeddings --lora-targets none`",
+    "embeddings-words": "`lora_label_scoring --train-embeddings --lora-targets none`",
+    "embeddings-lora-words": "`lora_label_scoring --train-embeddings`",
+}
+TRAINED = ("head_only", "lora_head", "lora_label_scoring")  # those of the learning curve
+
+
+def place(name: str) -> Path:
+    """Where the files of a row are kept, without what tells seed and kind."""
+    size, _, bare = name.rpartition("/")
+    return KEPT / (size or next(iter(MODELS))) / bare
+
+
+def shown(name: str) -> str:
+    """What the reader sees of a row: `1.5b/head_only-n50` is "1.5B: `head_only`, 50 rows"."""
+    size, _, bare = name.rpartition("/")
+    method, _, rows = bare.rpartition("-n")
+    part = f", {rows} rows" if method and rows in map(str, CURVE) else ""
+    return (f"{size.upper()}: " if size else "") + METHODS[method if part else bare] + part
+
+
+@cache
+def find(name: str) -> dict[int | None, Result]:
+    """The kept results of a row by seed; None for what draws nothing at random."""
+    path = place(name)
+    named = [(seed, path.with_name(f"{path.name}-s{seed}.json")) for seed in SEEDS]
+    found = {seed: read_result(file) for seed, file in named if file.exists()}
+    if (file := path.with_name(f"{path.name}.json")).exists():
+        result = read_result(file)
+        training = result.results["training_arguments"]
+        # A probe is solved, not drawn; the others that have no seed in their name were given 0.
+        solved = training is None or training["method"] == "head_only"
+        found[None if solved else training["seed"]] = result
+    return found
+
+
+@cache
+def clean(path: Path) -> np.ndarray:
+    """Which rows of dev are not among the training rows: (n,) of true and false."""
+    lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    return np.array([json.loads(line)["clean"] for line in lines])
+
+
+def right(result: Result) -> np.ndarray:
+    """Which rows a result has right: (n,) of true and false."""
+    return result.predictions.predicted == result.predictions.labels
+
+
+def mean_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile interval of the mean of (n,) numbers, rows drawn with replacement, seed 0.
+
+    As `metrics.paired_bootstrap`, for numbers that are means over seeds: they take few levels, and
+    how often each level is drawn is one multinomial.
+    """
+    levels, counts = np.unique(values, return_counts=True)
+    draws = np.random.default_rng(0).multinomial(len(values), counts / len(values), size=resamples)
+    low, high = np.quantile(draws @ levels / len(values), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def accuracy_interval(results: Sequence[Result]) -> tuple[float, float]:
+    """Wilson's interval of one result; of several seeds that of their mean, by rows drawn anew."""
+    if len(results) == 1:
+        return tuple(results[0].results["accuracy_interval"])
+    return mean_interval(np.mean([right(r) for r in results], axis=0))
+
+
+def off_track_interval(result: Result) -> tuple[float, float]:
+    """Wilson's interval of the share of answers without a label word."""
+    return wilson_interval(result.results["off_track"], result.results["n"])
+
+
+def auc_interval(auc: float, positive: int, negative: int) -> tuple[float, float]:
+    """95 % interval of an AUC from itself and the sizes of the classes (Hanley and McNeil 1982).
+
+    Q1: the chance that two positive rows both rank above a negative one, Q2: that one positive row
+    ranks above two negative ones, both as for exponential scores.
+    """
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (positive - 1) * (q1 - auc**2) + (negative - 1) * (q2 - auc**2)
+    half = 1.96 * math.sqrt(variance / (positive * negative))
+    return max(auc - half, 0.0), min(auc + half, 1.0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A against B on the clean rows, seed by seed; what has no seed goes with every one."""
+
+    difference: float  # accuracy of A minus that of B, mean over the seeds
+    interval: tuple[float, float]  # of that mean, rows drawn anew, these seeds
+    tests: list[dict]  # McNemar's, one for each seed
+
+    @property
+    def p(self) -> list[float]:
+        return [test["p"] for test in self.tests]
+
+
+@cache
+def compared(a: str, b: str) -> Comparison | None:
+    """The comparison of two rows by name; None unless both are kept, with a seed in common."""
+    found_a, found_b = find(a), find(b)
+    pairs = [
+        (found_a.get(seed, found_a.get(None)), found_b.get(seed, found_b.get(None)))
+        for seed in sorted({*found_a, *found_b} - {None}) or [None]
+    ]
+    pairs = [(one, other) for one, other in pairs if one and other]
+    if not pairs:
+        return None
+    for one, other in pairs:
+        if one.results["examples_hash"] != other.results["examples_hash"]:
+            sys.exit(f"error: {one.path} and {other.path} are about different rows")
+    # What is clean is so for every method, whatever it was trained on.
+    rights = [tuple(right(r)[clean(r.path)] for r in pair) for pair in pairs]
+    gain = np.mean([one.astype(int) - other for one, other in rights], axis=0)  # of each row
+    tests = [mcnemar_exact(*pair) for pair in rights]
+    return Comparison(float(gain.mean()), mean_interval(gain), tests)
+
+
+def mean_sd(values: list[float | None], show: Callable[[float], str]) -> str:
+    """A value as text; of several seeds their mean ± sample standard deviation; - for none."""
+    if None in values:
+        return "-"
+    if len(values) == 1:
+        return show(values[0])
+    return f"{show(statistics.fmean(values))} ± {show(statistics.stdev(values))}"
+
+
+def mean(values: list[float | None]) -> float | None:
+    """The mean over seeds; None where one is undefined."""
+    return None if None in values else statistics.fmean(values)

@@ -1,0 +1,132 @@
+"""The pictures of README's "Results", drawn from the kept files (needs matplotlib).
+
+Drawn by `python tests/results/tables.py --write`. Each PNG carries the hash of the kept files, so
+that a test sees when the two have parted.
+"""
+
+import hashlib
+import sys
+
+import matplotlib
+import numpy as np
+from experiment import CURVE, KEPT, REPO, TRAINING_ROWS
+from kept import METHODS, TRAINED, accuracy_interval, find, mean
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(REPO))
+from qwen_min.compare import Result
+from qwen_min.plots import LINES, MARKERS, find_font, plot_reliability, plot_roc, readable
+
+# Whose curves are drawn; reliability also of a probe on an adapted base.
+MAIN = ("zero_shot", "head_only", "transplanted_head", "lora_head", "lora_label_scoring")
+FONT, DRAWABLE = find_font("".join(METHODS.values()))
+
+
+def plain(name: str) -> str:
+    """What is drawn for a method: its name in the table, without Markdown."""
+    return readable(METHODS[name].replace("`", ""), DRAWABLE)
+
+
+def first(name: str) -> Result | None:
+    """Seed 0, or the only result."""
+    found = find(name)
+    return found.get(0, found.get(None))
+
+
+def error_bars(results: list[list[Result]]) -> dict[str, np.ndarray]:
+    """Mean accuracies of groups of seeds, and the lengths of their bars, (2, groups)."""
+    accuracy = np.array([mean([r.results["accuracy"] for r in group]) for group in results])
+    low, high = np.array([accuracy_interval(group) for group in results]).T
+    return {"accuracy": accuracy, "bars": np.array([accuracy - low, high - accuracy])}
+
+
+def accuracies() -> Figure:
+    """Accuracy of every method with its interval: the whole scale, and its upper part."""
+    names = [name for name in METHODS if find(name)]
+    figure = Figure(figsize=(11, 0.34 * len(names) + 1.2), layout="constrained")
+    whole, part = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1.6])
+    for size, marker, fill, shift in (("0.5b", "o", "black", -0.14), ("1.5b", "s", "white", 0.18)):
+        groups = [list(find(f"{size}/{name}").values()) for name in names]
+        y = np.flatnonzero([len(group) > 0 for group in groups])
+        if not len(y):
+            continue
+        drawn = error_bars([groups[i] for i in y])
+        for axes in (whole, part):
+            axes.errorbar(
+                drawn["accuracy"], y + shift, xerr=drawn["bars"], fmt=marker, color="black",
+                markerfacecolor=fill, markersize=4.5, capsize=2,
+                label=f"{size.upper()}, 95 % interval",
+            )  # fmt: skip
+        seeds = [(r.results["accuracy"], i) for i in y for r in groups[i] if len(groups[i]) > 1]
+        if seeds:
+            x, rows = np.array(seeds).T
+            part.plot(x, rows + 0.2, "|", color="0.4", label=f"{size.upper()}, single seeds")
+    whole.set_yticks(range(len(names)), map(plain, names))
+    whole.invert_yaxis()
+    rows = first("zero_shot").results["n"]
+    whole.set(xlim=(0, 1), xlabel=f"accuracy on dev ({rows:,} rows)")
+    part.set(xlim=(0.8, 0.96), xlabel="the same, 0.80 to 0.96")
+    part.legend(loc="center left", fontsize="small")
+    for axes in (whole, part):
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+    return figure
+
+
+def curve() -> Figure:
+    """Accuracy against rows of training: one epoch, seed 0."""
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    untrained = first("zero_shot").results
+    axes.axhspan(*untrained["accuracy_interval"], color="0.93")
+    axes.axhline(untrained["accuracy"], color="0.4", linewidth=1, label="zero_shot (no rows)")
+    sizes = (*CURVE, TRAINING_ROWS)
+    for i, name in enumerate(TRAINED):
+        results = [first(f"{name}-n{n}" if n in CURVE else name) for n in sizes]
+        # A little apart, so that no bar hides another.
+        x = [n * 1.04 ** (i - 1) for n, result in zip(sizes, results, strict=True) if result]
+        drawn = error_bars([[result] for result in results if result])
+        axes.errorbar(
+            x, drawn["accuracy"], yerr=drawn["bars"], label=name, color=f"C{i}",
+            marker=MARKERS[i], linestyle=LINES[i], markersize=5, elinewidth=0.8, capsize=2,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, map("{:,}".format, sizes))
+    axes.minorticks_off()
+    axes.set(xlabel="rows of training (a tenth held out), one epoch", ylabel="accuracy on dev")
+    axes.grid(color="0.9")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def roc() -> Figure:
+    """ROC curves of the main methods, of every seed."""
+    scored = [(name, {s: r.predictions for s, r in find(name).items()}) for name in MAIN]
+    words = [readable(e["name"], DRAWABLE) for e in first("zero_shot").results["per_class"]]
+    return plot_roc(scored, [(word, word) for word in words])
+
+
+def reliability() -> Figure:
+    """Reliability of the main methods, seed 0."""
+    names = (*MAIN, "probe-of-lora_label_scoring")
+    return plot_reliability([(plain(name), {0: first(name).predictions}) for name in names])
+
+
+PICTURES = {"accuracies": accuracies, "curve": curve, "roc": roc, "reliability": reliability}
+
+
+def digest() -> str:
+    """SHA-256 of every kept file, with its name."""
+    whole = hashlib.sha256()
+    for path in sorted(KEPT.glob("*/*.json*")):
+        whole.update(f"{path.relative_to(KEPT).as_posix()} {path.stat().st_size}\n".encode())
+        whole.update(path.read_bytes())
+    return whole.hexdigest()
+
+
+def draw() -> None:
+    """All four, beside this file."""
+    metadata = {"Description": digest(), "Software": None}
+    with matplotlib.rc_context({"font.family": ["DejaVu Sans", *filter(None, [FONT])]}):
+        for name, make in PICTURES.items():
+            make().savefig(KEPT / f"{name}.png", dpi=90, metadata=metadata)
