@@ -55,6 +55,7 @@ PAIRS = (
     ("probe-of-lora_label_scoring", "lora_label_scoring"),
     ("probe-of-lora_label_scoring", "head_only"),
     *((f"lora_label_scoring-n{n}", f"{other}-n{n}") for n in CURVE for other in TRAINED[:2]),
+    *((f"head_only-n{n}", f"lora_head-n{n}") for n in CURVE),
     ("zero_shot-xiaoji", "zero_shot"),
     ("zero_shot-chahao", "zero_shot"),
     ("zero_shot-xiang", "zero_shot"),
