@@ -1,6 +1,7 @@
 """README's "Results": tables made from the kept files, and those by the commands that it shows."""
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -8,18 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 import evaluate
 import train
 from qwen_min.cli import parse_with_given
 from qwen_min.compare import read_result
+from qwen_min.hub import resolve_model
+from qwen_min.loading import load_model
 from qwen_min.metrics import auc_roc, paired_bootstrap
+from qwen_min.tokenizer import Tokenizer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 sys.path.insert(0, str(RESULTS))
 import experiment  # noqa: E402
 import kept  # noqa: E402
 import pictures  # noqa: E402
+import set_back  # noqa: E402
 import tables  # noqa: E402
 
 KEPT = sorted(RESULTS.glob("*/*.json"))
@@ -41,18 +47,20 @@ def test_the_tables_in_the_readme_are_those_of_the_kept_files():
 def test_a_kept_file_was_made_by_its_command(path):
     """What the command says is what was recorded, and so are its defaults where it says nothing."""
     size = path.parent.name
-    *training, measuring = experiment.commands(ROWS[size, path.stem], size)
+    *before, measuring = experiment.commands(ROWS[size, path.stem], size)
     results = json.loads(path.read_text())
     _, given = parse_with_given(evaluate.build_parser(), shlex.split(measuring)[2:])
     assert given
     assert {name: results["arguments"][name] for name in given} == given
-    for line in training:
+    for line in before if ROWS[size, path.stem].train else ():
         expected = vars(train.build_parser().parse_args(shlex.split(line)[2:]))
         recorded = results["training_arguments"]
         assert {name: recorded[name] for name in expected if name != "resume"} == {
             name: value for name, value in expected.items() if name != "resume"
         }
-    assert results["n"] == 1200 and "dirty" not in results["commit"]
+    assert results["n"] == 1200
+    assert set(results["commits"]) == {*(["trained"] if before else []), "evaluated"}
+    assert all(re.fullmatch("[0-9a-f]{12}", commit) for commit in results["commits"].values())
     for arguments in filter(None, (results["arguments"], results["training_arguments"])):
         assert not [value for value in arguments.values() if str(value).startswith("/")]
 
@@ -139,3 +147,29 @@ def test_the_interval_of_an_auc_is_about_that_of_a_bootstrap():
     assert [low, high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=(high - low) / 5)
     # By hand: A = 0.75 with 2 and 2 rows, Q1 = 0.6, Q2 = 1.125 / 1.75.
     assert kept.auc_interval(0.75, 2, 2)[0] == pytest.approx(0.75 - 1.96 * (0.305357 / 4) ** 0.5)
+
+
+def test_token_vectors_are_set_back(tmp_path):
+    """Of the label words' vectors and the others' one part stays as trained, to the bit."""
+    run = tmp_path / "run"
+    line = "--method lora_label_scoring --train-embeddings --lora-targets none --model tiny"
+    assert train.main([*line.split(), "--limit", "20", "--output", str(run)]) == 0
+    record = json.loads((run / "run.json").read_text())
+    for keep in ("labels", "others"):
+        set_back.main([str(run), "--keep", keep, "--output", str(tmp_path / keep)])
+    after, labels, others = (
+        next(iter(load_file(place / "embeddings.safetensors").values()))
+        for place in (run, tmp_path / "labels", tmp_path / "others")
+    )
+    base = load_model(resolve_model("tiny"), "float32").model.embed_tokens.weight
+    tokenizer = Tokenizer(resolve_model("tiny"))
+    ids = [token for word in record["labels"] for token in tokenizer.encode(word)]
+    rest = [token for token in range(len(base)) if token not in ids]
+    moved = ~(after == base).all(dim=1)
+    assert moved[ids].all() and moved[rest].any()
+    assert labels[ids].equal(after[ids]) and labels[rest].equal(base[rest])
+    assert others[rest].equal(after[rest]) and others[ids].equal(base[ids])
+    # And evaluate.py takes it as the run that it is.
+    assert evaluate.main(["--run", str(tmp_path / "labels"), "--limit", "10"]) == 0
+    kept_parameters = json.loads((tmp_path / "labels" / "run.json").read_text())
+    assert kept_parameters["trained_parameters"] == len(ids) * base.shape[1]

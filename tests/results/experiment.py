@@ -5,15 +5,17 @@
     python tests/results/experiment.py 0.5b --model DIR --train train.tsv --dev dev.tsv
     python tests/results/experiment.py 0.5b --list
 
---train and --dev are ChnSentiCorp's train.tsv and dev.tsv (label, text_a). Everything that is
+--train and --dev are ChnSentiCorp's train.tsv and dev.tsv (label, text_a) as the Chinese-BERT-wwm
+project publishes them (data/chnsenticorp in github.com/ymcui/Chinese-BERT-wwm). Everything that is
 trained sees the first 3,000 rows of the one, a tenth of them held out, which alone decides what is
 chosen; the other is scored once for each row of the table. Works in runs/ and goes on where it was
-stopped. Kept in tests/results/0.5b/ are NAME.json, with the commit that made it, and NAME.jsonl,
-scores less the row's largest to five decimals, and whether the row's text stands in the 3,000. What
-is kept is not computed again; to do that, delete runs/0.5b/NAME* as well.
+stopped. Kept in tests/results/0.5b/ are NAME.json, with the commits that trained and evaluated it,
+and NAME.jsonl, scores less the row's largest to five decimals, and whether the row's text stands in
+the 3,000. What is kept is not computed again; to do that, delete runs/0.5b/NAME* as well.
 """
 
 import argparse
+import hashlib
 import json
 import shlex
 import shutil
@@ -32,6 +34,11 @@ REPO = Path(__file__).resolve().parents[2]
 KEPT = Path(__file__).resolve().parent
 MODELS = {"0.5b": "Qwen2.5-Coder-0.5B-Instruct", "1.5b": "Qwen2.5-Coder-1.5B-Instruct"}
 TRAINING_ROWS = 3000
+# SHA-256 of what is trained on and measured: other reviews would give other numbers.
+FILES = {
+    "train-3000.tsv": "a04201f178cb868017e6217133a8cff4e853226524fd6e0f6d281f41064a65bd",
+    "dev.tsv": "d129e443eac08ce7643013dad496a8edf282be39cac1a4f2ad080818b296b331",
+}
 CURVE = (50, 200, 800)  # and all
 SEEDS = (0, 1, 2)
 SETS = {"": "负面,正面", "-xiaoji": "消极,积极", "-chahao": "差,好", "-xiang": "负向,正向"}
@@ -48,6 +55,7 @@ class Row:
     name: str
     evaluate: str  # arguments of evaluate.py beside data and output
     train: str | None = None  # arguments of train.py beside model, data and output
+    set_back: str | None = None  # instead: arguments of set_back.py beside output
 
 
 def trained(name: str, train: str, run: str | None = None, evaluate: str = "") -> Row:
@@ -99,6 +107,15 @@ def all_rows(size: str) -> list[Row]:
             None,
             sets,
         ),
+        # And of the vectors: what do those of the two label words do, what all the others?
+        *(
+            Row(
+                f"embeddings-words-{kept}",
+                f"--run {{runs}}/embeddings-words-{kept}",
+                set_back=f"{{runs}}/embeddings-words --keep {kept}",
+            )
+            for kept in ("labels", "others")
+        ),
         trained("embeddings-lora-words", f"{WORDS} --seed 0 --train-embeddings"),
         trained("head_only-mean", f"{PROBE} --pooling mean"),
         trained("head_only-mean-best", f"{PROBE} --pooling mean --layer best"),
@@ -121,6 +138,10 @@ def commands(row: Row, size: str) -> list[str]:
         lines.append(
             f"python train.py {row.train} --model {places['model']} --data {places['train']} "
             f"--output {places['runs']}/{row.name}"
+        )
+    if row.set_back is not None:
+        lines.append(
+            f"python tests/results/set_back.py {row.set_back} --output {places['runs']}/{row.name}"
         )
     out = f"{places['runs']}/{row.name}"
     lines.append(
@@ -154,6 +175,12 @@ def prepare(args: argparse.Namespace) -> None:
         part.write_text("".join(lines), encoding="utf-8", newline="")
     if not part.exists():
         sys.exit(f"error: {part} is missing; give the whole file by --train")
+    for name, expected in FILES.items():
+        if (found := hashlib.sha256((runs / name).read_bytes()).hexdigest()) != expected:
+            sys.exit(
+                f"error: runs/{name}: SHA-256 {found}, expected {expected}; give ChnSentiCorp's "
+                "train.tsv and dev.tsv, see --help"
+            )
 
 
 def commit() -> str:
@@ -165,16 +192,22 @@ def commit() -> str:
 def run(row: Row, size: str) -> None:
     """Train unless that is done, evaluate, keep."""
     directory = REPO / "runs" / size / row.name
-    *train, evaluate = commands(row, size)
-    if train and (directory / "run.json").exists():
+    *before, evaluate = commands(row, size)
+    started = (directory / "run.json").exists()
+    if started and row.train is None:
+        before = []
+    elif started:
         # A probe that was cut off would be timed from its cached features on: it starts anew.
         finished = json.loads((directory / "run.json").read_text())["finished"]
         if PROBE in row.train and not finished:
             shutil.rmtree(directory)
+            started = False
         else:
-            train = [f"{train[0]} --resume"]  # which refuses to go on with other arguments
-    directory.with_suffix(".commit").write_text(commit())
-    for line in [*train, evaluate]:
+            before = [f"{before[0]} --resume"]  # which refuses to go on with other arguments
+    if before and not started:
+        directory.with_suffix(".trained").write_text(commit())
+    directory.with_suffix(".evaluated").write_text(commit())
+    for line in [*before, evaluate]:
         print(f"$ {line}", flush=True)
         words = [sys.executable, *shlex.split(line)[1:]]
         with open(directory.with_suffix(".log"), "a") as log:
@@ -207,20 +240,32 @@ def keep(row: Row, size: str) -> None:
     """
     made, kept = REPO / "runs" / size / f"{row.name}.json", KEPT / size / f"{row.name}.json"
     kept.parent.mkdir(exist_ok=True)
+    results = json.loads(made.read_text())
+    if results.pop("off_track_examples", None) is not None:
+        results["off_track_words"] = dict.fromkeys(SETS.values(), 0)
     with open(made.with_suffix(".jsonl")) as lines, open(kept.with_suffix(".jsonl"), "w") as out:
         for line in lines:
             prediction = json.loads(line)
             if (scores := prediction["scores"]) is not None:
                 prediction["scores"] = [round(score - max(scores), 5) for score in scores]
-            prediction.pop("answer", None)
+            answer = prediction.pop("answer", None)
+            if answer is not None and prediction["prediction"] == -1:
+                # Off track by the letter: does it say the same in other words?
+                for words in SETS.values():
+                    said = any(word in answer for word in words.split(","))
+                    results["off_track_words"][words] += said
             prediction["clean"] = prediction["index"] not in contaminated()
             out.write(json.dumps(prediction, ensure_ascii=False) + "\n")
-    results = json.loads(made.read_text())
-    results.pop("off_track_examples", None)
     run = REPO / "runs" / size / row.name / "run.json"
     if run.exists():
-        results["embedding_movement"] = json.loads(run.read_text()).get("embedding_movement")
-    results["commit"] = made.with_suffix(".commit").read_text()
+        record = json.loads(run.read_text())
+        learnt = ("embedding_movement", "steps", "best_step", "layer")
+        results |= {key: record[key] for key in learnt if record.get(key) is not None}
+    results["commits"] = {
+        what: made.with_suffix(f".{what}").read_text()
+        for what in ("trained", "evaluated")
+        if made.with_suffix(f".{what}").exists()
+    }
     # Last: what has it is done.
     kept.write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n")
     print(f"{row.name}: accuracy {results['accuracy']:.4f}", flush=True)

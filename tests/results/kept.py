@@ -41,6 +41,8 @@ METHODS = {
     "probe-of-lora_label_scoring": "`head_only --adapter` (`lora_label_scoring`)",
     "embeddings-head": "`lora_head --train-embeddings --lora-targets none`",
     "embeddings-words": "`lora_label_scoring --train-embeddings --lora-targets none`",
+    "embeddings-words-labels": "the same, only the vectors of 负面/正面",
+    "embeddings-words-others": "the same, without the vectors of 负面/正面",
     "embeddings-lora-words": "`lora_label_scoring --train-embeddings`",
 }
 TRAINED = ("head_only", "lora_head", "lora_label_scoring")  # those of the learning curve

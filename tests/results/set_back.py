@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""A run whose token vectors were trained, with some of them set back to the base's.
+
+    python tests/results/set_back.py runs/0.5b/embeddings-words --keep labels --output DIR
+
+--keep labels: those of the label words stay as trained, all others go back; --keep others: the
+other way round. What the label words' own vectors contribute is what is lost without them.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from qwen_min import embeddings
+from qwen_min.hub import resolve_model
+from qwen_min.loading import load_model
+from qwen_min.run import write_json
+from qwen_min.tokenizer import Tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="of train.py --train-embeddings")
+    parser.add_argument("--keep", choices=("labels", "others"), required=True)
+    parser.add_argument("--output", type=Path, metavar="DIR", required=True)
+    args = parser.parse_args(argv)
+    record = json.loads((args.run / "run.json").read_text(encoding="utf-8"))
+    model = resolve_model(record["arguments"]["model"])
+    base = embeddings.token_vectors(load_model(model, "float32"), label_words=True)
+    trained = load_file(args.run / embeddings.FILE)  # (V, D) by name
+
+    tokenizer = Tokenizer(model)
+    labels = sorted({token for word in record["labels"] for token in tokenizer.encode(word)})
+    vocabulary, width = next(iter(trained.values())).shape
+    back = torch.ones(vocabulary, dtype=torch.bool)
+    back[labels] = False
+    if args.keep == "others":
+        back = ~back
+    for name, vectors in trained.items():
+        vectors[back] = base[name].detach()[back]
+
+    args.output.mkdir(parents=True)
+    embeddings.write(args.output / embeddings.FILE, trained, record["base_fingerprint"])
+    record["embedding_movement"] = None
+    record["trained_parameters"] = int((~back).sum()) * width * len(trained)
+    write_json(args.output / "run.json", record)
+
+
+if __name__ == "__main__":
+    main()
