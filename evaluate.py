@@ -67,7 +67,7 @@ from qwen_min.neutral import score_neutral
 from qwen_min.output import commit_outputs, open_outputs
 from qwen_min.prompt import warn_about_labels
 from qwen_min.results import format_results, name_outputs, off_track_examples, prediction_lines
-from qwen_min.scoring import score_labels
+from qwen_min.scoring import label_mass, score_labels
 from qwen_min.task import Task, blank_prompt, read_rows, read_task, task_prompts
 
 METHODS = (*UNTRAINED, "head_only", "lora_head", "lora_label_scoring", "transplanted_head")
@@ -181,14 +181,15 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         else:
             predictions = scores.argmax(axis=1)
 
+        # How much of all probability the label words hold between them: near 0, the model would
+        # rather have said something else, and the ranking among them means less.
+        mass = float(label_mass(scores, [p.labels for p in own]).mean()) if by_words else None
         results = {
             "method": args.method,
             **evaluate_predictions(truth, predictions, scores, list(labels)),
             "clean": clean_part(training, examples, predictions, fed),
             "fed_rows": len(fed),
-            # How much of all probability the label words hold between them: near 0, the model
-            # would rather have said something else, and the ranking among them means less.
-            "label_mass": float(np.exp(scores).sum(axis=1).mean()) if by_words else None,
+            "label_mass": mass,
             **more,
             "truncated_rows": sum(prompt.truncated for prompt in prompts),
             "tokens": sum(len(prompt.ids) for prompt in prompts),
@@ -197,7 +198,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
             "examples_per_second": len(examples) / seconds,
             "examples_hash": data_hash,
             "label_ids": [list(ids) for ids in own[0].labels],
-            "dtype": str(model.head_weight.dtype).removeprefix("torch."),
+            "dtype": str(model.lm_head_weight.dtype).removeprefix("torch."),
             "device": device,
             "torch": torch.__version__,
             "trained_parameters": record["trained_parameters"] if record else 0,
@@ -231,7 +232,7 @@ def explain(args: argparse.Namespace, task: Task, record: dict | None, device: s
     models = {"the model": model}
     if lora_modules(model) or vectors:
         models = {"base": load_model(task.directory, args.dtype, device), "adapted": model}
-    dtype = str(model.head_weight.dtype).removeprefix("torch.")
+    dtype = str(model.lm_head_weight.dtype).removeprefix("torch.")
     print(f"{args.method}, {args.run or args.model}, {dtype}\n")
     if head is None:
         print(explain_labels(task.tokenizer, prompt, blank, task.labels, models))

@@ -247,7 +247,7 @@ def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, re
     if not words:
         # Small random values, as transformers starts its classifiers; fp32 whatever the base's.
         shape = (len(record["labels"]), model.config.hidden_size)
-        head = nn.Parameter(torch.randn(shape).mul(0.02).to(model.head_weight.device))
+        head = nn.Parameter(torch.randn(shape).mul(0.02).to(model.lm_head_weight.device))
         if start:
             with torch.no_grad():
                 head.copy_(load_head(start / "head.safetensors").weight)

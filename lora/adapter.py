@@ -16,8 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lora.inject import ATTENTION, MLP, find_targets, inject_lora, lora_modules, lora_parameters
-from lora.layer import LoRAError, check_hyperparameters
+from lora.inject import (
+    ATTENTION,
+    MLP,
+    find_targets,
+    inject_lora,
+    lora_modules,
+    lora_parameters,
+    matches,
+)
+from lora.layer import LoRAError, LoRALinear, check_hyperparameters
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -69,7 +77,13 @@ def save_adapter(
     """
     modules = lora_modules(model)
     claimed = (config.r, config.alpha, config.use_rslora)
-    if not modules or any((m.r, m.alpha, m.use_rslora) != claimed for m in modules.values()):
+    named = {
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.Linear, LoRALinear)) and any(matches(name, t) for t in config.targets)
+    }
+    others = any((m.r, m.alpha, m.use_rslora) != claimed for m in modules.values())
+    if not modules or others or named != modules.keys():
         raise ValueError(f"the model does not carry the LoRA that the config describes: {config}")
     if (head is not None) != (config.task_type == "SEQ_CLS"):
         raise ValueError(f"task type {config.task_type}: a head is saved with SEQ_CLS, always")

@@ -28,16 +28,17 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linea
     if not targets:
         raise LoRAError("no LoRA targets were given; expected at least one name such as q_proj")
     for target in targets:
-        if not any(_matches(name, target) for name in linears):
+        if not any(matches(name, target) for name in linears):
             kinds = dict.fromkeys(name.rpartition(".")[2] for name in linears)
             raise LoRAError(
                 f"LoRA target {target!r} names no linear layer of the model; "
                 f"it has: {', '.join(kinds) or 'none'}"
             )
-    return {n: m for n, m in linears.items() if any(_matches(n, t) for t in targets)}
+    return {n: m for n, m in linears.items() if any(matches(n, t) for t in targets)}
 
 
-def _matches(name: str, target: str) -> bool:
+def matches(name: str, target: str) -> bool:
+    """Whether a target names the module of this full name."""
     return name == target or name.endswith("." + target)
 
 

@@ -53,8 +53,9 @@ class LoRALinear(nn.Module):
         self.dropout = dropout
         self.use_rslora = use_rslora
         self.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
-        # dtype: fp32 whatever the base's. An optimizer's step is smaller than the spacing of bf16
-        # numbers around most of A's entries: it would be rounded away, and A would never move.
+        # dtype: fp32 whatever the base's. bf16 numbers around A's entries are about as far apart as
+        # a step is long (1.2e-4 at 0.02): it would be rounded to a whole spacing or to nothing, and
+        # the small steps of a falling rate would never add up.
         fp32 = {"device": base.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **fp32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **fp32))
@@ -77,8 +78,8 @@ class LoRALinear(nn.Module):
 
         dtype: A and B stay fp32, and so do their moments; what is multiplied is their roundings to
         bf16, which changes the update by about one part in 2^8 of itself. The sum with y is formed
-        in fp32 inside the product, and rounded once. Not for fp16, where the gradients of a B that
-        has just left zero would be zero.
+        in fp32 inside the product, and rounded once. Not for fp16: A's gradient passes through B,
+        and with a B that has just left zero it would underflow.
         """
         scaling = self.scaling
         if self.dropout:

@@ -2,14 +2,16 @@
 
 A label word has a probability before any text is read: from how common it is, from the template,
 from the number of its tokens. That shifts every row's decision alike. Scores s are (n, C) with
-s_y = log p(y's tokens | prompt), q_y = softmax(s)_y is the probability among the classes alone.
+s_y = log p(y's tokens | prompt), q_y = softmax(s)_y is the probability among the classes alone
+(where no word begins another: else their events overlap).
 
 Most corrections take the log of a prior off the scores. With two classes this moves the log-odds
 s_1 - s_0 of all rows by one number: the decisions change, the order of the rows, and with it the
-AUC, does not. Nor does it matter then whether the prior sums to one: a factor that both classes
-share cancels. The functions below say where it does.
+AUC, does not. Whether the prior sums to one never matters, since a factor that all classes share
+cancels; whether each row does before a mean over rows is taken does: see `log_mean_probability`.
 
-No class of an evaluated row is used by any of them. `batch` and `domain_context` use their texts.
+No correction uses the class of an evaluated row; `best_threshold`, a bound and no correction, does.
+`batch` uses the evaluated rows' scores, `domain_context` their characters.
 """
 
 from collections.abc import Sequence
@@ -54,9 +56,10 @@ def domain_context(scores: np.ndarray, random: np.ndarray) -> np.ndarray:
 
 
 def pmi_dc(scores: np.ndarray, premise: np.ndarray) -> np.ndarray:
-    """log p(y | prompt) - log p(y | premise alone): pointwise mutual information of text and label
-    (Holtzman et al. 2021, arXiv:2104.08315). premise: its scores (C,), not renormalised
-    over the classes; with a single input that is a number shared by all classes, and cancels."""
+    """log p(y | prompt) - log p(y | premise): pointwise mutual information of text and label
+    (Holtzman et al. 2021, arXiv:2104.08315). premise, their domain premise, is what asks
+    for the label, without a text or what stands before it: its scores (C,), not renormalised over
+    the classes, since with a single input that is a number shared by all, and cancels."""
     return with_prior(scores, premise)
 
 
@@ -188,8 +191,8 @@ def format_calibrations(found: dict[str, dict], words: Sequence[str]) -> str:
     lines += [
         f"predicted: {what} of the decisions. per token: a score over its word's tokens. The",
         "next four take a prior off the scores, as log p. It is the mean over: contextual, inputs",
-        "that say nothing; domain-context, random characters of these texts; PMI_DC, the template",
-        "without the text; batch, these rows themselves.",
+        "that say nothing; domain-context, random characters of these texts; batch, these rows",
+        "themselves; for PMI_DC it is that of one input, the template's end behind the text.",
     ]
     if "temperature" in found:
         rows_used = found["temperature"]["held_out_rows"]

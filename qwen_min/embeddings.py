@@ -34,8 +34,8 @@ class Fp32Embedding(nn.Embedding):
     """An embedding whose weight is fp32 and whose output is of the dtype that it replaced."""
 
     def __init__(self, weight: Tensor):
-        # dtype: an optimizer's step is smaller than the spacing of bf16 numbers around most
-        # entries, and would be rounded away; so would most of a token's summed gradient.
+        # dtype: a step is about as long as bf16 numbers of the entries' size are apart, and would
+        # be rounded to a whole spacing or to nothing; so would a token's summed gradient.
         super().__init__(*weight.shape, _weight=weight.detach().float().clone(), _freeze=False)
         self.dtype = weight.dtype
 

@@ -27,7 +27,7 @@ def greedy(
     """The definition. Returns the new ids, without the one of `stop` that ended them."""
     new: list[int] = []
     while len(new) < max_new_tokens:
-        ids = torch.tensor([[*prompt, *new]], device=model.head_weight.device)  # (1, T)
+        ids = torch.tensor([[*prompt, *new]], device=model.lm_head_weight.device)  # (1, T)
         token = int(model.logits(model(ids)[0, -1]).argmax())
         if token in stop:
             break
@@ -43,7 +43,7 @@ def greedy_cached(
     stop: Collection[int] = (),
 ) -> list[list[int]]:
     """`greedy` for several prompts at once; a text that has ended leaves the batch."""
-    device = model.head_weight.device
+    device = model.lm_head_weight.device
     new: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # texts still growing, in the cache's order
     ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)

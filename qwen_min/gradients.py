@@ -52,7 +52,12 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """y = silu(gate)·up, all (N, F); silu(gate) is computed again for the backward pass."""
+    """y = silu(gate)·up, all (N, intermediate_size), with silu(g) = g·σ(g) and σ the sigmoid.
+
+        d_gate = dy·up·silu'(gate),    silu'(g) = σ(g)·(1 + g·(1 − σ(g))),    d_up = dy·silu(gate)
+
+    silu(gate) is computed again for the backward pass.
+    """
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -63,11 +68,8 @@ class SwiGLUFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            activated = F.silu(gate)
-        (d_gate,) = torch.autograd.grad(activated, gate, dy * up)
-        return d_gate, dy * activated.detach()
+        # dtype: the operator that autograd calls, which forms silu' in fp32.
+        return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
 
 
 class PadFunction(torch.autograd.Function):
@@ -117,6 +119,8 @@ def attention_side_by_side(
     """
     B, T, S = seen.shape
     H, K, Dh = q.shape[1], k.shape[1], q.shape[2]
+    # dtype: q is divided, which is smaller than the scores that the definition divides. In bf16
+    # that rounds once more, unless sqrt(Dh) is a power of two: 8 for Dh = 64, but not for 128.
     q = PadFunction.apply(q / math.sqrt(Dh), lengths)  # (B, T, H, Dh)
     k, v = PadFunction.apply(k, key_lengths), PadFunction.apply(v, key_lengths)  # (B, S, K, Dh)
     # The H/K query heads that read one key/value head lie below each other: one product for all.

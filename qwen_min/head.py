@@ -49,7 +49,7 @@ class LinearHead:
 @torch.inference_mode()
 def pooled_state(model: Qwen, prompt: Sequence[int], pooling: str = "last") -> Tensor:
     """The definition: one forward; the final state of the last token, or the mean of all (D,)."""
-    h = model(torch.tensor([prompt], device=model.head_weight.device))[0].float()  # (T, D)
+    h = model(torch.tensor([prompt], device=model.lm_head_weight.device))[0].float()  # (T, D)
     return h[-1] if pooling == "last" else h.mean(dim=0)
 
 
@@ -67,7 +67,7 @@ def pooled_features(
     S = 1: after the last layer alone. With all_layers S = L + 1: the embedding and every layer,
     numbered as in LinearHead, all from one pass.
     """
-    device = model.head_weight.device
+    device = model.lm_head_weight.device
     layers = model.config.num_hidden_layers + 1 if all_layers else 1
     features = torch.zeros(len(prompts), layers, model.config.hidden_size)
     lengths = [len(prompt.ids) for prompt in prompts]
@@ -130,7 +130,7 @@ def cached_features(
         raise UserError(
             f"{directory}: {error.strerror}; name a directory for features by --feature-cache"
         ) from None
-    setting = f"{weights} {model.head_weight.dtype} {pooling} {all_layers}"
+    setting = f"{weights} {model.lm_head_weight.dtype} {pooling} {all_layers}"
     parts = []
     for start in range(0, len(prompts), CACHE_ROWS):
         chunk = prompts[start : start + CACHE_ROWS]

@@ -13,6 +13,7 @@ import numpy as np
 from qwen_min.calibration import batch, best_threshold, measures, shares
 from qwen_min.errors import UserError
 from qwen_min.prompt import Prompt, parse_labels
+from qwen_min.scoring import label_mass
 from qwen_min.table import text_table, visible
 from qwen_min.tokenizer import Tokenizer
 
@@ -60,6 +61,7 @@ def compare_sets(
         columns = [words.index(word) for word in chosen]
         own, first = scores[:, columns], scores[:, [len(words) + c for c in columns]]
         ids = [prompts[0].labels[c] for c in columns]
+        of_rows = [[prompt.labels[c] for c in columns] for prompt in prompts]
         tokens = [token for word in ids for token in set(word)]
         # Words that begin alike have equal first tokens: no decision, where one would be shown.
         begin_alike = len({word[0] for word in ids}) < len(ids)
@@ -72,7 +74,7 @@ def compare_sets(
                 "lengths": [len(word) for word in ids],
                 "shared_tokens": sorted({t for t in tokens if tokens.count(t) > 1}),
                 "mean_scores": own.mean(axis=0).tolist(),
-                "label_mass": float(np.exp(own).sum(axis=1).mean()),
+                "label_mass": float(label_mass(own, of_rows).mean()),
                 **measures(labels, own),
                 "oracle_accuracy": oracle,
                 "oracle_threshold": threshold,

@@ -151,7 +151,7 @@ def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
             if (source / name).exists():
                 shutil.copyfile(source / name, aside / name)
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        config["torch_dtype"] = str(model.head_weight.dtype).removeprefix("torch.")
+        config["torch_dtype"] = str(model.lm_head_weight.dtype).removeprefix("torch.")
         config.pop("dtype", None)
         (aside / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

@@ -132,7 +132,8 @@ def log_loss(labels: ArrayLike, scores: ArrayLike) -> float:
 def brier_score(labels: ArrayLike, scores: ArrayLike) -> float:
     """Mean squared error of the probabilities (Brier 1950).
 
-    Two classes: (p_1 - y)², from 0 to 1. More: summed over the classes, from 0 to 2.
+    Two classes: (p_1 - y)², from 0 to 1, half of Brier's own sum over both. More: that sum, from 0
+    to 2.
     """
     labels, scores = _checked(labels, scores)
     squared = (softmax(scores) - np.eye(scores.shape[1])[labels]) ** 2
@@ -140,9 +141,10 @@ def brier_score(labels: ArrayLike, scores: ArrayLike) -> float:
 
 
 def expected_calibration_error(labels: ArrayLike, scores: ArrayLike, bins: int = 15) -> float:
-    """Mean gap between confidence (the top class's probability) and accuracy, over equal bins.
+    """Mean gap between confidence (the top class's probability) and accuracy, over bins.
 
-    Bin i holds i/bins < confidence <= (i+1)/bins, weighted by its count (Guo et al. 2017).
+    They are of equal width: bin i holds i/bins < confidence <= (i+1)/bins, weighted by its count
+    (Guo et al. 2017).
     """
     labels, scores = _checked(labels, scores)
     confidence = softmax(scores).max(axis=1)

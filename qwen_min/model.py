@@ -1,8 +1,10 @@
 """Qwen's forward pass, bottom up: norm, rotary positions, attention, MLP, layer, model.
 
-What differs from the Transformer of the paper (Vaswani et al. 2017): a norm stands before attention
-and MLP and none after their sum, hence the one after the last layer; nothing is added to or scaled
-in the embeddings, since position enters by rotating queries and keys; there is no dropout.
+A decoder alone: of the Transformer of the paper (Vaswani et al. 2017) there is no encoder and no
+attention to one. Norms are RMSNorm and stand before attention and MLP, hence the one after the last
+layer; position enters by rotating queries and keys, so that nothing is added to the embeddings;
+several query heads share a key/value head; the MLP is gated; biases stand on q, k and v alone
+(Qwen2) or nowhere (Qwen3); there is no dropout.
 
 The module tree is the checkpoint's tensor tree, so that weights load without a map of names.
 Norm, attention, MLP, layer and model stand here twice:
@@ -79,7 +81,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of x (..., T, heads, Dh) by its angle.
 
     (a, b) → (a cos − b sin, b cos + a sin). Qwen pairs component i with i + Dh/2 (split halves),
-    not 2i with 2i + 1 as in the paper. The product q·k then depends on the two tokens' distance.
+    not 2i with 2i + 1 as in the paper. In q·k positions then count through their difference alone.
     """
     # dtype: cos and sin go to the activations' dtype and the rotation happens there.
     first, second = x.chunk(2, dim=-1)
@@ -142,7 +144,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(-1, self.kv_heads, self.head_dim)
         k = rotate(k, cos, sin)
         keys_values = list(zip(k.split(lengths), v.split(lengths), strict=True))
-        if layout.framed:
+        if layout.shared_prefix:
             past = [(k[:0], v[:0]), *[keys_values[0]] * (len(lengths) - 1)]
         if past is not None:
             keys_values = [
@@ -160,7 +162,7 @@ class Attention(nn.Module):
         # long. Where nothing is kept for a backward pass, or on a GPU, that one is faster; and with
         # long texts it is smaller, since it does not keep the weights of every pair of tokens.
         training = torch.is_grad_enabled() and q.device.type == "cpu"
-        if training and layout.seen.numel() <= LARGEST_SEEN:
+        if training and layout.seen_size <= LARGEST_SEEN:
             keys, values = (torch.cat(part) for part in zip(*keys_values, strict=True))
             sizes = [len(k_text) for k_text, _ in keys_values]
             out = attention_side_by_side(q, keys, values, lengths, sizes, layout.seen)
@@ -257,7 +259,7 @@ class QwenModel(nn.Module):
         lengths: Sequence[int],
         past: Cache | None = None,
         visible: Sequence[Tensor | None] | None = None,
-        framed: bool = False,
+        shared_prefix: bool = False,
         last: Sequence[int] | None = None,
         streams: list[Tensor] | None = None,
         checkpointing: bool = False,
@@ -269,19 +271,20 @@ class QwenModel(nn.Module):
             t sees; None, for all or for one: those before it and itself. Another pattern makes a
             tree, for the label words of scoring.py: several continuations of one prompt side by
             side. A token's position is the number of tokens it sees, less one.
-        framed: the first text is what all others begin with; they come without it, and it is run
-            once. States and gradients are as if each had brought its own. Not together with past.
+        shared_prefix: the first text is what all others begin with; they come without it, and it
+            is run once. States and gradients are as if each had brought its own, but that a LoRA's
+            dropout draws once for all. Not together with past.
         last: for each text how many of its last tokens are asked for: their hidden states alone
             are returned (sum(last), D), and the last layer skips queries and MLP everywhere else.
         streams: a list that receives the residual stream (N, D) after the embedding and after each
             layer but the last, whose output the final norm turns into the returned states.
         checkpointing: recompute each layer in the backward pass instead of keeping activations.
         """
-        if framed and past is not None:
+        if shared_prefix and past is not None:
             raise ValueError("texts continue either a past or the first text, not both")
         shape = {"head_dim": self.config.head_dim, "theta": self.config.rope_theta}
         angles = partial(rotary_cos_sin, **shape)
-        layout = lay_out(angles, ids.device, lengths, past, visible, framed)
+        layout = lay_out(angles, ids.device, lengths, past, visible, shared_prefix)
         x = self.embed_tokens(ids)  # (N, D)
         cache: Cache = []
         for i, layer in enumerate(self.layers):
@@ -309,7 +312,7 @@ class Qwen(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
-    def head_weight(self) -> Tensor:
+    def lm_head_weight(self) -> Tensor:
         """The vocabulary projection (V, D): the embedding itself in a tied checkpoint."""
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
@@ -323,5 +326,6 @@ class Qwen(nn.Module):
 
         V is large (151,936): choose positions before calling this, not after.
         """
-        # dtype: the product in h's, as in the reference (a trained weight is fp32); then fp32.
-        return F.linear(h, self.head_weight.to(h.dtype)).float()
+        # dtype: the product in h's dtype, as in the reference (a weight that --train-embeddings
+        # keeps in fp32 is cast); the logits in fp32, for the log-sum-exp.
+        return F.linear(h, self.lm_head_weight.to(h.dtype)).float()

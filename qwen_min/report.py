@@ -210,8 +210,8 @@ def pair_row(pair: dict, test: dict, several: set[str]) -> list[str]:
 
 
 def p_value(p: float) -> str:
-    """Four decimals, or the order of magnitude where these would say nothing."""
-    return f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}"
+    """Four decimals, or one digit and the power of ten where these would say little."""
+    return f"{p:.4f}" if p >= 1e-3 else f"{p:.0e}"
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:

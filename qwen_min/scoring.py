@@ -30,7 +30,7 @@ LOGIT_ROWS = 64
 @torch.inference_mode()
 def score_label(model: Qwen, prompt: Sequence[int], label: Sequence[int]) -> float:
     """The definition: one forward of prompt + label, then log-softmax, gather, sum."""
-    ids = torch.tensor([[*prompt, *label]], device=model.head_weight.device)  # (1, T)
+    ids = torch.tensor([[*prompt, *label]], device=model.lm_head_weight.device)  # (1, T)
     log_probs = model.logits(model(ids)).log_softmax(dim=-1)  # (1, T, V)
     # The state at position i predicts token i + 1, so the label's first token is predicted by the
     # prompt's last position.
@@ -81,32 +81,47 @@ def score_labels(
     `progress` is called with the number of rows finished. Scores do not depend on batch or order
     beyond float rounding.
     """
-    device = model.head_weight.device
+    device = model.lm_head_weight.device
     shared = common_prefix([prompt.ids for prompt in prompts])
-    frame: Cache | None = None
+    prefix: Cache | None = None
     if shared:
-        frame_ids = torch.tensor(prompts[0].ids[:shared], device=device)
-        _, frame = model.model.forward_packed(frame_ids, [shared])
+        prefix_ids = torch.tensor(prompts[0].ids[:shared], device=device)
+        _, prefix = model.model.forward_packed(prefix_ids, [shared])
     scores = np.zeros((len(prompts), len(prompts[0].labels)))
     trees = [label_tree(prompt.labels) for prompt in prompts]
     lengths = [len(p.ids) - shared + len(t.tokens) for p, t in zip(prompts, trees, strict=True)]
     for rows in token_budget_batches(lengths, batch_tokens):
         batch = [(prompts[row].ids[shared:], trees[row]) for row in rows]
-        scores[rows] = _score_batch(model, batch, frame)
+        scores[rows] = _score_batch(model, batch, prefix)
         progress(len(rows))
     return scores
 
 
+def label_mass(scores: np.ndarray, labels: Sequence[Sequence[tuple[int, ...]]]) -> np.ndarray:
+    """Probability (n,) that what follows each prompt begins with one of its label words.
+
+    scores (n, C), and each row's C words as token ids. A word that begins with another one is part
+    of that one's event already, and is not added again.
+    """
+
+    def counted(words: tuple[tuple[int, ...], ...]) -> list[bool]:
+        return [not any(a != b and b[: len(a)] == a for a in words) for b in words]
+
+    kinds = {words: counted(words) for words in set(map(tuple, labels))}  # mostly one
+    own = np.array([kinds[tuple(words)] for words in labels])  # (n, C)
+    return (np.exp(scores) * own).sum(axis=1)
+
+
 def _score_batch(
-    model: Qwen, batch: Sequence[tuple[tuple[int, ...], LabelTree]], frame: Cache | None
+    model: Qwen, batch: Sequence[tuple[tuple[int, ...], LabelTree]], prefix: Cache | None
 ) -> np.ndarray:
-    """Scores (rows, C) of prompts, what `frame` holds of them left out, with their label trees."""
-    device = model.head_weight.device
+    """Scores (rows, C) of prompts, what `prefix` holds of them left out, with their label trees."""
+    device = model.lm_head_weight.device
     # 1. Each prompt with its tree behind it: one text, in which branches do not see each other. The
     # prompt's last token predicts the first token of each label, a node of the tree the next one.
     texts = [(*tail, *tree.tokens) for tail, tree in batch]
     ids = torch.tensor([token for text in texts for token in text], device=device)
-    past = None if frame is None else [layer * len(batch) for layer in frame]
+    past = None if prefix is None else [layer * len(batch) for layer in prefix]
     visible = [_behind(len(tail), tree) for tail, tree in batch]
     predicting = [1 + len(tree.tokens) for _, tree in batch]
     h, _ = model.model.forward_packed(
@@ -134,7 +149,7 @@ def _behind(prompt: int, tree: LabelTree) -> Tensor | None:
     """What each token of a prompt of so many tokens, and of the tree behind it, sees: (T, T)."""
     if not (nodes := len(tree.tokens)):
         return None
-    seen = torch.ones(prompt + nodes, prompt + nodes).tril().bool()
+    seen = torch.ones(prompt + nodes, prompt + nodes, dtype=torch.bool).tril()
     seen[prompt:, prompt:] = tree.visible
     return seen
 
@@ -163,7 +178,7 @@ def last_states(
     On a CPU, what all texts begin with is run once, beside what is their own. Under dropout they so
     share one draw there, where each running alone would have its own.
     """
-    device = model.head_weight.device
+    device = model.lm_head_weight.device
     # Of a single text nothing is shared. On a GPU attention is faster without the masks that
     # continuing needs.
     shared = common_prefix(texts) if len(texts) > 1 and device.type == "cpu" else 0
@@ -176,7 +191,7 @@ def last_states(
     h, _ = model.model.forward_packed(
         ids,
         [len(text) for text in own],
-        framed=shared > 0,
+        shared_prefix=shared > 0,
         last=last,
         checkpointing=checkpointing,
     )

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qwen_min.head import LinearHead
 from qwen_min.model import Qwen, rotary_cos_sin
 from qwen_min.prompt import Prompt
+from qwen_min.scoring import label_mass
 from qwen_min.table import visible
 from qwen_min.tokenizer import Tokenizer
 
@@ -33,7 +35,7 @@ class Position:
 @torch.inference_mode()
 def label_positions(model: Qwen, prompt: Sequence[int], label: Sequence[int]) -> list[Position]:
     """One forward of prompt + label; at each label token's place the numbers behind its log p."""
-    ids = torch.tensor([[*prompt, *label]], device=model.head_weight.device)  # (1, T)
+    ids = torch.tensor([[*prompt, *label]], device=model.lm_head_weight.device)  # (1, T)
     first = len(prompt) - 1  # the state at a position predicts the next token
     h = model(ids)[0, first : first + len(label)]  # (label tokens, D)
     logits = model.logits(h).cpu()  # (label tokens, V)
@@ -56,7 +58,7 @@ def label_positions(model: Qwen, prompt: Sequence[int], label: Sequence[int]) ->
 @torch.inference_mode()
 def head_state(model: Qwen, prompt: Sequence[int], head: LinearHead) -> Tensor:
     """The state h (D,), fp32, that the head reads: its layer's output, pooled over the prompt."""
-    ids = torch.tensor([prompt], device=model.head_weight.device)  # (1, T)
+    ids = torch.tensor([prompt], device=model.lm_head_weight.device)  # (1, T)
     core, last = model.model, model.config.num_hidden_layers
     positions = torch.arange(len(prompt), device=ids.device)
     cos, sin = rotary_cos_sin(positions, model.config.head_dim, model.config.rope_theta)
@@ -94,7 +96,10 @@ def label_reasons(
     for name, rows in found.items():
         values = sums[name]
         best, other = ranked(values)
-        margin, mass = values[best] - values[other], sum(map(exp, values))
+        margin, mass = (
+            values[best] - values[other],
+            label_mass(np.array([values]), [prompt.labels]).item(),
+        )
         odds = f"{exp(margin):.4g}" if margin < 20 else f"e^{margin:.0f}"
         lines.append(
             f"{capital(name)} says {words[best]}: log p {values[best]:.4f} against "

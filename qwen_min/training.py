@@ -79,7 +79,8 @@ def fit(
     """Minimise the mean of `loss` over rows; returns step, seconds, history and best_step.
 
     lengths: tokens of each row. loss(rows) is the *sum* over those rows of each one's loss; a step
-    divides by all its rows, however it is cut into forwards, so that accumulation changes nothing.
+    divides by all its rows, however it is cut into forwards, so that accumulation changes nothing
+    but rounding, and under dropout the draw: each forward has its own.
     evaluate() measures on held-out rows and returns at least held_out_log_loss; the step where that
     is lowest is the best. write_parameters(directory) puts the trained parameters into a directory.
     checkpoint: of the same run, to go on from; the parameters have been read from it already.
@@ -89,7 +90,8 @@ def fit(
     Stopped after a step and a checkpoint on SIGINT or SIGTERM.
     """
     names, places = list(parameters), places or range(1, len(lengths) + 1)
-    # Decay would pull A and B, which are a small change already, towards no change at all.
+    # Decay would pull A and B, which are a small change already, towards no change at all, and
+    # token vectors towards zero instead of towards where they were.
     optimizer = torch.optim.AdamW(parameters.values(), lr=plan.lr, weight_decay=0.0)
     state = {"step": 0, "seconds": 0.0, "history": []}
     if checkpoint is not None:

@@ -246,7 +246,16 @@ def test_what_was_loaded_outlives_its_file(tmp_path: Path) -> None:
     assert torch.equal(head, kept) and torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("changes", [{"r": 8}, {"alpha": 7.0}, {"use_rslora": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 8},
+        {"alpha": 7.0},
+        {"use_rslora": False},
+        {"targets": ("q_proj",)},
+        {"targets": (*ATTENTION, *MLP)},
+    ],
+)
 def test_a_config_that_is_not_the_models_is_not_saved(tmp_path: Path, changes: dict) -> None:
     model, _ = adapted("CAUSAL_LM")
     with pytest.raises(ValueError, match="does not carry the LoRA"):

@@ -56,7 +56,7 @@ def test_an_fp32_embedding_computes_what_the_frozen_one_does(dtype, reference):
     parameters = unfreeze(trained, True)
     assert list(parameters) == [EMBEDDING] and parameters[EMBEDDING].dtype == torch.float32
     states = [model(ids[None]) for model in (plain, trained)]
-    assert torch.equal(*states) and states[1].dtype == plain.head_weight.dtype
+    assert torch.equal(*states) and states[1].dtype == plain.lm_head_weight.dtype
     assert torch.equal(plain.logits(states[0]), trained.logits(states[1]))
 
 
@@ -138,7 +138,7 @@ def test_a_run_trains_the_vectors_and_nothing_else_of_the_base(
     assert found["frozen_before"] == found["frozen_after"]
     tensors = load_file(run / FILE)
     assert list(tensors) == [EMBEDDING] and tensors[EMBEDDING].dtype == torch.float32
-    own = load_model(base, dtype).head_weight
+    own = load_model(base, dtype).lm_head_weight
     moved = (tensors[EMBEDDING] != own.float()).any(dim=1)
     # A softmax over the vocabulary touches every row; a classifier's loss those of its texts.
     assert moved.all() if method == "lora_label_scoring" else 0 < moved.sum() < len(moved)

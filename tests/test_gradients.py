@@ -14,6 +14,7 @@ from qwen_min.gradients import (
     UnpadFunction,
     attention_side_by_side,
 )
+from qwen_min.layout import ask_for_last, lay_out
 from qwen_min.loading import load_model
 from qwen_min.model import RMSNorm
 from qwen_min.scoring import last_states
@@ -80,6 +81,20 @@ def test_padding_and_back():
     assert torch.equal(dx, torch.cat([dy[0, :2], dy[1], dy[2, :1]]))
     (back,) = torch.autograd.grad(UnpadFunction.apply(dy.requires_grad_(), lengths), dy, x)
     assert torch.equal(back, padded)
+
+
+@pytest.mark.parametrize("shared_prefix", [False, True])
+@pytest.mark.parametrize("last", [None, [1, 2, 3]])
+def test_the_size_of_the_mask_is_known_without_it(shared_prefix, last):
+    """It is what decides whether the mask is made at all."""
+
+    def angles(positions):
+        return positions, positions
+
+    layout = lay_out(angles, torch.device("cpu"), [5, 2, 4], None, None, shared_prefix)
+    layout = layout if last is None else ask_for_last(layout, last)
+    assert layout.seen_size == layout.seen.numel()
+    assert layout.seen.shape == (3, 5 if last is None else 3, 9 if shared_prefix else 5)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (4, 1), (3, 3), (14, 2)])

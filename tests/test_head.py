@@ -45,7 +45,7 @@ HUGE = 10**9
 ONE_TOKEN = ((7,), (8,))
 SEVERAL = ((7, 8, 9), (10, 11))
 MIXED = ((7,), (8, 9))
-FRAME = (3, 1, 4, 1, 5)  # what prompts begin with
+PREFIX = (3, 1, 4, 1, 5)  # what prompts begin with
 
 
 @pytest.fixture(autouse=True)
@@ -67,11 +67,11 @@ def model(reference) -> Qwen:
 
 
 def random_prompts(
-    count: int, labels=ONE_TOKEN, seed: int = 0, frame: tuple[int, ...] = ()
+    count: int, labels=ONE_TOKEN, seed: int = 0, prefix: tuple[int, ...] = ()
 ) -> list[Prompt]:
     rng = np.random.default_rng(seed)
     texts = [rng.integers(0, 500, rng.integers(1, 40)).tolist() for _ in range(count)]
-    return [Prompt((*frame, *ids), labels, False) for ids in texts]
+    return [Prompt((*prefix, *ids), labels, False) for ids in texts]
 
 
 def pool(states: Tensor, pooling: str) -> Tensor:
@@ -566,13 +566,13 @@ def compare_gradients(
         assert difference < tolerance * expected.abs().max(), name
 
 
-@pytest.mark.parametrize("frame", [(), FRAME])
+@pytest.mark.parametrize("prefix", [(), PREFIX])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("labels", [ONE_TOKEN, SEVERAL, MIXED])
-def test_label_loss_equals_transformers(labels, checkpointing, frame, pair):
+def test_label_loss_equals_transformers(labels, checkpointing, prefix, pair):
     """Against full logits (B, T, V) of a padded batch, the label words' tokens picked out."""
     ours, theirs, their_parameters = adapted(pair)
-    prompts, classes = random_prompts(5, labels, frame=frame), [0, 1, 1, 0, 1]
+    prompts, classes = random_prompts(5, labels, prefix=prefix), [0, 1, 1, 0, 1]
     loss = label_loss(ours, prompts, classes, checkpointing)
     loss.backward()
 
@@ -591,11 +591,11 @@ def test_label_loss_equals_transformers(labels, checkpointing, frame, pair):
     assert all(p.grad is None for p in frozen)
 
 
-@pytest.mark.parametrize("frame", [(), FRAME])
+@pytest.mark.parametrize("prefix", [(), PREFIX])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_head_loss_equals_transformers(checkpointing, frame, pair):
+def test_head_loss_equals_transformers(checkpointing, prefix, pair):
     ours, theirs, their_parameters = adapted(pair)
-    prompts, classes = random_prompts(5, frame=frame), [0, 2, 1, 0, 1]
+    prompts, classes = random_prompts(5, prefix=prefix), [0, 2, 1, 0, 1]
     start = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
     weight, their_weight = nn.Parameter(0.1 * start), nn.Parameter(0.1 * start)
     loss = head_loss(ours, weight, prompts, classes, checkpointing)
@@ -626,7 +626,7 @@ def test_label_loss_is_minus_the_score(labels, model):
 def test_losses_are_sums_over_rows(kind, pair):
     """All rows in one forward or each in its own: the same value, the same gradient."""
     ours, _, _ = adapted(pair)
-    prompts = random_prompts(6, MIXED if kind == "mixed" else ONE_TOKEN, frame=FRAME)
+    prompts = random_prompts(6, MIXED if kind == "mixed" else ONE_TOKEN, prefix=PREFIX)
     classes = [0, 1, 1, 0, 1, 0]
     weight = nn.Parameter(0.1 * torch.randn(2, 32, generator=torch.Generator().manual_seed(2)))
     parameters = lora_parameters(ours) | ({"score": weight} if kind == "head" else {})
@@ -680,7 +680,7 @@ def test_texts_that_begin_alike_share_that_beginning(model, monkeypatch):
         return real(self, ids, *arguments, **keywords)
 
     monkeypatch.setattr(QwenModel, "forward_packed", counting)
-    texts = [(*FRAME, 9, 9, 8), (*FRAME, 9), (*FRAME, 7, 6)]
+    texts = [(*PREFIX, 9, 9, 8), (*PREFIX, 9), (*PREFIX, 7, 6)]
     for asked, tokens in (([1, 1, 1], 5 + 3 + 1 + 2), ([3, 2, 2], 4 + 4 + 2 + 3)):
         h = last_states(model, texts, asked)
         assert counted.pop() == tokens

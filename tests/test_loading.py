@@ -100,7 +100,7 @@ def test_tied_head_is_the_embedding(reference):
     directory, model = reference
     loaded = load_model(directory)
     assert not hasattr(loaded, "lm_head")
-    assert loaded.head_weight is loaded.model.embed_tokens.weight
+    assert loaded.lm_head_weight is loaded.model.embed_tokens.weight
     # Logits lie between -10 and 10; fp32 sums in another order differ by a few 1e-6.
     assert (logits(directory) - model(IDS).logits).abs().max() < 5e-5
 
@@ -116,8 +116,8 @@ def test_redundant_head_of_a_tied_checkpoint_counts_for_nothing(tmp_path, refere
 def test_untied_head_is_its_own(untied):
     directory, model = untied
     loaded = load_model(directory)
-    assert torch.equal(loaded.head_weight, model.lm_head.weight)
-    assert not torch.equal(loaded.head_weight, loaded.model.embed_tokens.weight)
+    assert torch.equal(loaded.lm_head_weight, model.lm_head.weight)
+    assert not torch.equal(loaded.lm_head_weight, loaded.model.embed_tokens.weight)
     # As above: fp32 sums in another order.
     assert (logits(directory) - model(IDS).logits).abs().max() < 5e-5
 

@@ -312,33 +312,33 @@ def test_checkpointing_changes_no_gradient(reference):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_frame_run_once_equals_each_text_with_its_own(pair, checkpointing):
+def test_a_shared_prefix_run_once_equals_each_text_with_its_own(pair, checkpointing):
     """States and gradients; in no_grad mode too, where attention takes the other form."""
     ours, _ = pair
     ours.requires_grad_(True)
-    frame, own = random_ids(1, 6)[0], [random_ids(1, n, seed=n)[0] for n in (3, 1, 8)]
-    ids, lengths, last = torch.cat([frame, *own]), [6, 3, 1, 8], [1, 2, 1, 5]
+    prefix, own = random_ids(1, 6)[0], [random_ids(1, n, seed=n)[0] for n in (3, 1, 8)]
+    ids, lengths, last = torch.cat([prefix, *own]), [6, 3, 1, 8], [1, 2, 1, 5]
     wanted, gradients = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)), []
-    for framed in (True, False):
+    for shared in (True, False):
         ours.zero_grad()
-        if framed:
+        if shared:
             h, cache = ours.model.forward_packed(
-                ids, lengths, framed=True, last=last, checkpointing=checkpointing
+                ids, lengths, shared_prefix=True, last=last, checkpointing=checkpointing
             )
-            h = h[1:]  # without the frame's own last state
+            h = h[1:]  # without the prefix's own last state
         else:
-            whole = [ours(torch.cat([frame, text])[None])[0] for text in own]
+            whole = [ours(torch.cat([prefix, text])[None])[0] for text in own]
             h = torch.cat([states[-n:] for states, n in zip(whole, last[1:], strict=True)])
         (h * wanted).sum().backward()
         gradients.append([p.grad.clone() for p in ours.model.parameters()])
-        if framed:
+        if shared:
             found = h.detach()
     torch.testing.assert_close(found, h.detach(), **FP32)
     for a, b in zip(*gradients, strict=True):
         assert (a - b).abs().max() < 2e-5 * b.abs().max()
-    assert [len(k) for k, _ in cache[0]] == [6, 9, 7, 14]  # each text's keys, the frame's included
+    assert [len(k) for k, _ in cache[0]] == [6, 9, 7, 14]  # each text's keys, the prefix's included
     with torch.no_grad():
-        h, _ = ours.model.forward_packed(ids, lengths, framed=True, last=last)
+        h, _ = ours.model.forward_packed(ids, lengths, shared_prefix=True, last=last)
     torch.testing.assert_close(h[1:], found, **FP32)
     ours.requires_grad_(False)
 
@@ -357,7 +357,7 @@ def test_long_texts_take_the_form_that_keeps_no_weights(pair, monkeypatch):
     assert len(calls) == len(ours.model.layers)
     torch.testing.assert_close(h, whole, **FP32)
     with pytest.raises(ValueError, match="not both"):
-        ours.model.forward_packed(ids, lengths, past=[[]], framed=True)
+        ours.model.forward_packed(ids, lengths, past=[[]], shared_prefix=True)
 
 
 def test_streams_are_the_reference_hidden_states(reference):

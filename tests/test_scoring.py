@@ -7,7 +7,7 @@ from conftest import make_reference
 
 from qwen_min.loading import load_model
 from qwen_min.prompt import Prompt
-from qwen_min.scoring import label_tree, score_label, score_labels
+from qwen_min.scoring import label_mass, label_tree, score_label, score_labels
 
 # fp32, small checkpoint, log-probabilities of up to a few tens.
 FP32 = 1e-5
@@ -21,9 +21,9 @@ def model(reference):
 
 def random_prompts(count: int, shared: int, labels=LABELS, seed: int = 0) -> list[Prompt]:
     rng = np.random.default_rng(seed)
-    frame = rng.integers(0, 500, shared).tolist()
+    prefix = rng.integers(0, 500, shared).tolist()
     return [
-        Prompt((*frame, *rng.integers(0, 500, rng.integers(1, 40)).tolist()), labels, False)
+        Prompt((*prefix, *rng.integers(0, 500, rng.integers(1, 40)).tolist()), labels, False)
         for _ in range(count)
     ]
 
@@ -82,6 +82,13 @@ def test_labels_may_differ_from_row_to_row(model):
 def test_a_label_that_begins_another_never_scores_lower(model):
     scores = score_labels(model, random_prompts(20, 0, ((8,), (8, 9))))
     assert (scores[:, 0] >= scores[:, 1]).all()
+
+
+def test_a_label_that_begins_another_adds_no_mass():
+    """What begins with (5, 6) begins with (5,) as well: one event lies inside the other."""
+    scores = np.log([[0.5, 0.3, 0.1], [0.5, 0.3, 0.1]])
+    nested, apart = ((5,), (5, 6), (7,)), ((5,), (4, 6), (7,))
+    assert label_mass(scores, [nested, apart]) == pytest.approx([0.6, 0.9])
 
 
 def test_all_first_tokens_make_one(model):

@@ -32,7 +32,7 @@ def test_it_is_a_small_qwen2_and_small_on_disk():
     assert files.keys() == {*weights, "pretrain.py"}
     assert sum(files.values()) < 5e6
     model = load_model(TINY)
-    assert model.head_weight.dtype == torch.bfloat16
+    assert model.lm_head_weight.dtype == torch.bfloat16
     assert 1.8e6 < sum(p.numel() for p in model.parameters()) < 2.2e6
     config = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
     assert config == pretrain.CONFIG

@@ -537,7 +537,7 @@ def test_accumulation_of_a_real_loss(method, reference, tmp_path, before_step):
 def test_only_what_is_trained_moves(method, dtype, reference, tmp_path, before_step):
     """Three steps at the default rate. Kept in bf16, A would not move: its steps round away."""
     process = Run(reference[0], tmp_path, method, dtype)
-    assert process.model.head_weight.dtype == getattr(torch, dtype)
+    assert process.model.lm_head_weight.dtype == getattr(torch, dtype)
     frozen = fingerprint(process.frozen.items())
     begin = {name: p.detach().clone() for name, p in process.parameters.items()}
     after_one: dict[str, Tensor] = {}
@@ -559,5 +559,5 @@ def test_only_what_is_trained_moves(method, dtype, reference, tmp_path, before_s
         assert moved == (not name.endswith("lora_A")), name
     assert ("score" in process.parameters) == (method == "head")
     assert fingerprint(process.frozen.items()) == frozen
-    assert process.model.head_weight is process.frozen["model.embed_tokens.weight"]
+    assert process.model.lm_head_weight is process.frozen["model.embed_tokens.weight"]
     assert all(p.grad is None and not p.requires_grad for p in process.frozen.values())

@@ -3,8 +3,8 @@
 The floor is the time that the products alone would take that a task cannot do without, at the rate
 that this machine reaches for products of the model's own shapes and dtype:
 
-- reading: 2·N FLOPs for each token, N the weights outside embedding and LM head, where a beginning
-  that several sequences share counts once, be it the frame of all prompts or one prompt's text;
+- reading: 2·N FLOPs for each token, N the weights outside embedding and LM head, where a prefix
+  that several sequences share counts once, be it that of all prompts or one prompt's text;
 - scoring: 2·V·D FLOPs for each position whose next token is predicted;
 - training LoRA: 4·N FLOPs for each token of a step (forward, and gradients of the inputs), where a
   beginning that the step's rows share counts once.
@@ -175,7 +175,7 @@ def gemm_rate(args: argparse.Namespace) -> dict:
                 for x, w in zip(inputs, weights, strict=True):
                     torch.nn.functional.linear(x, w)
                 rate = max(rate, flops / (time.perf_counter() - started))
-    return {"rate": rate, "dtype": str(model.head_weight.dtype).removeprefix("torch.")}
+    return {"rate": rate, "dtype": str(model.lm_head_weight.dtype).removeprefix("torch.")}
 
 
 def distinct_tokens(sequences: Sequence[tuple[int, ...]]) -> int:
