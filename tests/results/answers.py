@@ -1,10 +1,14 @@
 """What the numbers say of six claims, in English and Chinese; tables.py fills in every figure.
 
-{acc NAME}       accuracy with its interval; of several seeds the mean's
-{auc NAME}       likewise AUC
-{auc NAME WORDS} AUC with other label words, from a row with --label-sets
-{diff A B}       accuracy of A minus that of B on the clean rows: paired interval, McNemar's p
-{off NAME}       share of answers without a label word, with its interval
+{acc NAME}        accuracy with its interval; of several seeds the mean's
+{auc NAME}        likewise AUC
+{auc NAME WORDS}  AUC with other label words, from a row with --label-sets
+{diff A B}        accuracy of A minus that of B, clean rows: paired interval, McNemar's p by seed
+{aucdiff A B}     the same of AUC, without a test
+{off NAME}        share of generated answers without a label word
+{said NAME WORDS} share of those that hold these other words
+{steps NAME}      steps that were taken
+{moved NAME WHAT} how far token vectors went, in parts of their length
 """
 
 # Claim, then what the numbers show and what they do not.
@@ -16,64 +20,74 @@ ENGLISH = (
         "{acc head_only-best}, with mean pooling {acc head_only-mean}, on 1.5B "
         "{acc 1.5b/head_only}. The diary's row was another thing: `lora_head`'s head moved onto "
         "the bare base. Here that loses, {diff transplanted_head lora_head}, but does not "
-        "collapse: {acc transplanted_head}. What does fail is a head that has taken few steps: "
-        "`lora_head` on 50 rows (6 steps) gets {acc lora_head-n50}, a probe solved on the same "
-        "rows {acc head_only-n50}. Not shown: why the diary's head collapsed where this one did "
-        "not.",
+        "collapse: {acc transplanted_head}. What does fail is a head that has taken few steps at "
+        "this learning rate: `lora_head` on 50 rows, {steps lora_head-n50} steps, gets "
+        "{acc lora_head-n50}, a probe solved on the same rows {acc head_only-n50}. Not tested: why "
+        "the diary's head collapsed where this one did not.",
     ),
     (
         "LoRA changes the distribution of the hidden states, and head and LoRA cannot be taken "
         "apart.",
-        "Half of it. That head does not fit the bare base, "
-        "{diff transplanted_head lora_head}. But LoRA's states need no head of their own "
-        "making: a probe solved anew on them gets {acc probe-of-lora_head}, against the head that "
-        "was trained with them {diff probe-of-lora_head lora_head}; and on the base that label "
-        "scoring adapted, where no head was ever trained, {acc probe-of-lora_label_scoring}. "
-        "Not shown: how far the states moved; only what a linear head can read in them.",
+        "Half of it. The head trained with LoRA does not fit the bare base, where a head of its "
+        "own would do better: {diff transplanted_head head_only}. But LoRA's states need no head "
+        "of their own making: a probe solved anew on them gets {acc probe-of-lora_head}, against "
+        "the head that was trained with them {diff probe-of-lora_head lora_head}; on the base that "
+        "label scoring adapted, where no head was ever trained, {acc probe-of-lora_label_scoring}. "
+        "Either way LoRA's states rank better than the base's: AUC "
+        "{aucdiff probe-of-lora_head head_only} and "
+        "{aucdiff probe-of-lora_label_scoring head_only}. Not tested: how far the states moved; "
+        "only what a linear head can read in them.",
     ),
     (
         "Label scoring beats the head, by two points.",
-        "Not with 3,000 rows: {acc lora_label_scoring} against {acc lora_head}, a difference of "
-        "{diff lora_label_scoring lora_head}, whose interval leaves two points out. With few rows "
-        "it does, since it starts from zero-shot and a head from chance: "
-        "{diff lora_label_scoring-n50 lora_head-n50} with 50 rows and "
-        "{diff lora_label_scoring-n200 lora_head-n200} with 200, but "
-        "{diff lora_label_scoring-n800 lora_head-n800} with 800; and a probe, which is solved and "
-        "not stepped towards, has no such weakness. Not shown: more than one epoch, where few rows "
-        "would also give many steps.",
+        "Not with 3,000 rows: {diff lora_label_scoring lora_head}, an interval that leaves two "
+        "points out. With 50 and 200 rows it beats `lora_head` by far, "
+        "{diff lora_label_scoring-n50 lora_head-n50} and "
+        "{diff lora_label_scoring-n200 lora_head-n200}, but that is a head which has hardly left "
+        "chance; label scoring has then hardly left zero-shot, "
+        "{diff lora_label_scoring-n50 zero_shot} and {diff lora_label_scoring-n200 zero_shot}, and "
+        "a probe on the same 200 rows is ahead of it: it is {diff lora_label_scoring-n200 "
+        "head_only-n200}. What label scoring has is a better start. Not tested: more than one "
+        "epoch, where few rows would also give many steps.",
     ),
     (
         "The choice of label words shifts zero-shot.",
-        "Yes. With 消极/积极 it is the threshold alone, not the ranking: {acc zero_shot-xiaoji}, "
-        "against 负面/正面 {diff zero_shot-xiaoji zero_shot}, at an AUC of {auc zero_shot-xiaoji} "
-        "beside {auc zero_shot}. 差/好, AUC {auc zero_shot-chahao}, and 负向/正向, "
-        "{auc zero_shot-xiang}, rank worse too. Training leaves little of that: "
-        "`lora_label_scoring` with 负向/正向 gets {acc lora_label_scoring-xiang}, against "
-        "负面/正面 {diff lora_label_scoring-xiang lora_label_scoring}, which does not stand up to "
-        "the number of tests. Not shown: which words are "
-        "best; these four pairs were fixed beforehand.",
+        "Yes. With 消极/积极 accuracy is {acc zero_shot-xiaoji}, against 负面/正面 "
+        "{diff zero_shot-xiaoji zero_shot}; that is the threshold alone and not the ranking, whose "
+        "AUC differs by {aucdiff zero_shot-xiaoji zero_shot}. 差/好, "
+        "{aucdiff zero_shot-chahao zero_shot}, and 负向/正向, {aucdiff zero_shot-xiang zero_shot}, "
+        "rank worse too. Training leaves little of that: `lora_label_scoring` with 负向/正向 gets "
+        "{acc lora_label_scoring-xiang}, against 负面/正面 "
+        "{diff lora_label_scoring-xiang lora_label_scoring}, which does not stand up to the number "
+        "of tests. Not tested: which words are best; these four pairs were fixed beforehand.",
     ),
     (
         "Training the embedding would revive even a bare head, by dragging the label's meaning "
         "rather than by understanding.",
         "There is nothing to revive: a head with the embedding trained under it, without LoRA, "
         "gets {acc embeddings-head}, against the probe on the frozen base "
-        "{diff embeddings-head head_only}. Nor is it the label's vector. Label scoring with the "
-        "embedding alone trained gets {acc embeddings-words}, against LoRA "
-        "{diff embeddings-words lora_label_scoring} (both trained together: "
-        "{acc embeddings-lora-words}); the vectors of 负面 and 正面 moved little more than those "
-        "of the texts' own tokens (table above); and words that were never trained on rank far "
-        "better as well: 负向/正向 from an AUC of {auc zero_shot 负向/正向} to "
-        "{auc embeddings-words 负向/正向}. Not shown: understanding, which no accuracy measures; "
-        "only that what was learnt is not tied to the two words.",
+        "{diff embeddings-head head_only}. Label scoring with the embedding alone trained gets "
+        "{acc embeddings-words}, against LoRA {diff embeddings-words lora_label_scoring} (both "
+        "trained together: {acc embeddings-lora-words}). The label words' vectors were dragged, by "
+        "{moved embeddings-words 负面} and {moved embeddings-words 正面} of their length (the "
+        "texts' own tokens by {moved embeddings-words others}), but little of the gain hangs on "
+        "them: set back to the base's they leave {acc embeddings-words-others}, against all "
+        "vectors {diff embeddings-words-others embeddings-words}; they alone, on the base, make "
+        "{acc embeddings-words-labels}, against zero-shot "
+        "{diff embeddings-words-labels zero_shot}. And words that were never "
+        "trained on rank far better as well: 负向/正向 from an AUC of {auc zero_shot 负向,正向} to "
+        "{auc embeddings-words 负向,正向}. Not tested: understanding, which no accuracy measures.",
     ),
     (
         "Generating instead of scoring goes off track.",
-        "With the plain prompt, yes: {off zero_shot_generate} of the answers hold no label word. "
-        "With a question in the model's own markup {off zero_shot_generate-chat} do, and accuracy "
-        "is {acc zero_shot_generate-chat}, against scoring the same prompt "
-        "{diff zero_shot_generate-chat zero_shot-chat}: there both say the same. Not shown: other "
-        "questions, or sampled text; decoding was greedy.",
+        "By the letter, with the plain prompt: {off zero_shot_generate} of the answers hold "
+        "neither 负面 nor 正面 in their first 16 tokens; but {said zero_shot_generate 消极,积极} "
+        "of those say 积极 or 消极 instead. Where a question in the model's own markup names the "
+        "two words, {off zero_shot_generate-chat} do, and accuracy is "
+        "{acc zero_shot_generate-chat}, as by scoring that prompt, "
+        "{diff zero_shot_generate-chat zero_shot-chat}, but worse than "
+        "by scoring the plain one: {diff zero_shot-chat zero_shot}. Not tested: whether the markup "
+        "or the question did it; sampled text, since decoding was greedy.",
     ),
 )
 CHINESE = (
@@ -82,59 +96,72 @@ CHINESE = (
         "不成立。冻结底座上的线性探针得到 {acc head_only}，"
         "与零样本相比 {diff head_only zero_shot}；由留出部分选层得到 {acc head_only-best}，"
         "平均池化得到 {acc head_only-mean}，在 1.5B 上得到 {acc 1.5b/head_only}。"
-        "日记里那一行量的是另一件事：把 "
-        "`lora_head` 的头搬到没有 LoRA 的底座上。在这里它有损失，"
+        "日记里那一行量的是另一件事：把 `lora_head` 的头搬到没有 LoRA 的底座上。在这里准确率下降，"
         "{diff transplanted_head lora_head}，但没有崩溃：{acc transplanted_head}。"
-        "真正失败的是只走了几步的头：`lora_head` 用 50 行（6 步）得到 {acc lora_head-n50}，"
-        "在同样这些行上直接求解的探针得到 {acc head_only-n50}。没有说明的是：日记里的头为什么崩溃，"
-        "而这里没有。",
+        "真正失败的是在这个学习率下训练步数太少的头：`lora_head` 用 50 行、"
+        "{steps lora_head-n50} 步得到 {acc lora_head-n50}，"
+        "在同样这些行上直接求解的探针得到 {acc head_only-n50}。这些数字没有检验：日记里的头为什么"
+        "崩溃，而这里没有。",
     ),
     (
         "LoRA 改变了隐状态的分布，头和 LoRA 不能分开。",
-        "只对一半。那个头确实不适合原来的底座，{diff transplanted_head lora_head}。但 LoRA 之后的"
-        "状态并不离不开它：在其上重新求解的探针得到 {acc probe-of-lora_head}，与一起训练的头相比 "
-        "{diff probe-of-lora_head lora_head}；在只按标签词打分训练过、从未有过头的底座上，"
-        "探针得到 {acc probe-of-lora_label_scoring}。没有说明的是：隐状态移动了多远；"
+        "只对一半。和 LoRA 一起训练的头确实不适合原来的底座，不如底座自己的探针："
+        "{diff transplanted_head head_only}。但 LoRA 之后的状态并不依赖这个头：在其上重新求解的探针"
+        "得到 {acc probe-of-lora_head}，与一起训练的头相比 {diff probe-of-lora_head lora_head}；"
+        "在只按标签词打分训练过、从未有过头的底座上，探针得到 "
+        "{acc probe-of-lora_label_scoring}。无论怎样训练，LoRA 之后的状态都比底座的更利于排序："
+        "AUC 差 "
+        "{aucdiff probe-of-lora_head head_only} 和 "
+        "{aucdiff probe-of-lora_label_scoring head_only}。这些数字没有检验：隐状态移动了多远；"
         "这里只看线性头能从中读出什么。",
     ),
     (
         "标签打分比分类头高两个百分点。",
-        "用 3,000 行时不成立：{acc lora_label_scoring} 对 {acc lora_head}，相差 "
-        "{diff lora_label_scoring lora_head}，区间不含两个百分点。行数少时成立，"
-        "因为它从零样本出发，而头从瞎猜出发：50 行时 "
-        "{diff lora_label_scoring-n50 lora_head-n50}，200 行时 "
-        "{diff lora_label_scoring-n200 lora_head-n200}，800 行时则是 "
-        "{diff lora_label_scoring-n800 lora_head-n800}；直接求解的探针没有这个弱点。"
-        "没有说明的是：训练多个 epoch 时会怎样，那时行数少也能走很多步。",
+        "用 3,000 行时不成立：{diff lora_label_scoring lora_head}，区间不含两个百分点。"
+        "用 50 行和 200 行时，它比 `lora_head` 高很多："
+        "{diff lora_label_scoring-n50 lora_head-n50} 和 "
+        "{diff lora_label_scoring-n200 lora_head-n200}，但那时的头几乎还在随机猜测，"
+        "标签打分也几乎还是零样本："
+        "{diff lora_label_scoring-n50 zero_shot} 和 {diff lora_label_scoring-n200 zero_shot}；"
+        "在同样 200 行上，它不如探针：{diff lora_label_scoring-n200 head_only-n200}。"
+        "标签打分的长处是起点更高。这些数字没有检验：训练多个 epoch 时会怎样，"
+        "那时行数少也能走很多步。",
     ),
     (
         "标签词的选择会移动零样本结果。",
-        "成立。消极/积极移动的只是阈值而不是排序：{acc zero_shot-xiaoji}，与 负面/正面 相比 "
-        "{diff zero_shot-xiaoji zero_shot}，而 AUC 是 {auc zero_shot-xiaoji} 对 {auc zero_shot}。"
-        "差/好（AUC {auc zero_shot-chahao}）和 负向/正向（{auc zero_shot-xiang}）连排序也更差。"
+        "成立。用 消极/积极 时准确率是 {acc zero_shot-xiaoji}，与 负面/正面 相比 "
+        "{diff zero_shot-xiaoji zero_shot}；移动的只是阈值而不是排序，AUC 只差 "
+        "{aucdiff zero_shot-xiaoji zero_shot}。差/好（{aucdiff zero_shot-chahao zero_shot}）和 "
+        "负向/正向（{aucdiff zero_shot-xiang zero_shot}）连排序也更差。"
         "训练之后差别所剩无几：`lora_label_scoring` 用 负向/正向 得到 "
         "{acc lora_label_scoring-xiang}，与 负面/正面 相比 "
         "{diff lora_label_scoring-xiang lora_label_scoring}，考虑到检验的个数不算显著。"
-        "没有说明的是：哪些词最好；"
-        "这四对是事先定下的。",
+        "这些数字没有检验：哪些词最好；这四对是事先定下的。",
     ),
     (
         "训练词向量能让光秃秃的头也活过来，但靠的是拖动标签词的含义，而不是理解。",
         "本来就没有什么需要“复活”：只训练词向量和头、不用 LoRA，得到 {acc embeddings-head}；"
-        "与冻结底座上的探针相比 {diff embeddings-head head_only}。也不是标签词的向量在起作用："
+        "与冻结底座上的探针相比 {diff embeddings-head head_only}。"
         "只训练词向量的标签打分得到 {acc embeddings-words}，与 LoRA 相比 "
-        "{diff embeddings-words lora_label_scoring}（两者一起训练：{acc embeddings-lora-words}）；"
-        "负面、正面的向量只比评论里其他词的"
-        "向量多动了一点（见英文部分的表）；从未训练过的标签词排序也好了很多：负向/正向的 AUC 从 "
-        "{auc zero_shot 负向/正向} 到 {auc embeddings-words 负向/正向}。没有说明的是：“理解”，"
-        "准确率量不出它；只能说学到的东西不限于这两个词。",
+        "{diff embeddings-words lora_label_scoring}（两者一起训练：{acc embeddings-lora-words}）。"
+        "标签词的向量确实被拖动了，移动了自身长度的 {moved embeddings-words 负面} 和 "
+        "{moved embeddings-words 正面}（评论里其他词是 {moved embeddings-words others}），"
+        "但提高主要不靠它们：把这两个向量放回底座的值，仍有 {acc embeddings-words-others}，"
+        "与全部向量相比 {diff embeddings-words-others embeddings-words}；"
+        "只换上这两个向量，底座得到 {acc embeddings-words-labels}，与零样本相比 "
+        "{diff embeddings-words-labels zero_shot}。"
+        "从未训练过的标签词排序也好了很多：负向/正向的 AUC 从 "
+        "{auc zero_shot 负向,正向} 到 {auc embeddings-words 负向,正向}。这些数字没有检验："
+        "“理解”，准确率量不出它。",
     ),
     (
         "让模型生成而不是打分会跑题。",
-        "用普通提示词时成立：{off zero_shot_generate} 的回答里没有标签词。用模型自己的格式提问时"
-        "是 {off zero_shot_generate-chat}，准确率 {acc zero_shot_generate-chat}，"
-        "与对同一提示词打分相比 "
-        "{diff zero_shot_generate-chat zero_shot-chat}：两者结果一样。没有说明的是：换一种问法，"
-        "或随机采样生成；这里是贪心解码。",
+        "用普通提示词时，字面上成立：{off zero_shot_generate} 的回答在前 16 个 token 里既没有 负面 "
+        "也没有 正面；但其中 {said zero_shot_generate 消极,积极} 说的是 积极 或 消极。"
+        "用模型自己的格式提问并点明这两个词时是 {off zero_shot_generate-chat}，"
+        "准确率 {acc zero_shot_generate-chat}，与对同一提示词打分一样，"
+        "{diff zero_shot_generate-chat zero_shot-chat}，但不如对普通提示词打分："
+        "{diff zero_shot-chat zero_shot}。这些数字没有检验：起作用的是格式还是问句；"
+        "随机采样又会怎样，这里是贪心解码。",
     ),
 )

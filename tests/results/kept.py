@@ -18,8 +18,9 @@ from experiment import CURVE, KEPT, MODELS, REPO, SEEDS
 
 sys.path.insert(0, str(REPO))
 from qwen_min.compare import Result, read_result
-from qwen_min.metrics import mcnemar_exact, wilson_interval
+from qwen_min.metrics import mcnemar_exact
 
+VECTORS = "`lora_label_scoring --train-embeddings --lora-targets none`"
 # Rows of the main table, and what the reader sees.
 METHODS = {
     "zero_shot": "`zero_shot`",
@@ -40,9 +41,9 @@ METHODS = {
     "probe-of-lora_head": "`head_only --adapter` (`lora_head`)",
     "probe-of-lora_label_scoring": "`head_only --adapter` (`lora_label_scoring`)",
     "embeddings-head": "`lora_head --train-embeddings --lora-targets none`",
-    "embeddings-words": "`lora_label_scoring --train-embeddings --lora-targets none`",
-    "embeddings-words-labels": "the same, only the vectors of 负面/正面",
-    "embeddings-words-others": "the same, without the vectors of 负面/正面",
+    "embeddings-words": VECTORS,
+    "embeddings-words-labels": f"{VECTORS}, those of 负面/正面 alone",
+    "embeddings-words-others": f"{VECTORS}, all but 负面/正面's",
     "embeddings-lora-words": "`lora_label_scoring --train-embeddings`",
 }
 TRAINED = ("head_only", "lora_head", "lora_label_scoring")  # those of the learning curve
@@ -89,6 +90,12 @@ def right(result: Result) -> np.ndarray:
     return result.predictions.predicted == result.predictions.labels
 
 
+def log_odds(result: Result) -> np.ndarray:
+    """What a result ranks its rows by: (n,)."""
+    scores = result.predictions.scores
+    return scores[:, 1] - scores[:, 0]
+
+
 def mean_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
     """95 % percentile interval of the mean of (n,) numbers, rows drawn with replacement, seed 0.
 
@@ -108,11 +115,6 @@ def accuracy_interval(results: Sequence[Result]) -> tuple[float, float]:
     return mean_interval(np.mean([right(r) for r in results], axis=0))
 
 
-def off_track_interval(result: Result) -> tuple[float, float]:
-    """Wilson's interval of the share of answers without a label word."""
-    return wilson_interval(result.results["off_track"], result.results["n"])
-
-
 def auc_interval(auc: float, positive: int, negative: int) -> tuple[float, float]:
     """95 % interval of an AUC from itself and the sizes of the classes (Hanley and McNeil 1982).
 
@@ -125,6 +127,32 @@ def auc_interval(auc: float, positive: int, negative: int) -> tuple[float, float
     return max(auc - half, 0.0), min(auc + half, 1.0)
 
 
+def auc_components(labels: np.ndarray, ranking: np.ndarray) -> list[np.ndarray]:
+    """What each row adds to the AUC: (negative,) and (positive,), both with the AUC as their mean.
+
+    Of a positive row the share of negative ones that rank below it, of a negative row the share of
+    positive ones above, ties by half (DeLong, DeLong and Clarke-Pearson 1988).
+    """
+    sides = [np.sort(ranking[labels == c]) for c in (0, 1)]
+
+    def below(values: np.ndarray, among: np.ndarray) -> np.ndarray:
+        ends = [np.searchsorted(among, values, side=side) for side in ("left", "right")]
+        return (ends[0] + ends[1]) / (2 * len(among))
+
+    negative = 1 - below(ranking[labels == 0], sides[1])
+    return [negative, below(ranking[labels == 1], sides[0])]
+
+
+def auc_difference(labels: np.ndarray, pairs: Sequence[Sequence[np.ndarray]]) -> tuple[float, ...]:
+    """AUC of A less that of B on the same rows, mean over pairs (one for each seed) of rankings
+    (n,): difference, and its 95 % interval by DeLong's variance."""
+    found = [[auc_components(labels, ranking) for ranking in pair] for pair in pairs]
+    gains = [np.mean([a[c] - b[c] for a, b in found], axis=0) for c in (0, 1)]
+    difference = float(gains[0].mean())
+    half = 1.96 * math.sqrt(sum(gain.var(ddof=1) / len(gain) for gain in gains))
+    return difference, difference - half, difference + half
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A against B on the clean rows, seed by seed; what has no seed goes with every one."""
@@ -132,6 +160,7 @@ class Comparison:
     difference: float  # accuracy of A minus that of B, mean over the seeds
     interval: tuple[float, float]  # of that mean, rows drawn anew, these seeds
     tests: list[dict]  # McNemar's, one for each seed
+    auc: tuple[float, ...] | None  # the same of AUC: difference and interval; None without scores
 
     @property
     def p(self) -> list[float]:
@@ -156,7 +185,12 @@ def compared(a: str, b: str) -> Comparison | None:
     rights = [tuple(right(r)[clean(r.path)] for r in pair) for pair in pairs]
     gain = np.mean([one.astype(int) - other for one, other in rights], axis=0)  # of each row
     tests = [mcnemar_exact(*pair) for pair in rights]
-    return Comparison(float(gain.mean()), mean_interval(gain), tests)
+    auc = None
+    if all(r.predictions.scores is not None for pair in pairs for r in pair):
+        labels = pairs[0][0].predictions.labels[clean(pairs[0][0].path)]
+        rankings = [[log_odds(r)[clean(r.path)] for r in pair] for pair in pairs]
+        auc = auc_difference(labels, rankings)
+    return Comparison(float(gain.mean()), mean_interval(gain), tests, auc)
 
 
 def mean_sd(values: list[float | None], show: Callable[[float], str]) -> str:

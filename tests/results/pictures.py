@@ -1,7 +1,7 @@
 """The pictures of README's "Results", drawn from the kept files (needs matplotlib).
 
-Drawn by `python tests/results/tables.py --write`. Each PNG carries the hash of the kept files, so
-that a test sees when the two have parted.
+Drawn by `python tests/results/tables.py --write`. Each PNG carries the hash of the kept files and
+of this code, so that a test sees when they have parted.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import sys
 
 import matplotlib
 import numpy as np
-from experiment import CURVE, KEPT, REPO, TRAINING_ROWS
+from experiment import CURVE, KEPT, REPO, SETS, TRAINING_ROWS
 from kept import METHODS, TRAINED, accuracy_interval, find, mean
 from matplotlib.figure import Figure
 
@@ -17,9 +17,11 @@ sys.path.insert(0, str(REPO))
 from qwen_min.compare import Result
 from qwen_min.plots import LINES, MARKERS, find_font, plot_reliability, plot_roc, readable
 
-# Whose curves are drawn; reliability also of a probe on an adapted base.
-MAIN = ("zero_shot", "head_only", "transplanted_head", "lora_head", "lora_label_scoring")
-FONT, DRAWABLE = find_font("".join(METHODS.values()))
+RANKED = ("zero_shot", "head_only", "transplanted_head", "lora_head", "lora_label_scoring")
+CALIBRATED = ("zero_shot", "head_only", "lora_head", "lora_label_scoring")
+CALIBRATED += ("probe-of-lora_head", "probe-of-lora_label_scoring")
+WORDS = "".join([*METHODS.values(), *SETS.values()])
+FONT, DRAWABLE = find_font(WORDS)
 
 
 def plain(name: str) -> str:
@@ -66,7 +68,7 @@ def accuracies() -> Figure:
     rows = first("zero_shot").results["n"]
     whole.set(xlim=(0, 1), xlabel=f"accuracy on dev ({rows:,} rows)")
     part.set(xlim=(0.8, 0.96), xlabel="the same, 0.80 to 0.96")
-    part.legend(loc="center left", fontsize="small")
+    part.legend(loc="upper right", fontsize="small")
     for axes in (whole, part):
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
@@ -101,25 +103,25 @@ def curve() -> Figure:
 
 def roc() -> Figure:
     """ROC curves of the main methods, of every seed."""
-    scored = [(name, {s: r.predictions for s, r in find(name).items()}) for name in MAIN]
+    scored = [(name, {s: r.predictions for s, r in find(name).items()}) for name in RANKED]
     words = [readable(e["name"], DRAWABLE) for e in first("zero_shot").results["per_class"]]
     return plot_roc(scored, [(word, word) for word in words])
 
 
 def reliability() -> Figure:
     """Reliability of the main methods, seed 0."""
-    names = (*MAIN, "probe-of-lora_label_scoring")
-    return plot_reliability([(plain(name), {0: first(name).predictions}) for name in names])
+    return plot_reliability([(plain(name), {0: first(name).predictions}) for name in CALIBRATED])
 
 
 PICTURES = {"accuracies": accuracies, "curve": curve, "roc": roc, "reliability": reliability}
 
 
 def digest() -> str:
-    """SHA-256 of every kept file, with its name."""
+    """SHA-256 of every kept file with its name, and of the code that draws."""
     whole = hashlib.sha256()
-    for path in sorted(KEPT.glob("*/*.json*")):
-        whole.update(f"{path.relative_to(KEPT).as_posix()} {path.stat().st_size}\n".encode())
+    code = [KEPT / "pictures.py", KEPT / "kept.py", REPO / "qwen_min" / "plots.py"]
+    for path in [*sorted(KEPT.glob("*/*.json*")), *code]:
+        whole.update(f"{path.relative_to(REPO).as_posix()} {path.stat().st_size}\n".encode())
         whole.update(path.read_bytes())
     return whole.hexdigest()
 

@@ -9,7 +9,6 @@ computed yet are left out.
 """
 
 import argparse
-import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -25,11 +24,11 @@ from kept import (
     find,
     mean,
     mean_sd,
-    off_track_interval,
     shown,
 )
 
 sys.path.insert(0, str(REPO))
+from qwen_min.metrics import wilson_interval
 from qwen_min.report import markdown_table, p_value
 
 ENGLISH_HEADS = ["method", "accuracy", "95 % interval", "precision", "F1", "recall 负面"]
@@ -45,23 +44,33 @@ PAIRS = (
     ("head_only-mean", "head_only"),
     ("head_only-mean-best", "head_only"),
     ("lora_head", "head_only"),
+    ("lora_label_scoring", "zero_shot"),
     ("lora_label_scoring", "head_only"),
     ("lora_label_scoring", "lora_head"),
     ("lora_label_scoring-xiang", "lora_label_scoring"),
     ("transplanted_head", "lora_head"),
+    ("transplanted_head", "head_only"),
     ("transplanted_head", "zero_shot"),
     ("probe-of-lora_head", "lora_head"),
     ("probe-of-lora_head", "head_only"),
     ("probe-of-lora_label_scoring", "lora_label_scoring"),
     ("probe-of-lora_label_scoring", "head_only"),
-    *((f"lora_label_scoring-n{n}", f"{other}-n{n}") for n in CURVE for other in TRAINED[:2]),
     *((f"head_only-n{n}", f"lora_head-n{n}") for n in CURVE),
+    *((f"lora_label_scoring-n{n}", f"lora_head-n{n}") for n in CURVE),
+    *((f"lora_label_scoring-n{n}", f"head_only-n{n}") for n in CURVE),
+    *((f"lora_label_scoring-n{n}", "zero_shot") for n in CURVE),
     ("zero_shot-xiaoji", "zero_shot"),
     ("zero_shot-chahao", "zero_shot"),
     ("zero_shot-xiang", "zero_shot"),
     ("embeddings-head", "head_only"),
+    ("embeddings-head", "transplanted_head"),
     ("embeddings-words", "lora_label_scoring"),
+    ("embeddings-words-labels", "zero_shot"),
+    ("embeddings-words-labels", "embeddings-words"),
+    ("embeddings-words-others", "zero_shot"),
+    ("embeddings-words-others", "embeddings-words"),
     ("embeddings-lora-words", "lora_label_scoring"),
+    ("zero_shot-chat", "zero_shot"),
     ("zero_shot_generate-chat", "zero_shot-chat"),
     ("1.5b/zero_shot", "zero_shot"),
     ("1.5b/head_only", "1.5b/zero_shot"),
@@ -84,8 +93,7 @@ CALIBRATIONS = {
     "domain_context": "domain-context",
     "pmi_dc": "PMI_DC",
     "batch": "batch",
-    "temperature": "temperature",
-}
+}  # temperature scaling changes no decision
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -152,14 +160,20 @@ def seeds() -> str:
     return markdown_table(["method", *(f"seed {seed}" for seed in SEEDS)], rows)
 
 
+def bound() -> tuple[int, float]:
+    """How many tests there are, and the p that stands up to so many (Bonferroni)."""
+    count = sum(len(test.p) for a, b in PAIRS if (test := compared(a, b)))
+    return count, 0.05 / max(count, 1)
+
+
 def pairs() -> str:
     """The paired tests, and which of them stand up to their number."""
-    found = [(a, b, test) for a, b in PAIRS if (test := compared(a, b))]
-    count = sum(len(test.p) for _, _, test in found)
-    bound = 0.05 / max(count, 1)
     rows = []
-    for a, b, test in found:
-        stand = sum(p < bound for p in test.p)
+    count, limit = bound()
+    for a, b in PAIRS:
+        if not (test := compared(a, b)):
+            continue
+        stand = sum(p < limit for p in test.p)
         some = f"{stand} of {len(test.p)} seeds"
         rows.append(
             [
@@ -170,11 +184,12 @@ def pairs() -> str:
                 ", ".join(f"{t['only_a']} : {t['only_b']}" for t in test.tests),
                 ", ".join(map(p_value, test.p)),
                 {0: "no", len(test.p): "yes"}.get(stand, some),
+                f"{signed(test.auc[0])} ({between(test.auc[1:], signed)})" if test.auc else "-",
             ]
         )
-    heads = ["A", "B", "A − B", "95 % interval", "only A : only B right", "McNemar p", "real"]
-    note = f"{count} tests; real: p < 0.05 / {count} = {bound:.2g}."
-    return f"{markdown_table(heads, rows, words=2)}\n\n{note}"
+    heads = ["A", "B", "A − B", "95 % interval", "only A : only B right", "McNemar p", "shown"]
+    note = f"{count} tests; shown: p < 0.05 / {count} = {limit:.2g}."
+    return f"{markdown_table([*heads, 'AUC: A − B'], rows, words=2)}\n\n{note}"
 
 
 def label_sets() -> str:
@@ -193,13 +208,15 @@ def label_sets() -> str:
                 number(entry["label_mass"]),
                 *(number(calibrated.get(key, {}).get("accuracy")) for key in CALIBRATIONS),
                 number(entry["oracle_accuracy"]),
+                *(number(calibrated.get(k, {}).get("ece"), 3) for k in ("raw", "temperature")),
                 number(entry["predicted"][1], 3),
                 number(entry["auc_roc"]),
                 number(entry["first_token"]["accuracy"]),
             ]
         )
-    heads = ["label words", "mass", *CALIBRATIONS.values(), "best threshold", "predicted 正"]
-    return markdown_table([*heads, "AUC", "first token"], rows)
+    heads = ["label words", "mass", *CALIBRATIONS.values(), "best threshold", "ECE raw"]
+    heads += ["ECE temperature", "predicted positive", "AUC", "first token"]
+    return markdown_table(heads, rows)
 
 
 def curve() -> str:
@@ -214,10 +231,17 @@ def curve() -> str:
             accuracy = result and f"{result.results['accuracy']:.4f}"
             cells.append(f"{accuracy} ({between(accuracy_interval([result]))})" if result else "-")
         rows.append([METHODS[name], *cells])
-    # A tenth is held out; eight rows are a step.
-    steps = [f"{math.ceil((n - n // 10) / 8)}" for n in sizes]
-    rows.append(["steps of LoRA", *steps])
+    for name in TRAINED[1:]:
+        cells = [steps(f"{name}-n{n}" if n in CURVE else name) for n in sizes]
+        rows.append([f"steps of {METHODS[name]}", *cells])
     return markdown_table(["rows", *map(str, sizes)], rows)
+
+
+def steps(name: str) -> str:
+    """How many steps seed 0 had taken where it was measured, of how many."""
+    if not (found := find(name)):
+        return "-"
+    return f"{found[0].results['best_step']} of {found[0].results['steps']}"
 
 
 def embeddings() -> str:
@@ -261,7 +285,7 @@ def generation() -> str:
                     METHODS[name],
                     number(result.results["accuracy"]),
                     f"{astray} of {n}",
-                    between(off_track_interval(result)),
+                    between(wilson_interval(astray, n)),
                 ]
             )
     return markdown_table(["", "accuracy", "off track", "95 % interval"], rows)
@@ -280,26 +304,42 @@ def typed() -> str:
 def figure(kind: str, a: str, b: str = "") -> str:
     """One figure of an answer (see answers.py); a dash for what has not been computed."""
     found = list(find(a).values())
-    if not found or (kind == "diff" and not compared(a, b)):
+    if not found or (kind in ("diff", "aucdiff") and not compared(a, b)):
         return "–"
     first = found[0].results
     if kind == "diff":
         test = compared(a, b)
         p = ", ".join(map(p_value, test.p))
         return f"{signed(test.difference)} ({between(test.interval, signed)}; p = {p})"
+    if kind == "aucdiff":
+        difference, *interval = compared(a, b).auc
+        return f"{signed(difference)} ({between(interval, signed)})"
     if kind == "off":
-        share = first["off_track"] / first["n"]
-        return f"{share:.3f} ({between(off_track_interval(found[0]))})"
+        return share(first["off_track"], first["n"])
+    if kind == "said":
+        return share(first["off_track_words"][b], first["off_track"])
+    if kind == "steps":
+        return str(first["best_step"])
+    if kind == "moved":
+        (groups,) = first["embedding_movement"].values()
+        return number(next(g["change"] for g in groups if b in g["vectors"]), 3)
     if kind == "acc":
         accuracy = mean([result.results["accuracy"] for result in found])
         return f"{accuracy:.3f} ({between(accuracy_interval(found))})"
+    if kind != "auc":
+        raise ValueError(f"answers.py: no such figure as {kind!r}")
     entries = [result.results for result in found]
     if b:
         sets = [entry for results in entries for entry in results["label_sets"]]
-        entries = [entry for entry in sets if "/".join(entry["labels"]) == b]
+        entries = [entry for entry in sets if ",".join(entry["labels"]) == b]
     auc = mean([entry["auc_roc"] for entry in entries])
     negative, positive = (entry["support"] for entry in first["per_class"])
     return f"{auc:.3f} ({between(auc_interval(auc, positive, negative))})"
+
+
+def share(part: int, whole: int) -> str:
+    """A share with its interval."""
+    return f"{part / whole:.3f} ({between(wilson_interval(part, whole))})"
 
 
 def claims(answers: tuple[tuple[str, str], ...]) -> str:
