@@ -3,6 +3,7 @@
 {acc NAME}        accuracy with its interval; of several seeds the mean's
 {auc NAME}        likewise AUC
 {auc NAME WORDS}  AUC with other label words, from a row with --label-sets
+{each NAME}       accuracy of each seed
 {diff A B}        accuracy of A minus that of B, clean rows: paired interval, McNemar's p by seed
 {aucdiff A B}     the same of AUC, without a test
 {off NAME}        share of generated answers without a label word
@@ -19,11 +20,12 @@ ENGLISH = (
         "{diff head_only zero_shot}; with the layer that the held-out part chose "
         "{acc head_only-best}, with mean pooling {acc head_only-mean}, on 1.5B "
         "{acc 1.5b/head_only}. The diary's row was another thing: `lora_head`'s head moved onto "
-        "the bare base. Here that loses, {diff transplanted_head lora_head}, but does not "
-        "collapse: {acc transplanted_head}. What does fail is a head that has taken few steps at "
-        "this learning rate: `lora_head` on 50 rows, {steps lora_head-n50} steps, gets "
-        "{acc lora_head-n50}, a probe solved on the same rows {acc head_only-n50}. Not tested: why "
-        "the diary's head collapsed where this one did not.",
+        "the bare base. That loses here too, {diff transplanted_head lora_head}, and how much is a "
+        "matter of the seed: {each transplanted_head}, the last as near to chance as the diary's. "
+        "It is the threshold more than the ranking: AUC {auc transplanted_head}. What also fails "
+        "is a head that has taken few steps at this learning rate: `lora_head` on 50 rows, "
+        "{steps lora_head-n50} steps, gets {acc lora_head-n50}, a probe solved on the same rows "
+        "{acc head_only-n50}. Not tested: the diary's own model and head, whose AUC fell as well.",
     ),
     (
         "LoRA changes the distribution of the hidden states, and head and LoRA cannot be taken "
@@ -96,12 +98,14 @@ CHINESE = (
         "不成立。冻结底座上的线性探针得到 {acc head_only}，"
         "与零样本相比 {diff head_only zero_shot}；由留出部分选层得到 {acc head_only-best}，"
         "平均池化得到 {acc head_only-mean}，在 1.5B 上得到 {acc 1.5b/head_only}。"
-        "日记里那一行量的是另一件事：把 `lora_head` 的头搬到没有 LoRA 的底座上。在这里准确率下降，"
-        "{diff transplanted_head lora_head}，但没有崩溃：{acc transplanted_head}。"
-        "真正失败的是在这个学习率下训练步数太少的头：`lora_head` 用 50 行、"
-        "{steps lora_head-n50} 步得到 {acc lora_head-n50}，"
-        "在同样这些行上直接求解的探针得到 {acc head_only-n50}。这些数字没有检验：日记里的头为什么"
-        "崩溃，而这里没有。",
+        "日记里那一行量的是另一件事：把 `lora_head` 的头搬到没有 LoRA 的底座上。"
+        "在这里准确率也下降，{diff transplanted_head lora_head}，降多少取决于随机种子："
+        "{each transplanted_head}，最后一个和日记里一样接近随机。"
+        "丢掉的主要是阈值而不是排序：AUC 仍有 {auc transplanted_head}。"
+        "同样失败的还有在这个学习率下训练步数太少的头："
+        "`lora_head` 用 50 行、{steps lora_head-n50} 步得到 {acc lora_head-n50}，"
+        "在同样这些行上直接求解的探针得到 {acc head_only-n50}。"
+        "这些数字没有检验：日记自己的模型和头，那里连 AUC 也降了。",
     ),
     (
         "LoRA 改变了隐状态的分布，头和 LoRA 不能分开。",

@@ -318,6 +318,8 @@ def figure(kind: str, a: str, b: str = "") -> str:
         return share(first["off_track"], first["n"])
     if kind == "said":
         return share(first["off_track_words"][b], first["off_track"])
+    if kind == "each":
+        return ", ".join(number(result.results["accuracy"], 3) for result in found)
     if kind == "steps":
         return str(first["best_step"])
     if kind == "moved":
