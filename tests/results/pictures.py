@@ -45,8 +45,8 @@ def error_bars(results: list[list[Result]]) -> dict[str, np.ndarray]:
 def accuracies() -> Figure:
     """Accuracy of every method with its interval: the whole scale, and its upper part."""
     names = [name for name in METHODS if find(name)]
-    figure = Figure(figsize=(11, 0.34 * len(names) + 1.2), layout="constrained")
-    whole, part = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1.6])
+    figure = Figure(figsize=(12, 0.34 * len(names) + 1.2), layout="constrained")
+    whole, part = figure.subplots(1, 2, sharey=True, width_ratios=[1.2, 1.4])
     for size, marker, fill, shift in (("0.5b", "o", "black", -0.14), ("1.5b", "s", "white", 0.18)):
         groups = [list(find(f"{size}/{name}").values()) for name in names]
         y = np.flatnonzero([len(group) > 0 for group in groups])
@@ -62,7 +62,8 @@ def accuracies() -> Figure:
         seeds = [(r.results["accuracy"], i) for i in y for r in groups[i] if len(groups[i]) > 1]
         if seeds:
             x, rows = np.array(seeds).T
-            part.plot(x, rows + 0.2, "|", color="0.4", label=f"{size.upper()}, single seeds")
+            for axes in (whole, part):
+                axes.plot(x, rows + 0.2, "|", color="0.4", label=f"{size.upper()}, single seeds")
     whole.set_yticks(range(len(names)), map(plain, names))
     whole.invert_yaxis()
     rows = first("zero_shot").results["n"]

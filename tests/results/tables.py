@@ -286,9 +286,10 @@ def generation() -> str:
                     number(result.results["accuracy"]),
                     f"{astray} of {n}",
                     between(wilson_interval(astray, n)),
+                    str(result.results["off_track_words"][SETS["-xiaoji"]]),
                 ]
             )
-    return markdown_table(["", "accuracy", "off track", "95 % interval"], rows)
+    return markdown_table(["", "accuracy", "off track", "95 % interval", "with 消极 or 积极"], rows)
 
 
 def typed() -> str:
