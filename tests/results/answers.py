@@ -94,78 +94,82 @@ ENGLISH = (
 )
 CHINESE = (
     (
-        "冻结底座上的分类头会失败（0.512）。",
-        "不成立。冻结底座上的线性探针得到 {acc head_only}，"
-        "与零样本相比 {diff head_only zero_shot}；由留出部分选层得到 {acc head_only-best}，"
-        "平均池化得到 {acc head_only-mean}，在 1.5B 上得到 {acc 1.5b/head_only}。"
-        "日记里那一行量的是另一件事：把 `lora_head` 的头搬到没有 LoRA 的底座上。"
-        "在这里准确率也下降，{diff transplanted_head lora_head}，降多少取决于随机种子："
-        "{each transplanted_head}，最后一个和日记里一样接近随机。"
-        "丢掉的主要是阈值而不是排序：AUC 仍有 {auc transplanted_head}。"
-        "同样失败的还有在这个学习率下训练步数太少的头："
-        "`lora_head` 用 50 行、{steps lora_head-n50} 步得到 {acc lora_head-n50}，"
-        "在同样这些行上直接求解的探针得到 {acc head_only-n50}。"
-        "这些数字没有检验：日记自己的模型和头，那里连 AUC 也降了。",
+        "在冻结的底座上，分类头行不通（0.512）。",
+        "不成立。冻结底座上的线性探针准确率为 {acc head_only}，"
+        "与零样本相比 {diff head_only zero_shot}；换用留出部分选出的层为 {acc head_only-best}，"
+        "换用平均池化为 {acc head_only-mean}，换用 1.5B 模型为 {acc 1.5b/head_only}。"
+        "日记里那一行量的是另一回事：把 `lora_head` 的分类头搬到没有 LoRA 的底座上。"
+        "这样做在这里也会掉准确率，与 `lora_head` 相比 {diff transplanted_head lora_head}，"
+        "掉多少要看随机种子：三个种子分别为 {each transplanted_head}，"
+        "最后一个和日记里的一样接近随机猜测。"
+        "问题更多出在阈值，而不是排序：AUC 仍有 {auc transplanted_head}。"
+        "同样行不通的，还有在这个学习率下步数太少的分类头："
+        "`lora_head` 只用 50 条训练、走 {steps lora_head-n50} 步，准确率为 {acc lora_head-n50}；"
+        "用同样 50 条求解的探针为 {acc head_only-n50}。"
+        "没有验证的是：日记自己的模型和分类头，其 AUC 也下降了。",
     ),
     (
-        "LoRA 改变了隐状态的分布，头和 LoRA 不能分开。",
-        "只对一半。和 LoRA 一起训练的头确实不适合原来的底座，不如底座自己的探针："
-        "{diff transplanted_head head_only}。但 LoRA 之后的状态并不依赖这个头：在其上重新求解的探针"
-        "得到 {acc probe-of-lora_head}，与一起训练的头相比 {diff probe-of-lora_head lora_head}；"
-        "在只按标签词打分训练过、从未有过头的底座上，探针得到 "
-        "{acc probe-of-lora_label_scoring}。无论怎样训练，LoRA 之后的状态都比底座的更利于排序："
-        "AUC 差 "
-        "{aucdiff probe-of-lora_head head_only} 和 "
-        "{aucdiff probe-of-lora_label_scoring head_only}。这些数字没有检验：隐状态移动了多远；"
-        "这里只看线性头能从中读出什么。",
+        "LoRA 改变了隐状态的分布，分类头和 LoRA 拆不开。",
+        "只对一半。和 LoRA 一起训练的分类头确实不适合没有 LoRA 的底座，"
+        "不如直接在这个底座上求解的探针：{diff transplanted_head head_only}。"
+        "但 LoRA 之后的隐状态并不是非这个分类头不可：在其上重新求解的探针准确率为 "
+        "{acc probe-of-lora_head}，与一起训练的分类头相比 {diff probe-of-lora_head lora_head}；"
+        "换成标签打分训练出的 LoRA（从未训练过分类头），探针为 "
+        "{acc probe-of-lora_label_scoring}。这两种 LoRA 之后的隐状态都比底座的更利于排序："
+        "与冻结底座上的探针相比，AUC 分别差 {aucdiff probe-of-lora_head head_only} 和 "
+        "{aucdiff probe-of-lora_label_scoring head_only}。"
+        "没有验证的是：隐状态移动了多远；这里只看线性分类头能从中读出什么。",
     ),
     (
         "标签打分比分类头高两个百分点。",
-        "用 3,000 行时不成立：{diff lora_label_scoring lora_head}，区间不含两个百分点。"
-        "用 50 行和 200 行时，它比 `lora_head` 高很多："
+        "用 3,000 条训练时不成立：与 `lora_head` 相比 {diff lora_label_scoring lora_head}，"
+        "区间不含两个百分点。只用 50 条和 200 条时，它比 `lora_head` 高得多："
         "{diff lora_label_scoring-n50 lora_head-n50} 和 "
-        "{diff lora_label_scoring-n200 lora_head-n200}，但那时的头几乎还在随机猜测，"
-        "标签打分也几乎还是零样本："
+        "{diff lora_label_scoring-n200 lora_head-n200}，但那时分类头几乎还在随机猜测，"
+        "标签打分也几乎还停在零样本的水平：与零样本相比 "
         "{diff lora_label_scoring-n50 zero_shot} 和 {diff lora_label_scoring-n200 zero_shot}；"
-        "在同样 200 行上，它不如探针：{diff lora_label_scoring-n200 head_only-n200}。"
-        "标签打分的长处是起点更高。这些数字没有检验：训练多个 epoch 时会怎样，"
-        "那时行数少也能走很多步。",
+        "同样用 200 条训练，它不如探针：{diff lora_label_scoring-n200 head_only-n200}。"
+        "标签打分的优势在于起点更高。没有验证的是：多训练几个 epoch 会怎样，"
+        "那样即使数据少，步数也不会少。",
     ),
     (
-        "标签词的选择会移动零样本结果。",
-        "成立。用 消极/积极 时准确率是 {acc zero_shot-xiaoji}，与 负面/正面 相比 "
-        "{diff zero_shot-xiaoji zero_shot}；移动的只是阈值而不是排序，AUC 只差 "
-        "{aucdiff zero_shot-xiaoji zero_shot}。差/好（{aucdiff zero_shot-chahao zero_shot}）和 "
-        "负向/正向（{aucdiff zero_shot-xiang zero_shot}）连排序也更差。"
-        "训练之后差别所剩无几：`lora_label_scoring` 用 负向/正向 得到 "
-        "{acc lora_label_scoring-xiang}，与 负面/正面 相比 "
-        "{diff lora_label_scoring-xiang lora_label_scoring}，考虑到检验的个数不算显著。"
-        "这些数字没有检验：哪些词最好；这四对是事先定下的。",
+        "标签词的选择会左右零样本的结果。",
+        "成立。用“消极/积极”时准确率为 {acc zero_shot-xiaoji}，与用“负面/正面”相比 "
+        "{diff zero_shot-xiaoji zero_shot}；变的只是阈值，排序能力没有变，AUC 之差为 "
+        "{aucdiff zero_shot-xiaoji zero_shot}。“差/好”和“负向/正向”连排序也更差，AUC 分别差 "
+        "{aucdiff zero_shot-chahao zero_shot} 和 {aucdiff zero_shot-xiang zero_shot}。"
+        "训练之后差别所剩无几：`lora_label_scoring` 用“负向/正向”时准确率为 "
+        "{acc lora_label_scoring-xiang}，与用“负面/正面”相比 "
+        "{diff lora_label_scoring-xiang lora_label_scoring}，按检验次数校正后不显著。"
+        "没有验证的是：哪些词最好；这四对词是事先定好的。",
     ),
     (
-        "训练词向量能让光秃秃的头也活过来，但靠的是拖动标签词的含义，而不是理解。",
-        "本来就没有什么需要“复活”：只训练词向量和头、不用 LoRA，得到 {acc embeddings-head}；"
-        "与冻结底座上的探针相比 {diff embeddings-head head_only}。"
-        "只训练词向量的标签打分得到 {acc embeddings-words}，与 LoRA 相比 "
+        "训练词向量（embedding）能让没有 LoRA 的分类头也活过来，"
+        "但靠的是拖动标签词的含义，而不是理解。",
+        "本来就没有什么需要“活过来”：不用 LoRA、只训练词向量和分类头，准确率为 "
+        "{acc embeddings-head}，与冻结底座上的探针相比 {diff embeddings-head head_only}。"
+        "标签打分不用 LoRA、只训练词向量，准确率为 {acc embeddings-words}，与用 LoRA 时相比 "
         "{diff embeddings-words lora_label_scoring}（两者一起训练：{acc embeddings-lora-words}）。"
-        "标签词的向量确实被拖动了，移动了自身长度的 {moved embeddings-words 负面} 和 "
-        "{moved embeddings-words 正面}（评论里其他词是 {moved embeddings-words others}），"
-        "但提高主要不靠它们：把这两个向量放回底座的值，仍有 {acc embeddings-words-others}，"
-        "与全部向量相比 {diff embeddings-words-others embeddings-words}；"
-        "只换上这两个向量，底座得到 {acc embeddings-words-labels}，与零样本相比 "
-        "{diff embeddings-words-labels zero_shot}。"
-        "从未训练过的标签词排序也好了很多：负向/正向的 AUC 从 "
-        "{auc zero_shot 负向,正向} 到 {auc embeddings-words 负向,正向}。这些数字没有检验："
-        "“理解”，准确率量不出它。",
+        "标签词的向量确实被拖动了：“负面”和“正面”的移动量分别是自身长度的 "
+        "{moved embeddings-words 负面} 和 {moved embeddings-words 正面} 倍"
+        "（训练提示词里的其他 token 平均 {moved embeddings-words others} 倍），"
+        "但提升主要不靠它们：把这两个词的向量还原成底座的，准确率仍有 "
+        "{acc embeddings-words-others}，与不还原时相比 "
+        "{diff embeddings-words-others embeddings-words}；"
+        "反过来，只保留这两个词训练后的向量、其余全部还原，准确率为 "
+        "{acc embeddings-words-labels}，与零样本相比 {diff embeddings-words-labels zero_shot}。"
+        "没有用来训练的标签词，排序也好了很多：“负向/正向”的 AUC 从 "
+        "{auc zero_shot 负向,正向} 升到 {auc embeddings-words 负向,正向}。"
+        "没有验证的是：模型是否“理解”，准确率量不出这一点。",
     ),
     (
-        "让模型生成而不是打分会跑题。",
-        "用普通提示词时，字面上成立：{off zero_shot_generate} 的回答在前 16 个 token 里既没有 负面 "
-        "也没有 正面；但其中 {said zero_shot_generate 消极,积极} 说的是 积极 或 消极。"
-        "用模型自己的格式提问并点明这两个词时是 {off zero_shot_generate-chat}，"
-        "准确率 {acc zero_shot_generate-chat}，与对同一提示词打分一样，"
-        "{diff zero_shot_generate-chat zero_shot-chat}，但不如对普通提示词打分："
-        "{diff zero_shot-chat zero_shot}。这些数字没有检验：起作用的是格式还是问句；"
-        "随机采样又会怎样，这里是贪心解码。",
+        "不打分而让模型直接生成，会跑题。",
+        "用普通提示词时，字面上成立：有 {off zero_shot_generate} 的回答在前 16 个 token 里"
+        "既没有“负面”也没有“正面”；但这些回答里有 {said zero_shot_generate 消极,积极} "
+        "改说了“积极”或“消极”。改用模型自带的对话格式（chat template）提问并点明这两个词，"
+        "跑题的比例为 {off zero_shot_generate-chat}，准确率为 {acc zero_shot_generate-chat}，"
+        "与对同一提示词打分几乎一样：{diff zero_shot_generate-chat zero_shot-chat}；"
+        "但对这个提示词打分，不如对普通提示词打分：{diff zero_shot-chat zero_shot}。"
+        "没有验证的是：起作用的是对话格式还是问句；换成随机采样会怎样（这里用的是贪心解码）。",
     ),
 )

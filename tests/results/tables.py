@@ -33,8 +33,8 @@ from qwen_min.report import markdown_table, p_value
 
 ENGLISH_HEADS = ["method", "accuracy", "95 % interval", "precision", "F1", "recall 负面"]
 ENGLISH_HEADS += ["recall 正面", "AUC", "ECE", "clean part", "trained", "train s"]
-CHINESE_HEADS = ["方法", "准确率", "95 % 区间", "精确率", "F1", "负面召回", "正面召回"]
-CHINESE_HEADS += ["AUC", "ECE", "去重后准确率", "训练参数", "训练秒数"]
+CHINESE_HEADS = ["方法", "准确率", "95% 区间", "精确率", "F1", "负面召回", "正面召回"]
+CHINESE_HEADS += ["AUC", "ECE", "去重后准确率", "训练参数量", "训练秒数"]
 DIARY_HEADS = ["method", "diary, 1.5B", "here, 1.5B", "here, 0.5B"]
 DIARY_CHINESE_HEADS = ["方法", "日记（1.5B）", "这里，1.5B", "这里，0.5B"]
 # What the claims rest on: A against B.
@@ -355,8 +355,11 @@ def claims(answers: tuple[tuple[str, str], ...]) -> str:
 
 
 def chinese(text: str) -> str:
-    """Intervals as they are written in Chinese."""
-    return re.sub(r"(?<=\d) to (?=[+-]?\d)", " ～ ", text)
+    """Intervals, lists and names of rows as they are written in Chinese."""
+    text = re.sub(r"(?<=\d) to (?=[+-]?\d)", "～", text)
+    text = re.sub(r"(?<=\d), (?=\d)", "、", text).replace("; p = ", "；p = ")
+    text = text.replace(", those of 负面/正面 alone", "，只保留“负面/正面”训练后的向量")
+    return text.replace(", all but 负面/正面's", "，只还原“负面/正面”的向量").replace("`, ", "`，")
 
 
 TABLES: dict[str, Callable[[], str]] = {
