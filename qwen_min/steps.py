@@ -96,10 +96,8 @@ def label_reasons(
     for name, rows in found.items():
         values = sums[name]
         best, other = ranked(values)
-        margin, mass = (
-            values[best] - values[other],
-            label_mass(np.array([values]), [prompt.labels]).item(),
-        )
+        margin = values[best] - values[other]
+        mass = label_mass(np.array([values]), [prompt.labels]).item()
         odds = f"{exp(margin):.4g}" if margin < 20 else f"e^{margin:.0f}"
         lines.append(
             f"{capital(name)} says {words[best]}: log p {values[best]:.4f} against "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -45,7 +46,7 @@ def test_a_kept_file_was_made_by_its_command(path):
     """What the command says is what was recorded, and so are its defaults where it says nothing."""
     size = path.parent.name
     *before, measuring = experiment.commands(ROWS[size, path.stem], size)
-    results = json.loads(path.read_text())
+    results = json.loads(path.read_text(encoding="utf-8"))
     _, given = parse_with_given(evaluate.build_parser(), shlex.split(measuring)[2:])
     assert given
     assert {name: results["arguments"][name] for name in given} == given
@@ -75,7 +76,7 @@ def test_a_kept_file_fits_its_predictions(path):
 
 
 def test_every_kept_file_is_about_the_same_rows():
-    results = [json.loads(path.read_text()) for path in KEPT]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in KEPT]
     assert len({r["examples_hash"] for r in results}) == 1
     masks = {kept.clean(path).tobytes() for path in KEPT}
     assert len(masks) == 1
@@ -94,16 +95,14 @@ def test_the_pictures_were_drawn_from_the_kept_files():
 
 
 def test_the_font_is_chosen_for_every_word_that_is_drawn():
-    drawn = {c for name in kept.METHODS.values() for c in name}
-    drawn |= {
-        c for entry in kept.find("zero_shot")[None].results["per_class"] for c in entry["name"]
-    }
-    assert drawn - set(map(chr, range(128))) <= set(pictures.WORDS)
+    figures = [make() for make in pictures.PICTURES.values()]
+    drawn = {c for figure in figures for text in figure.findobj(Text) for c in text.get_text()}
+    assert {c for c in drawn if ord(c) > 127} <= set(pictures.WORDS)
 
 
 def test_the_pictures_show_the_kept_accuracies():
     def accuracy(path):
-        return json.loads((RESULTS / path).read_text())["accuracy"]
+        return json.loads((RESULTS / path).read_text(encoding="utf-8"))["accuracy"]
 
     _, part = pictures.accuracies().axes
     points, *_ = part.containers[0].lines  # 0.5B
@@ -271,7 +270,7 @@ def test_token_vectors_are_set_back(tmp_path):
     run = tmp_path / "run"
     line = "--method lora_label_scoring --train-embeddings --lora-targets none --model tiny"
     assert train.main([*line.split(), "--limit", "20", "--output", str(run)]) == 0
-    record = json.loads((run / "run.json").read_text())
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     for keep in ("labels", "others"):
         set_back.main([str(run), "--keep", keep, "--output", str(tmp_path / keep)])
     after, labels, others = (
@@ -288,5 +287,5 @@ def test_token_vectors_are_set_back(tmp_path):
     assert others[rest].equal(after[rest]) and others[ids].equal(base[ids])
     # And evaluate.py takes it as the run that it is.
     assert evaluate.main(["--run", str(tmp_path / "labels"), "--limit", "10"]) == 0
-    kept_parameters = json.loads((tmp_path / "labels" / "run.json").read_text())
+    kept_parameters = json.loads((tmp_path / "labels" / "run.json").read_text(encoding="utf-8"))
     assert kept_parameters["trained_parameters"] == len(ids) * base.shape[1]

@@ -535,7 +535,7 @@ def test_accumulation_of_a_real_loss(method, reference, tmp_path, before_step):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["head", "labels"])
 def test_only_what_is_trained_moves(method, dtype, reference, tmp_path, before_step):
-    """Three steps at the default rate. Kept in bf16, A would not move: its steps round away."""
+    """Three steps at the default rate. In bf16 most of A would not move: they round away."""
     process = Run(reference[0], tmp_path, method, dtype)
     assert process.model.lm_head_weight.dtype == getattr(torch, dtype)
     frozen = fingerprint(process.frozen.items())

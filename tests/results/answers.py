@@ -1,14 +1,14 @@
 """What the numbers say of six claims, in English and Chinese; tables.py fills in every figure.
 
 {acc NAME}        accuracy with its interval; of several seeds the mean's
-{auc NAME}        likewise AUC
-{auc NAME WORDS}  AUC with other label words, from a row with --label-sets
+{auc NAME}        likewise AUC, by DeLong
+{auc NAME WORDS}  AUC with other label words, from a row with --label-sets; Hanley and McNeil's
 {each NAME}       accuracy of each seed
 {diff A B}        accuracy of A minus that of B, clean rows: paired interval, McNemar's p by seed
 {aucdiff A B}     the same of AUC, without a test
 {off NAME}        share of generated answers without a label word
 {said NAME WORDS} share of those that hold these other words
-{steps NAME}      steps that were taken
+{steps NAME}      steps taken where it was measured (of two checkpoints the better one)
 {moved NAME WHAT} how far token vectors went, in parts of their length
 """
 

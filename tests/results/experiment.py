@@ -11,7 +11,8 @@ trained sees the first 3,000 rows of the one, a tenth of them held out, which al
 chosen; the other is scored once for each row of the table. Works in runs/ and goes on where it was
 stopped. Kept in tests/results/0.5b/ are NAME.json, with the commits that trained and evaluated it,
 and NAME.jsonl, scores less the row's largest to five decimals, and whether the row's text stands in
-the 3,000. What is kept is not computed again; to do that, delete runs/0.5b/NAME* as well.
+the 3,000. What is kept is not computed again; to do that, delete it, and NAME and NAME.* in
+runs/0.5b/.
 """
 
 import argparse
@@ -184,9 +185,14 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def commit() -> str:
-    """The code that runs, by its commit; `-dirty` where it differs from that."""
-    line = ["git", "describe", "--always", "--abbrev=12", "--dirty"]
-    return subprocess.run(line, cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
+    """The code that runs, by its commit; `-dirty` where a .py file differs from that."""
+
+    def git(*words: str) -> str:
+        line = ["git", *words]
+        return subprocess.run(line, cwd=REPO, capture_output=True, text=True, check=True).stdout
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    return git("rev-parse", "--short=12", "HEAD").strip() + "-dirty" * bool(changed)
 
 
 def run(row: Row, size: str) -> None:
@@ -198,16 +204,20 @@ def run(row: Row, size: str) -> None:
         before = []
     elif started:
         # A probe that was cut off would be timed from its cached features on: it starts anew.
-        finished = json.loads((directory / "run.json").read_text())["finished"]
+        finished = json.loads((directory / "run.json").read_text(encoding="utf-8"))["finished"]
         if PROBE in row.train and not finished:
             shutil.rmtree(directory)
             started = False
         else:
+            began = directory.with_suffix(".trained").read_text(encoding="utf-8")
+            if not finished and began != commit():
+                sys.exit(f"error: {row.name} began at {began}; go on there, or delete {directory}")
             before = [f"{before[0]} --resume"]  # which refuses to go on with other arguments
     if before and not started:
-        directory.with_suffix(".trained").write_text(commit())
-    directory.with_suffix(".evaluated").write_text(commit())
+        directory.with_suffix(".trained").write_text(commit(), encoding="utf-8")
     for line in [*before, evaluate]:
+        if line is evaluate:
+            directory.with_suffix(".evaluated").write_text(commit(), encoding="utf-8")
         print(f"$ {line}", flush=True)
         words = [sys.executable, *shlex.split(line)[1:]]
         with open(directory.with_suffix(".log"), "a") as log:
@@ -240,10 +250,13 @@ def keep(row: Row, size: str) -> None:
     """
     made, kept = REPO / "runs" / size / f"{row.name}.json", KEPT / size / f"{row.name}.json"
     kept.parent.mkdir(exist_ok=True)
-    results = json.loads(made.read_text())
+    results = json.loads(made.read_text(encoding="utf-8"))
     if results.pop("off_track_examples", None) is not None:
         results["off_track_words"] = dict.fromkeys(SETS.values(), 0)
-    with open(made.with_suffix(".jsonl")) as lines, open(kept.with_suffix(".jsonl"), "w") as out:
+    with (
+        open(made.with_suffix(".jsonl"), encoding="utf-8") as lines,
+        open(kept.with_suffix(".jsonl"), "w", encoding="utf-8") as out,
+    ):
         for line in lines:
             prediction = json.loads(line)
             if (scores := prediction["scores"]) is not None:
@@ -258,20 +271,21 @@ def keep(row: Row, size: str) -> None:
             out.write(json.dumps(prediction, ensure_ascii=False) + "\n")
     run = REPO / "runs" / size / row.name / "run.json"
     if run.exists():
-        record = json.loads(run.read_text())
+        record = json.loads(run.read_text(encoding="utf-8"))
         learnt = ("embedding_movement", "steps", "best_step", "layer")
         results |= {key: record[key] for key in learnt if record.get(key) is not None}
     results["commits"] = {
-        what: made.with_suffix(f".{what}").read_text()
+        what: made.with_suffix(f".{what}").read_text(encoding="utf-8")
         for what in ("trained", "evaluated")
         if made.with_suffix(f".{what}").exists()
     }
     # Last: what has it is done.
-    kept.write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n")
+    kept.write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     print(f"{row.name}: accuracy {results['accuracy']:.4f}", flush=True)
 
 
 def main() -> None:
+    """The command: run the rows that are asked for and not yet kept."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -14,12 +14,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from experiment import CURVE, KEPT, MODELS, REPO, SEEDS
+from experiment import CURVE, KEPT, MODELS, SEEDS
 
-sys.path.insert(0, str(REPO))
 from qwen_min.compare import Result, read_result
 from qwen_min.metrics import mcnemar_exact
 
+LABELS_ALONE, OTHERS_ALONE = ", those of 负面/正面 alone", ", all but 负面/正面's"
 VECTORS = "`lora_label_scoring --train-embeddings --lora-targets none`"
 # Rows of the main table, and what the reader sees.
 METHODS = {
@@ -42,8 +42,8 @@ METHODS = {
     "probe-of-lora_label_scoring": "`head_only --adapter` (`lora_label_scoring`)",
     "embeddings-head": "`lora_head --train-embeddings --lora-targets none`",
     "embeddings-words": VECTORS,
-    "embeddings-words-labels": f"{VECTORS}, those of 负面/正面 alone",
-    "embeddings-words-others": f"{VECTORS}, all but 负面/正面's",
+    "embeddings-words-labels": VECTORS + LABELS_ALONE,
+    "embeddings-words-others": VECTORS + OTHERS_ALONE,
     "embeddings-lora-words": "`lora_label_scoring --train-embeddings`",
 }
 TRAINED = ("head_only", "lora_head", "lora_label_scoring")  # those of the learning curve
@@ -78,6 +78,17 @@ def find(name: str) -> dict[int | None, Result]:
     return found
 
 
+def first(name: str) -> Result | None:
+    """Seed 0, or the only result."""
+    found = find(name)
+    return found.get(0, found.get(None))
+
+
+def with_rows(name: str, n: int) -> str:
+    """The row of a method that was trained on the first n rows."""
+    return f"{name}-n{n}" if n in CURVE else name
+
+
 @cache
 def clean(path: Path) -> np.ndarray:
     """Which rows of dev are not among the training rows: (n,) of true and false."""
@@ -96,14 +107,14 @@ def log_odds(result: Result) -> np.ndarray:
     return scores[:, 1] - scores[:, 0]
 
 
-def mean_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of (n,) numbers, rows drawn with replacement, seed 0.
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval of the mean of (n,) numbers, rows drawn with replacement.
 
     As `metrics.paired_bootstrap`, for numbers that are means over seeds: they take few levels, and
     how often each level is drawn is one multinomial.
     """
     levels, counts = np.unique(values, return_counts=True)
-    draws = np.random.default_rng(0).multinomial(len(values), counts / len(values), size=resamples)
+    draws = np.random.default_rng(0).multinomial(len(values), counts / len(values), size=10_000)
     low, high = np.quantile(draws @ levels / len(values), [0.025, 0.975])
     return float(low), float(high)
 
@@ -143,14 +154,19 @@ def auc_components(labels: np.ndarray, ranking: np.ndarray) -> list[np.ndarray]:
     return [negative, below(ranking[labels == 1], sides[0])]
 
 
+def auc_mean(parts: Sequence[Sequence[np.ndarray]]) -> tuple[float, ...]:
+    """Mean over seeds of what `auc_components` gave, and its 95 % interval by DeLong's variance."""
+    sides = [np.mean([part[c] for part in parts], axis=0) for c in (0, 1)]
+    auc = float(sides[0].mean())
+    half = 1.96 * math.sqrt(sum(side.var(ddof=1) / len(side) for side in sides))
+    return auc, auc - half, auc + half
+
+
 def auc_difference(labels: np.ndarray, pairs: Sequence[Sequence[np.ndarray]]) -> tuple[float, ...]:
     """AUC of A less that of B on the same rows, mean over pairs (one for each seed) of rankings
     (n,): difference, and its 95 % interval by DeLong's variance."""
     found = [[auc_components(labels, ranking) for ranking in pair] for pair in pairs]
-    gains = [np.mean([a[c] - b[c] for a, b in found], axis=0) for c in (0, 1)]
-    difference = float(gains[0].mean())
-    half = 1.96 * math.sqrt(sum(gain.var(ddof=1) / len(gain) for gain in gains))
-    return difference, difference - half, difference + half
+    return auc_mean([[a[c] - b[c] for c in (0, 1)] for a, b in found])
 
 
 @dataclass(frozen=True)
@@ -164,6 +180,7 @@ class Comparison:
 
     @property
     def p(self) -> list[float]:
+        """Of each seed."""
         return [test["p"] for test in self.tests]
 
 

@@ -5,15 +5,13 @@ of this code, so that a test sees when they have parted.
 """
 
 import hashlib
-import sys
 
 import matplotlib
 import numpy as np
 from experiment import CURVE, KEPT, REPO, SETS, TRAINING_ROWS
-from kept import METHODS, TRAINED, accuracy_interval, find, mean
+from kept import METHODS, TRAINED, accuracy_interval, find, first, mean, with_rows
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(REPO))
 from qwen_min.compare import Result
 from qwen_min.plots import LINES, MARKERS, find_font, plot_reliability, plot_roc, readable
 
@@ -29,12 +27,6 @@ def plain(name: str) -> str:
     return readable(METHODS[name].replace("`", ""), DRAWABLE)
 
 
-def first(name: str) -> Result | None:
-    """Seed 0, or the only result."""
-    found = find(name)
-    return found.get(0, found.get(None))
-
-
 def error_bars(results: list[list[Result]]) -> dict[str, np.ndarray]:
     """Mean accuracies of groups of seeds, and the lengths of their bars, (2, groups)."""
     accuracy = np.array([mean([r.results["accuracy"] for r in group]) for group in results])
@@ -47,7 +39,7 @@ def accuracies() -> Figure:
     names = [name for name in METHODS if find(name)]
     figure = Figure(figsize=(12, 0.34 * len(names) + 1.2), layout="constrained")
     whole, part = figure.subplots(1, 2, sharey=True, width_ratios=[1.2, 1.4])
-    for size, marker, fill, shift in (("0.5b", "o", "black", -0.14), ("1.5b", "s", "white", 0.18)):
+    for size, marker, fill, shift in (("0.5b", "o", "black", -0.24), ("1.5b", "s", "white", 0.26)):
         groups = [list(find(f"{size}/{name}").values()) for name in names]
         y = np.flatnonzero([len(group) > 0 for group in groups])
         if not len(y):
@@ -63,7 +55,9 @@ def accuracies() -> Figure:
         if seeds:
             x, rows = np.array(seeds).T
             for axes in (whole, part):
-                axes.plot(x, rows + 0.2, "|", color="0.4", label=f"{size.upper()}, single seeds")
+                axes.plot(
+                    x, rows + shift + 0.25, "|", color="0.4", label=f"{size.upper()}, single seeds"
+                )
     whole.set_yticks(range(len(names)), map(plain, names))
     whole.invert_yaxis()
     rows = first("zero_shot").results["n"]
@@ -85,7 +79,7 @@ def curve() -> Figure:
     axes.axhline(untrained["accuracy"], color="0.4", linewidth=1, label="zero_shot (no rows)")
     sizes = (*CURVE, TRAINING_ROWS)
     for i, name in enumerate(TRAINED):
-        results = [first(f"{name}-n{n}" if n in CURVE else name) for n in sizes]
+        results = [first(with_rows(name, n)) for n in sizes]
         # A little apart, so that no bar hides another.
         x = [n * 1.04 ** (i - 1) for n, result in zip(sizes, results, strict=True) if result]
         drawn = error_bars([[result] for result in results if result])

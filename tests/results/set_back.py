@@ -25,14 +25,17 @@ from qwen_min.tokenizer import Tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command: write the run with vectors set back into a directory of its own."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="of train.py --train-embeddings")
+    parser.add_argument("run", type=Path, metavar="RUN", help="its directory")
     parser.add_argument("--keep", choices=("labels", "others"), required=True)
     parser.add_argument("--output", type=Path, metavar="DIR", required=True)
     args = parser.parse_args(argv)
     record = json.loads((args.run / "run.json").read_text(encoding="utf-8"))
+    if record["method"] != "lora_label_scoring" or record["arguments"]["lora_targets"] != "none":
+        parser.error(f"{args.run}: expected lora_label_scoring with --lora-targets none")
     model = resolve_model(record["arguments"]["model"])
     base = embeddings.token_vectors(load_model(model, "float32"), label_words=True)
     trained = load_file(args.run / embeddings.FILE)  # (V, D) by name
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, vectors in trained.items():
         vectors[back] = base[name].detach()[back]
 
-    args.output.mkdir(parents=True)
+    args.output.mkdir(parents=True, exist_ok=True)
     embeddings.write(args.output / embeddings.FILE, trained, record["base_fingerprint"])
     record["embedding_movement"] = None
     record["trained_parameters"] = int((~back).sum()) * width * len(trained)

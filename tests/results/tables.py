@@ -10,24 +10,29 @@ computed yet are left out.
 
 import argparse
 import re
-import sys
 from collections.abc import Callable, Iterator
 
 from answers import CHINESE, ENGLISH
 from experiment import CURVE, KEPT, MODELS, REPO, SEEDS, SETS, TRAINING_ROWS, all_rows, commands
 from kept import (
+    LABELS_ALONE,
     METHODS,
+    OTHERS_ALONE,
     TRAINED,
     accuracy_interval,
+    auc_components,
     auc_interval,
+    auc_mean,
     compared,
     find,
+    first,
+    log_odds,
     mean,
     mean_sd,
     shown,
+    with_rows,
 )
 
-sys.path.insert(0, str(REPO))
 from qwen_min.metrics import wilson_interval
 from qwen_min.report import markdown_table, p_value
 
@@ -97,14 +102,17 @@ CALIBRATIONS = {
 
 
 def number(value: float | None, digits: int = 4) -> str:
+    """A value as text; - for none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def signed(value: float) -> str:
+    """A difference as text."""
     return f"{value:+.3f}"
 
 
 def between(interval: tuple[float, float], show: Callable[[float], str] = "{:.3f}".format) -> str:
+    """An interval as text."""
     return " to ".join(map(show, interval))
 
 
@@ -138,11 +146,8 @@ def diary(heads: list[str] = DIARY_HEADS) -> str:
     """The diary's accuracies beside those of here."""
     rows = []
     for name, reported in DIARY.items():
-        cells = [METHODS[name], number(reported, 3)]
-        for size in reversed(MODELS):
-            found = list(find(f"{size}/{name}").values())
-            cells.append(figure("acc", f"{size}/{name}") if found else "-")
-        rows.append(cells)
+        here = [figure("acc", f"{size}/{name}") for size in reversed(MODELS)]
+        rows.append([METHODS[name], number(reported, 3), *here])
     return markdown_table(heads, rows)
 
 
@@ -226,13 +231,12 @@ def curve() -> str:
     for name in TRAINED:
         cells = []
         for n in sizes:
-            found = find(f"{name}-n{n}" if n in CURVE else name)
-            result = found.get(0, found.get(None))
+            result = first(with_rows(name, n))
             accuracy = result and f"{result.results['accuracy']:.4f}"
             cells.append(f"{accuracy} ({between(accuracy_interval([result]))})" if result else "-")
         rows.append([METHODS[name], *cells])
     for name in TRAINED[1:]:
-        cells = [steps(f"{name}-n{n}" if n in CURVE else name) for n in sizes]
+        cells = [steps(with_rows(name, n)) for n in sizes]
         rows.append([f"steps of {METHODS[name]}", *cells])
     return markdown_table(["rows", *map(str, sizes)], rows)
 
@@ -306,8 +310,8 @@ def figure(kind: str, a: str, b: str = "") -> str:
     """One figure of an answer (see answers.py); a dash for what has not been computed."""
     found = list(find(a).values())
     if not found or (kind in ("diff", "aucdiff") and not compared(a, b)):
-        return "–"
-    first = found[0].results
+        return "-"
+    results = found[0].results
     if kind == "diff":
         test = compared(a, b)
         p = ", ".join(map(p_value, test.p))
@@ -316,27 +320,29 @@ def figure(kind: str, a: str, b: str = "") -> str:
         difference, *interval = compared(a, b).auc
         return f"{signed(difference)} ({between(interval, signed)})"
     if kind == "off":
-        return share(first["off_track"], first["n"])
+        return share(results["off_track"], results["n"])
     if kind == "said":
-        return share(first["off_track_words"][b], first["off_track"])
+        return share(results["off_track_words"][b], results["off_track"])
     if kind == "each":
         return ", ".join(number(result.results["accuracy"], 3) for result in found)
     if kind == "steps":
-        return str(first["best_step"])
+        return str(results["best_step"])
     if kind == "moved":
-        (groups,) = first["embedding_movement"].values()
+        (groups,) = results["embedding_movement"].values()
         return number(next(g["change"] for g in groups if b in g["vectors"]), 3)
     if kind == "acc":
         accuracy = mean([result.results["accuracy"] for result in found])
         return f"{accuracy:.3f} ({between(accuracy_interval(found))})"
     if kind != "auc":
         raise ValueError(f"answers.py: no such figure as {kind!r}")
-    entries = [result.results for result in found]
-    if b:
-        sets = [entry for results in entries for entry in results["label_sets"]]
-        entries = [entry for entry in sets if ",".join(entry["labels"]) == b]
-    auc = mean([entry["auc_roc"] for entry in entries])
-    negative, positive = (entry["support"] for entry in first["per_class"])
+    if not b:
+        labels = found[0].predictions.labels
+        auc, *interval = auc_mean([auc_components(labels, log_odds(r)) for r in found])
+        return f"{auc:.3f} ({between(interval)})"
+    # The scores of other label words are not kept.
+    sets = [entry for result in found for entry in result.results["label_sets"]]
+    auc = mean([entry["auc_roc"] for entry in sets if ",".join(entry["labels"]) == b])
+    negative, positive = (entry["support"] for entry in results["per_class"])
     return f"{auc:.3f} ({between(auc_interval(auc, positive, negative))})"
 
 
@@ -358,8 +364,8 @@ def chinese(text: str) -> str:
     """Intervals, lists and names of rows as they are written in Chinese."""
     text = re.sub(r"(?<=\d) to (?=[+-]?\d)", "～", text)
     text = re.sub(r"(?<=\d), (?=\d)", "、", text).replace("; p = ", "；p = ")
-    text = text.replace(", those of 负面/正面 alone", "，只保留“负面/正面”训练后的向量")
-    return text.replace(", all but 负面/正面's", "，只还原“负面/正面”的向量").replace("`, ", "`，")
+    text = text.replace(LABELS_ALONE, "，只保留“负面/正面”训练后的向量")
+    return text.replace(OTHERS_ALONE, "，只还原“负面/正面”的向量").replace("`, ", "`，")
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -388,11 +394,13 @@ def written(readme: str) -> str:
 
 
 def all_tables() -> Iterator[str]:
+    """Every table with its name."""
     for name, make in TABLES.items():
         yield f"{name}\n\n{make()}\n"
 
 
 def main() -> None:
+    """The command: print the tables, or write them and draw."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -402,10 +410,10 @@ def main() -> None:
     args = parser.parse_args()
     if not args.write:
         return print("\n".join(all_tables()))
-    path = REPO / "README.md"
-    path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
     import pictures  # here: matplotlib is needed for nothing else
 
+    path = REPO / "README.md"
+    path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
     pictures.draw()
 
 
