@@ -48,8 +48,8 @@ ENGLISH = (
         "{diff lora_label_scoring-n200 lora_head-n200}, but that is a head which has hardly left "
         "chance; label scoring has then hardly left zero-shot, "
         "{diff lora_label_scoring-n50 zero_shot} and {diff lora_label_scoring-n200 zero_shot}, and "
-        "a probe on the same 200 rows is ahead of it: it is {diff lora_label_scoring-n200 "
-        "head_only-n200}. What label scoring has is a better start. Not tested: more than one "
+        "against a probe on the same 200 rows it is behind, "
+        "{diff lora_label_scoring-n200 head_only-n200}. What label scoring has is a better start. Not tested: more than one "
         "epoch, where few rows would also give many steps.",
     ),
     (
