@@ -49,8 +49,8 @@ ENGLISH = (
         "chance; label scoring has then hardly left zero-shot, "
         "{diff lora_label_scoring-n50 zero_shot} and {diff lora_label_scoring-n200 zero_shot}, and "
         "against a probe on the same 200 rows it is behind, "
-        "{diff lora_label_scoring-n200 head_only-n200}. What label scoring has is a better start. Not tested: more than one "
-        "epoch, where few rows would also give many steps.",
+        "{diff lora_label_scoring-n200 head_only-n200}. What label scoring has is a "
+        "better start. Not tested: more than one epoch, where few rows would also give many steps.",
     ),
     (
         "The choice of label words shifts zero-shot.",
