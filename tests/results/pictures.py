@@ -63,6 +63,7 @@ def accuracies() -> Figure:
     rows = first("zero_shot").results["n"]
     whole.set(xlim=(0, 1), xlabel=f"accuracy on dev ({rows:,} rows)")
     part.set(xlim=(0.8, 0.96), xlabel="the same, 0.80 to 0.96")
+    part.set_xticks(np.arange(0.8, 0.97, 0.04))
     part.legend(loc="upper right", fontsize="small")
     for axes in (whole, part):
         axes.grid(color="0.9")
