@@ -64,7 +64,7 @@ def accuracies() -> Figure:
     whole.set(xlim=(0, 1), xlabel=f"accuracy on dev ({rows:,} rows)")
     part.set(xlim=(0.8, 0.96), xlabel="the same, 0.80 to 0.96")
     part.set_xticks(np.arange(0.8, 0.97, 0.04))
-    part.legend(loc="upper right", fontsize="small")
+    whole.legend(loc="lower left", fontsize="small")
     for axes in (whole, part):
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
