@@ -79,7 +79,7 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _log_odds(scores: np.ndarray, c: int) -> np.ndarray:
+def log_odds(scores: np.ndarray, c: int) -> np.ndarray:
     """log(p_c / (1 - p_c)), (n,): class c's score minus the log-sum-exp of the others.
 
     It ranks as p_c does, but still tells rows apart where p_c has rounded to 0 or 1. With two
@@ -110,7 +110,7 @@ def auc_roc(labels: ArrayLike, scores: ArrayLike) -> float | None:
     """
     labels, scores = _checked(labels, scores)
     classes = [1] if scores.shape[1] == 2 else range(scores.shape[1])
-    areas = [_rank_sum_auc(labels == c, _log_odds(scores, c)) for c in classes]
+    areas = [_rank_sum_auc(labels == c, log_odds(scores, c)) for c in classes]
     return None if None in areas else float(np.mean(areas))
 
 

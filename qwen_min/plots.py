@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from qwen_min.compare import Method, Predictions
 from qwen_min.errors import UserError
-from qwen_min.metrics import expected_calibration_error, softmax, wilson_interval
+from qwen_min.metrics import expected_calibration_error, log_odds, softmax, wilson_interval
 from qwen_min.run import read_run
 
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
@@ -144,11 +144,6 @@ def class_name(c: int, word: str, drawable: frozenset[int]) -> tuple[str, str]:
     """A class's name for a title and, shorter, for an axis: its word, where that can be drawn."""
     shown = readable(word, drawable)
     return (shown, shown) if shown == word else (f"class {c} ({shown})", f"class {c}")
-
-
-def log_odds(scores: np.ndarray, c: int) -> np.ndarray:
-    """log(p_c / (1 - p_c)), (n,): still tells rows apart where p_c has rounded to 0 or 1."""
-    return scores[:, c] - np.logaddexp.reduce(np.delete(scores, c, axis=1), axis=1)
 
 
 def roc_curve(positive: np.ndarray, ranking: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

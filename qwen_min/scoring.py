@@ -97,21 +97,6 @@ def score_labels(
     return scores
 
 
-def label_mass(scores: np.ndarray, labels: Sequence[Sequence[tuple[int, ...]]]) -> np.ndarray:
-    """Probability (n,) that what follows each prompt begins with one of its label words.
-
-    scores (n, C), and each row's C words as token ids. A word that begins with another one is part
-    of that one's event already, and is not added again.
-    """
-
-    def counted(words: tuple[tuple[int, ...], ...]) -> list[bool]:
-        return [not any(a != b and b[: len(a)] == a for a in words) for b in words]
-
-    kinds = {words: counted(words) for words in set(map(tuple, labels))}  # mostly one
-    own = np.array([kinds[tuple(words)] for words in labels])  # (n, C)
-    return (np.exp(scores) * own).sum(axis=1)
-
-
 def _score_batch(
     model: Qwen, batch: Sequence[tuple[tuple[int, ...], LabelTree]], prefix: Cache | None
 ) -> np.ndarray:
@@ -165,6 +150,21 @@ def token_log_probs(model: Qwen, h: Tensor, at: Tensor, tokens: Tensor) -> np.nd
         log_probs = logits[row, tokens[mine].to(h.device)] - log_sum_exp[row]
         found[mine.numpy()] = log_probs.double().cpu().numpy()
     return found
+
+
+def label_mass(scores: np.ndarray, labels: Sequence[Sequence[tuple[int, ...]]]) -> np.ndarray:
+    """Probability (n,) that what follows each prompt begins with one of its label words.
+
+    scores (n, C), and each row's C words as token ids. A word that begins with another one is part
+    of that one's event already, and is not added again.
+    """
+
+    def counted(words: tuple[tuple[int, ...], ...]) -> list[bool]:
+        return [not any(a != b and b[: len(a)] == a for a in words) for b in words]
+
+    kinds = {words: counted(words) for words in set(map(tuple, labels))}  # mostly one
+    own = np.array([kinds[tuple(words)] for words in labels])  # (n, C)
+    return (np.exp(scores) * own).sum(axis=1)
 
 
 def last_states(

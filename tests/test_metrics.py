@@ -231,7 +231,7 @@ def test_saturated_probabilities_are_still_ranked(num_classes, far):
 def test_log_odds_keep_what_is_below_one_rounding():
     # exp(-50) beside 1 is lost in 1 + exp(-50), and so would be the order of these rows.
     scores = np.array([[0.0, 0.0, -50.0], [0.0, 0.0, -60.0], [0.0, 0.0, -70.0]])
-    assert (np.diff(m._log_odds(scores, 0)) > 0).all()
+    assert (np.diff(m.log_odds(scores, 0)) > 0).all()
 
 
 # Probabilities

@@ -159,7 +159,7 @@ def test_the_interval_of_an_auc_is_about_that_of_a_bootstrap():
 def test_the_interval_of_a_difference_of_aucs_is_about_that_of_a_bootstrap():
     """DeLong's assumes nothing but many rows: within a tenth of its length."""
     a, b = (kept.find(name)[None] for name in ("head_only", "zero_shot"))
-    labels, rankings = a.predictions.labels, [kept.log_odds(r) for r in (a, b)]
+    labels, rankings = a.predictions.labels, [kept.ranking(r) for r in (a, b)]
     difference, low, high = kept.auc_difference(labels, [rankings])
     aucs = [auc_roc(labels, r.predictions.scores) for r in (a, b)]
     assert difference == pytest.approx(aucs[0] - aucs[1], abs=1e-12)

@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from experiment import CURVE, KEPT, MODELS, SEEDS
 
 from qwen_min.compare import Result, read_result
-from qwen_min.metrics import mcnemar_exact
+from qwen_min.metrics import log_odds, mcnemar_exact
 
 LABELS_ALONE, OTHERS_ALONE = ", those of 负面/正面 alone", ", all but 负面/正面's"
 VECTORS = "`lora_label_scoring --train-embeddings --lora-targets none`"
@@ -101,10 +101,9 @@ def right(result: Result) -> np.ndarray:
     return result.predictions.predicted == result.predictions.labels
 
 
-def log_odds(result: Result) -> np.ndarray:
+def ranking(result: Result) -> np.ndarray:
     """What a result ranks its rows by: (n,)."""
-    scores = result.predictions.scores
-    return scores[:, 1] - scores[:, 0]
+    return log_odds(result.predictions.scores, 1)
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
@@ -138,20 +137,20 @@ def auc_interval(auc: float, positive: int, negative: int) -> tuple[float, float
     return max(auc - half, 0.0), min(auc + half, 1.0)
 
 
-def auc_components(labels: np.ndarray, ranking: np.ndarray) -> list[np.ndarray]:
+def auc_components(labels: np.ndarray, ranks_by: np.ndarray) -> list[np.ndarray]:
     """What each row adds to the AUC: (negative,) and (positive,), both with the AUC as their mean.
 
     Of a positive row the share of negative ones that rank below it, of a negative row the share of
     positive ones above, ties by half (DeLong, DeLong and Clarke-Pearson 1988).
     """
-    sides = [np.sort(ranking[labels == c]) for c in (0, 1)]
+    sides = [np.sort(ranks_by[labels == c]) for c in (0, 1)]
 
     def below(values: np.ndarray, among: np.ndarray) -> np.ndarray:
         ends = [np.searchsorted(among, values, side=side) for side in ("left", "right")]
         return (ends[0] + ends[1]) / (2 * len(among))
 
-    negative = 1 - below(ranking[labels == 0], sides[1])
-    return [negative, below(ranking[labels == 1], sides[0])]
+    negative = 1 - below(ranks_by[labels == 0], sides[1])
+    return [negative, below(ranks_by[labels == 1], sides[0])]
 
 
 def auc_mean(parts: Sequence[Sequence[np.ndarray]]) -> tuple[float, ...]:
@@ -165,7 +164,7 @@ def auc_mean(parts: Sequence[Sequence[np.ndarray]]) -> tuple[float, ...]:
 def auc_difference(labels: np.ndarray, pairs: Sequence[Sequence[np.ndarray]]) -> tuple[float, ...]:
     """AUC of A less that of B on the same rows, mean over pairs (one for each seed) of rankings
     (n,): difference, and its 95 % interval by DeLong's variance."""
-    found = [[auc_components(labels, ranking) for ranking in pair] for pair in pairs]
+    found = [[auc_components(labels, ranks_by) for ranks_by in pair] for pair in pairs]
     return auc_mean([[a[c] - b[c] for c in (0, 1)] for a, b in found])
 
 
@@ -205,18 +204,9 @@ def compared(a: str, b: str) -> Comparison | None:
     auc = None
     if all(r.predictions.scores is not None for pair in pairs for r in pair):
         labels = pairs[0][0].predictions.labels[clean(pairs[0][0].path)]
-        rankings = [[log_odds(r)[clean(r.path)] for r in pair] for pair in pairs]
+        rankings = [[ranking(r)[clean(r.path)] for r in pair] for pair in pairs]
         auc = auc_difference(labels, rankings)
     return Comparison(float(gain.mean()), mean_interval(gain), tests, auc)
-
-
-def mean_sd(values: list[float | None], show: Callable[[float], str]) -> str:
-    """A value as text; of several seeds their mean ± sample standard deviation; - for none."""
-    if None in values:
-        return "-"
-    if len(values) == 1:
-        return show(values[0])
-    return f"{show(statistics.fmean(values))} ± {show(statistics.stdev(values))}"
 
 
 def mean(values: list[float | None]) -> float | None:

@@ -26,13 +26,14 @@ from kept import (
     compared,
     find,
     first,
-    log_odds,
     mean,
-    mean_sd,
+    ranking,
     shown,
     with_rows,
 )
 
+from qwen_min.calibration import NAMES
+from qwen_min.compare import Method
 from qwen_min.metrics import wilson_interval
 from qwen_min.report import markdown_table, p_value
 
@@ -92,18 +93,18 @@ DIARY = {
     "lora_head": 0.938,
     "lora_label_scoring": 0.958,
 }
-CALIBRATIONS = {
-    "raw": "raw",
-    "contextual": "contextual",
-    "domain_context": "domain-context",
-    "pmi_dc": "PMI_DC",
-    "batch": "batch",
-}  # temperature scaling changes no decision
+# Temperature scaling changes no decision.
+CALIBRATIONS = ("raw", "contextual", "domain_context", "pmi_dc", "batch")
 
 
 def number(value: float | None, digits: int = 4) -> str:
     """A value as text; - for none."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def with_sd(mean: float | None, sd: float | None, digits: int) -> str:
+    """A mean as text, ± the standard deviation over seeds where there are several."""
+    return number(mean, digits) + ("" if sd is None else f" ± {sd:.{digits}f}")
 
 
 def signed(value: float) -> str:
@@ -120,23 +121,21 @@ def methods(size: str, heads: list[str] = ENGLISH_HEADS) -> str:
     """The main table."""
     rows = []
     for name in METHODS:
-        if not (found := list(find(f"{size}/{name}").values())):
+        if not (seeds := find(f"{size}/{name}")):
             continue
-        measures = [result.measures for result in found]
-        column = {key: [m[key] for m in measures] for key in measures[0]}
+        found, (means, sd) = list(seeds.values()), Method(name, seeds).summary()
         clean = [result.results["clean"]["accuracy"] for result in found]
         rows.append(
             [
                 METHODS[name],
-                mean_sd(column["accuracy"], "{:.4f}".format),
+                with_sd(means["accuracy"], sd["accuracy"], 4),
                 between(accuracy_interval(found)),
-                *(number(mean(column[key]), 3) for key in ("precision", "f1")),
-                *(number(mean(column[key]), 3) for key in ("recall_0", "recall_1")),
-                mean_sd(column["auc_roc"], "{:.3f}".format),
-                number(mean(column["ece"]), 3),
+                *(number(means[key], 3) for key in ("precision", "f1", "recall_0", "recall_1")),
+                with_sd(means["auc_roc"], sd["auc_roc"], 3),
+                number(means["ece"], 3),
                 number(mean(clean)),
-                f"{column['trained_parameters'][0]:,}",
-                number(mean(column["training_seconds"]), 0),
+                f"{means['trained_parameters']:,.0f}",
+                number(means["training_seconds"], 0),
             ]
         )
     return markdown_table(heads, rows)
@@ -219,7 +218,13 @@ def label_sets() -> str:
                 number(entry["first_token"]["accuracy"]),
             ]
         )
-    heads = ["label words", "mass", *CALIBRATIONS.values(), "best threshold", "ECE raw"]
+    heads = [
+        "label words",
+        "mass",
+        *(NAMES[key] for key in CALIBRATIONS),
+        "best threshold",
+        "ECE raw",
+    ]
     heads += ["ECE temperature", "predicted positive", "AUC", "first token"]
     return markdown_table(heads, rows)
 
@@ -337,7 +342,7 @@ def figure(kind: str, a: str, b: str = "") -> str:
         raise ValueError(f"answers.py: no such figure as {kind!r}")
     if not b:
         labels = found[0].predictions.labels
-        auc, *interval = auc_mean([auc_components(labels, log_odds(r)) for r in found])
+        auc, *interval = auc_mean([auc_components(labels, ranking(r)) for r in found])
         return f"{auc:.3f} ({between(interval)})"
     # The scores of other label words are not kept.
     sets = [entry for result in found for entry in result.results["label_sets"]]
