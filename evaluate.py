@@ -34,11 +34,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora import LoRAError, load_adapter, lora_modules
-from qwen_min import embeddings
-from qwen_min.arguments import UNTRAINED, check_head, with_run
-from qwen_min.audit import clean_part, fed_rows, training_examples
-from qwen_min.calibration import calibrations, format_calibrations
-from qwen_min.cli import (
+from qwen_min.command.arguments import UNTRAINED, check_head, with_run
+from qwen_min.command.cli import (
     add_data_arguments,
     add_machine_arguments,
     add_prompt_arguments,
@@ -48,27 +45,35 @@ from qwen_min.cli import (
     run_command,
     seed,
 )
-from qwen_min.data import examples_hash
+from qwen_min.command.task import Task, blank_prompt, read_rows, read_task, task_prompts
 from qwen_min.errors import UserError
-from qwen_min.explain import explain_head, explain_labels
-from qwen_min.generation import MAX_NEW_TOKENS, first_label, generate_answers, stop_ids
+from qwen_min.files.data import examples_hash
+from qwen_min.files.output import commit_outputs, open_outputs
+from qwen_min.files.overlap import clean_part, fed_rows, training_examples
+from qwen_min.files.results import (
+    format_results,
+    name_outputs,
+    off_track_examples,
+    prediction_lines,
+)
+from qwen_min.files.weights import checkpoint_fingerprint, load_model
 from qwen_min.head import LinearHead, load_head, score_rows
-from qwen_min.label_sets import (
+from qwen_min.lab import token_vectors as embeddings
+from qwen_min.lab.calibration import calibrations, format_calibrations
+from qwen_min.lab.explain import explain_head, explain_labels
+from qwen_min.lab.generation import MAX_NEW_TOKENS, first_label, generate_answers, stop_ids
+from qwen_min.lab.label_sets import (
     compare_sets,
     distinct_words,
     format_sets,
     parse_label_sets,
     with_first_tokens,
 )
-from qwen_min.loading import checkpoint_fingerprint, load_model
+from qwen_min.lab.neutral import score_neutral
 from qwen_min.metrics import evaluate_predictions
 from qwen_min.model import Qwen
-from qwen_min.neutral import score_neutral
-from qwen_min.output import commit_outputs, open_outputs
 from qwen_min.prompt import warn_about_labels
-from qwen_min.results import format_results, name_outputs, off_track_examples, prediction_lines
 from qwen_min.scoring import label_mass, score_labels
-from qwen_min.task import Task, blank_prompt, read_rows, read_task, task_prompts
 
 METHODS = (*UNTRAINED, "head_only", "lora_head", "lora_label_scoring", "transplanted_head")
 

@@ -36,10 +36,8 @@ from lora import (
     merge_lora,
     save_adapter,
 )
-from qwen_min import embeddings
-from qwen_min.arguments import check_training
-from qwen_min.audit import fed_rows
-from qwen_min.cli import (
+from qwen_min.command.arguments import check_training
+from qwen_min.command.cli import (
     add_data_arguments,
     add_machine_arguments,
     add_prompt_arguments,
@@ -50,8 +48,19 @@ from qwen_min.cli import (
     run_command,
     seed,
 )
-from qwen_min.data import HELD_OUT, class_counts, examples_hash, held_out_split
+from qwen_min.command.task import Split, read_rows, read_task, whole_template
 from qwen_min.errors import UserError
+from qwen_min.files.data import HELD_OUT, class_counts, examples_hash, held_out_split
+from qwen_min.files.overlap import fed_rows
+from qwen_min.files.run import (
+    checkpoints,
+    publish,
+    run_arguments,
+    start_record,
+    write_atomically,
+    write_json,
+)
+from qwen_min.files.weights import checkpoint_fingerprint, fingerprint, load_model, save_model
 from qwen_min.head import (
     POOLINGS,
     LinearHead,
@@ -64,19 +73,10 @@ from qwen_min.head import (
     save_head,
     score_rows,
 )
-from qwen_min.loading import checkpoint_fingerprint, fingerprint, load_model, save_model
+from qwen_min.lab import token_vectors as embeddings
 from qwen_min.metrics import log_loss
 from qwen_min.model import Qwen
-from qwen_min.run import (
-    checkpoints,
-    publish,
-    run_arguments,
-    start_record,
-    write_atomically,
-    write_json,
-)
 from qwen_min.scoring import label_loss
-from qwen_min.task import Split, read_rows, read_task, whole_template
 from qwen_min.training import Plan, Stopped, TrainingFailed, fit
 
 METHODS = ("head_only", "lora_head", "lora_label_scoring")

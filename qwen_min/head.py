@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from qwen_min.batching import token_budget_batches
 from qwen_min.errors import UserError
+from qwen_min.fast.batching import token_budget_batches
+from qwen_min.files.run import write_atomically
 from qwen_min.metrics import log_loss
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
-from qwen_min.run import write_atomically
 from qwen_min.scoring import last_states, score_labels
 
 POOLINGS = ("last", "mean")

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qwen_min.config import QwenConfig
-from qwen_min.gradients import RMSNormFunction, SwiGLUFunction, attention_side_by_side
-from qwen_min.layout import Cache, KeysValues, Layout, ask_for_last, lay_out
+from qwen_min.fast.kernels import RMSNormFunction, SwiGLUFunction, attention_side_by_side
+from qwen_min.fast.layout import Cache, KeysValues, Layout, ask_for_last, lay_out
 
 # Texts · queries · keys, padded, that attention in training takes at once: in a 0.5B model (14
 # heads, 24 layers, bf16) 0.7 GB of weights are kept for the backward pass.

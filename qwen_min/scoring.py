@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen_min.batching import DEFAULT_BATCH_TOKENS, token_budget_batches
-from qwen_min.layout import Cache
+from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS, token_budget_batches
+from qwen_min.fast.layout import Cache
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt, common_prefix
 
@@ -168,10 +168,7 @@ def label_mass(scores: np.ndarray, labels: Sequence[Sequence[tuple[int, ...]]]) 
 
 
 def last_states(
-    model: Qwen,
-    texts: Sequence[tuple[int, ...]],
-    last: Sequence[int],
-    checkpointing: bool = False,
+    model: Qwen, texts: Sequence[tuple[int, ...]], last: Sequence[int], checkpointing: bool = False
 ) -> Tensor:
     """States of the last `last[i]` tokens of text i, with gradient: (sum(last), D).
 

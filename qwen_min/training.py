@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qwen_min.batching import shuffled_batches, token_budget_batches
-from qwen_min.run import (
+from qwen_min.fast.batching import shuffled_batches, token_budget_batches
+from qwen_min.files.run import (
     StopRequest,
     append_log,
     optimizer_bytes,

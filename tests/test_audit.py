@@ -10,10 +10,11 @@ import pytest
 from conftest import REPO, make_tokenizer
 
 import evaluate
-from qwen_min import audit
-from qwen_min.audit import clean_part, findings, normalised, read, training_examples
-from qwen_min.data import Example, examples_hash
+from qwen_min.files.data import Example, examples_hash
+from qwen_min.files.overlap import clean_part, normalised, training_examples
 from qwen_min.metrics import wilson_interval
+from qwen_min.report import audit
+from qwen_min.report.audit import findings, read
 
 WORDS = ("负面", "正面")
 REAL = REPO.parent / "shared" / "data" / "chnsenticorp"

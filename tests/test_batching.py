@@ -3,8 +3,8 @@ from itertools import pairwise
 
 import pytest
 
-from qwen_min.batching import shuffled_batches, token_budget_batches
 from qwen_min.errors import UserError
+from qwen_min.fast.batching import shuffled_batches, token_budget_batches
 
 
 def draw_lengths(count, seed=0):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from qwen_min.calibration import (
+from qwen_min.files.data import HELD_OUT, Example, held_out_split
+from qwen_min.lab.calibration import (
     Neutral,
     batch,
     best_threshold,
@@ -20,14 +21,8 @@ from qwen_min.calibration import (
     pmi_dc,
     with_prior,
 )
-from qwen_min.data import HELD_OUT, Example, held_out_split
+from qwen_min.lab.neutral import TEMPERATURE_ROWS, held_out_rows, premise_template, random_texts
 from qwen_min.metrics import auc_roc, log_loss, softmax
-from qwen_min.neutral import (
-    TEMPERATURE_ROWS,
-    held_out_rows,
-    premise_template,
-    random_texts,
-)
 
 ln = np.log
 # Probabilities of two words and of everything else: the words hold 0.5, 0.1 and 0.9.

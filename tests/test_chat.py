@@ -7,8 +7,8 @@ import pytest
 from conftest import make_tokenizer
 from transformers import AutoTokenizer
 
-from qwen_min.chat import QWEN25_SYSTEM, ChatFormat, read_chat_format, wrap_template
 from qwen_min.errors import UserError
+from qwen_min.lab.chat import QWEN25_SYSTEM, ChatFormat, read_chat_format, wrap_template
 from qwen_min.prompt import DEFAULT_TEMPLATE, build_prompts
 from qwen_min.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_min.cli import (
+from qwen_min.command.cli import (
     CommandParser,
     add_machine_arguments,
     add_prompt_arguments,
@@ -24,7 +24,7 @@ from qwen_min.cli import (
     run_command,
 )
 from qwen_min.errors import UserError
-from qwen_min.output import Output, commit_outputs, open_outputs
+from qwen_min.files.output import Output, commit_outputs, open_outputs
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_TEMPLATE, parse_labels, parse_template
 
 FULL = OSError(28, "No space left on device")

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from qwen_min.config import QwenConfig
 from qwen_min.errors import UserError
-from qwen_min.loading import load_model
+from qwen_min.files.weights import load_model
 
 # Qwen2.5-0.5B and Qwen3-0.6B as transformers 4 writes them.
 QWEN2 = {

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_min.data import Example, class_counts, examples_hash, held_out_split, read_examples
 from qwen_min.errors import UserError
+from qwen_min.files.data import Example, class_counts, examples_hash, held_out_split, read_examples
 
 WORDS = ("负面", "正面")
 # Measurement data lies beside a development checkout and is not part of the project.

@@ -13,7 +13,10 @@ from test_train import WORDS, arguments, base, data, in_child, one_line, record,
 
 import evaluate
 import train
-from qwen_min.embeddings import (
+from qwen_min.errors import UserError
+from qwen_min.files.run import checkpoints
+from qwen_min.files.weights import fingerprint, load_model
+from qwen_min.lab.token_vectors import (
     EMBEDDING,
     FILE,
     LM_HEAD,
@@ -25,10 +28,7 @@ from qwen_min.embeddings import (
     unfreeze,
     write,
 )
-from qwen_min.errors import UserError
-from qwen_min.loading import fingerprint, load_model
 from qwen_min.prompt import Prompt
-from qwen_min.run import checkpoints
 from qwen_min.scoring import label_loss
 from qwen_min.tokenizer import Tokenizer
 
@@ -164,7 +164,7 @@ def test_a_run_trains_the_vectors_and_nothing_else_of_the_base(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_evaluation_gives_the_held_out_figures_of_the_run(dtype, base, data, tmp_path, capsys):
-    from qwen_min.data import held_out_split, read_examples
+    from qwen_min.files.data import held_out_split, read_examples
     from qwen_min.metrics import log_loss
 
     run = tmp_path / "run"

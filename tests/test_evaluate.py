@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from sklearn import metrics as sk
 
 import evaluate
-from qwen_min.data import read_examples
-from qwen_min.loading import load_model
+from qwen_min.files.data import read_examples
+from qwen_min.files.weights import load_model
 from qwen_min.prompt import build_prompts, parse_template
 from qwen_min.scoring import score_label
 from qwen_min.tokenizer import Tokenizer

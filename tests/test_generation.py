@@ -8,7 +8,8 @@ import torch
 from conftest import make_reference
 
 from qwen_min.errors import UserError
-from qwen_min.generation import (
+from qwen_min.files.weights import load_model
+from qwen_min.lab.generation import (
     MAX_NEW_TOKENS,
     first_label,
     generate_answers,
@@ -16,7 +17,6 @@ from qwen_min.generation import (
     greedy_cached,
     stop_ids,
 )
-from qwen_min.loading import load_model
 from qwen_min.metrics import OFF_TRACK
 from qwen_min.prompt import Prompt
 

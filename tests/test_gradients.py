@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen_min.gradients import (
+from qwen_min.fast.kernels import (
     PadFunction,
     RMSNormFunction,
     SwiGLUFunction,
     UnpadFunction,
     attention_side_by_side,
 )
-from qwen_min.layout import ask_for_last, lay_out
-from qwen_min.loading import load_model
+from qwen_min.fast.layout import ask_for_last, lay_out
+from qwen_min.files.weights import load_model
 from qwen_min.model import RMSNorm
 from qwen_min.scoring import last_states
 

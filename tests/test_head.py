@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import qwen_min.head as head_module
 from lora import ATTENTION, MLP, inject_lora, lora_parameters
 from qwen_min.errors import UserError
+from qwen_min.files.weights import load_model
 from qwen_min.head import (
     L2_GRID,
     POOLINGS,
@@ -32,7 +33,6 @@ from qwen_min.head import (
     save_head,
     solve_logistic,
 )
-from qwen_min.loading import load_model
 from qwen_min.metrics import log_loss
 from qwen_min.model import Qwen, QwenModel
 from qwen_min.prompt import Prompt, build_prompts

@@ -17,9 +17,9 @@ from urllib.parse import unquote
 
 import pytest
 
-from qwen_min import hub as hub_module
 from qwen_min.errors import UserError
-from qwen_min.hub import SMALL, resolve_model
+from qwen_min.files import hub as hub_module
+from qwen_min.files.hub import SMALL, resolve_model
 
 REPO = Path(__file__).resolve().parent.parent
 # Prints one JSON line per name; anything but a UserError is a bug and ends it with a traceback.
@@ -27,7 +27,7 @@ DRIVER = """
 import json, sys, time
 time.sleep = lambda seconds: None  # huggingface_hub waits between its retries; tests do not
 from qwen_min.errors import UserError
-from qwen_min.hub import resolve_model
+from qwen_min.files.hub import resolve_model
 for name in sys.argv[1:]:
     try:
         outcome = {"path": str(resolve_model(name))}
@@ -99,10 +99,7 @@ REPOS = {
     "org/index-cut": {commit("e"): with_index(b'{"weight_map": {"a": "m')},
     "org/index-list": {commit("e"): with_index(b"[1, 2]")},
 }
-REFS = {
-    ("org/revised", "v1.0"): commit("4"),
-    ("org/revised", "refs/pr/1"): commit("5"),
-}
+REFS = {("org/revised", "v1.0"): commit("4"), ("org/revised", "refs/pr/1"): commit("5")}
 
 
 class Hub(ThreadingHTTPServer):
@@ -344,18 +341,7 @@ def no_download(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "./no",
-        "../no",
-        "/no/such",
-        "~/no/such",
-        "a/b/c",
-        "a/b/c/d",
-        "a/b/",
-        "org/",
-        "a\\b",
-    ],
+    "name", ["./no", "../no", "/no/such", "~/no/such", "a/b/c", "a/b/c/d", "a/b/", "org/", "a\\b"]
 )
 def test_a_path_that_does_not_exist(name, tmp_path, monkeypatch, no_download):
     monkeypatch.chdir(tmp_path)

@@ -13,16 +13,16 @@ from conftest import REPO
 
 import evaluate
 import train
-from qwen_min.calibration import batch, contextual, fit_temperature, pmi_dc
-from qwen_min.compare import read_result
-from qwen_min.data import read_examples
-from qwen_min.generation import MAX_NEW_TOKENS, first_label, greedy, stop_ids
-from qwen_min.loading import load_model
+from qwen_min.command.terminal import columns, visible
+from qwen_min.files.data import read_examples
+from qwen_min.files.weights import load_model
+from qwen_min.lab.calibration import batch, contextual, fit_temperature, pmi_dc
+from qwen_min.lab.generation import MAX_NEW_TOKENS, first_label, greedy, stop_ids
+from qwen_min.lab.neutral import CONTENT_FREE, held_out_rows
 from qwen_min.metrics import log_loss
-from qwen_min.neutral import CONTENT_FREE, held_out_rows
 from qwen_min.prompt import build_prompts
+from qwen_min.report.compare import read_result
 from qwen_min.scoring import score_label
-from qwen_min.table import columns, visible
 from qwen_min.tokenizer import Tokenizer
 
 SAMPLE = REPO / "qwen_min" / "sample"

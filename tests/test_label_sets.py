@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from qwen_min.errors import UserError
-from qwen_min.label_sets import (
+from qwen_min.files.weights import load_model
+from qwen_min.lab.label_sets import (
     compare_sets,
     distinct_words,
     format_sets,
     parse_label_sets,
     with_first_tokens,
 )
-from qwen_min.loading import load_model
 from qwen_min.prompt import Prompt, build_prompts
 from qwen_min.scoring import score_label, score_labels
 from qwen_min.tokenizer import Tokenizer

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qwen_min import loading
 from qwen_min.errors import UserError
-from qwen_min.loading import (
+from qwen_min.files import weights as loading
+from qwen_min.files.weights import (
     INDEX,
     SINGLE,
     checkpoint_fingerprint,

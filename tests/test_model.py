@@ -8,8 +8,8 @@ from conftest import make_reference
 from torch import nn
 
 import qwen_min.model as model_module
-from qwen_min.layout import Layout
-from qwen_min.loading import load_model
+from qwen_min.fast.layout import Layout
+from qwen_min.files.weights import load_model
 from qwen_min.model import Attention, Qwen, RMSNorm, rotary_cos_sin
 
 # fp32 sums of a few hundred products, in another order: a few units in the last place of values

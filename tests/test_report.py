@@ -14,10 +14,11 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from qwen_min import plots, report
-from qwen_min.compare import compare, gather, read_all
-from qwen_min.data import Example, examples_hash
+from qwen_min.files.data import Example, examples_hash
 from qwen_min.metrics import auc_roc, evaluate_predictions
+from qwen_min.report import plots
+from qwen_min.report import tables as report
+from qwen_min.report.compare import compare, gather, read_all
 
 N = 120
 WORDS = ["负面", "正面"]
@@ -416,8 +417,8 @@ def test_a_mistake_gets_one_line(tmp_path, monkeypatch, arguments, part):
 def test_plots_name_the_package_that_is_missing(tmp_path, monkeypatch):
     path = evaluated(tmp_path, "zero_shot")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "qwen_min.plots")
-    monkeypatch.delattr("qwen_min.plots")
+    monkeypatch.delitem(sys.modules, "qwen_min.report.plots")
+    monkeypatch.delattr("qwen_min.report.plots")
     status, out, err = command(path, "--plots", tmp_path / "plots")
     assert (status, out) == (2, "")
     assert "needs matplotlib, which is not installed: pip install matplotlib" in err

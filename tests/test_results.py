@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
-from qwen_min.cli import parse_with_given
-from qwen_min.compare import read_result
-from qwen_min.hub import resolve_model
-from qwen_min.loading import load_model
+from qwen_min.command.cli import parse_with_given
+from qwen_min.files.hub import resolve_model
+from qwen_min.files.weights import load_model
 from qwen_min.metrics import auc_roc, paired_bootstrap
+from qwen_min.report.compare import read_result
 from qwen_min.tokenizer import Tokenizer
 
 RESULTS = Path(__file__).resolve().parent / "results"

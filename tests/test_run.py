@@ -22,7 +22,7 @@ from conftest import REPO
 from safetensors.torch import save_file
 
 from qwen_min.errors import UserError
-from qwen_min.run import (
+from qwen_min.files.run import (
     MANIFEST,
     StopRequest,
     append_log,
@@ -331,7 +331,7 @@ def test_a_copy_under_another_name_is_refused(tmp_path):
 SAVER = """
 import io, itertools, os, sys, time
 from pathlib import Path
-from qwen_min.run import checkpoints, prune_checkpoints, save_checkpoint, write_atomically
+from qwen_min.files.run import checkpoints, prune_checkpoints, save_checkpoint, write_atomically
 
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())

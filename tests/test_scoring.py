@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_reference
 
-from qwen_min.loading import load_model
+from qwen_min.files.weights import load_model
 from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_mass, label_tree, score_label, score_labels
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import train
 from lora import lora_parameters
-from qwen_min.data import held_out_split, read_examples
-from qwen_min.loading import load_model
-from qwen_min.run import checkpoints
+from qwen_min.files.data import held_out_split, read_examples
+from qwen_min.files.run import checkpoints
+from qwen_min.files.weights import load_model
 
 WORDS = "坏,好"  # of three tokens and of one: neither merges with the template's end
 LORA = ["lora_head", "lora_label_scoring"]

@@ -25,11 +25,11 @@ from lora import (
     lora_parameters,
     save_adapter,
 )
+from qwen_min.files.run import checkpoints
+from qwen_min.files.weights import fingerprint, load_model
 from qwen_min.head import LinearHead, head_loss, load_head, pooled_features, save_head
-from qwen_min.loading import fingerprint, load_model
 from qwen_min.metrics import log_loss
 from qwen_min.prompt import Prompt
-from qwen_min.run import checkpoints
 from qwen_min.scoring import label_loss, score_labels
 from qwen_min.training import Plan, Stopped, TrainingFailed, best_step, fit, learning_rate
 

@@ -26,12 +26,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as BaseTokenizer
 from torch import Tensor
 
-from qwen_min.audit import FED, text_hashes
-from qwen_min.batching import shuffled_batches
-from qwen_min.cli import make_parser, run_command, seed
+from qwen_min.command.cli import make_parser, run_command, seed
 from qwen_min.config import QwenConfig
-from qwen_min.data import Example, read_examples
 from qwen_min.errors import UserError
+from qwen_min.fast.batching import shuffled_batches
+from qwen_min.files.data import Example, read_examples
+from qwen_min.files.overlap import FED, text_hashes
 from qwen_min.metrics import auc_roc
 from qwen_min.model import Qwen
 from qwen_min.prompt import DEFAULT_LABELS, build_prompts, shorten

@@ -27,11 +27,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from qwen_min.cli import positive_int
+from qwen_min.command.cli import positive_int
 from qwen_min.config import QwenConfig
-from qwen_min.data import Example, read_examples
-from qwen_min.loading import DTYPES, load_model
-from qwen_min.memory import keep_freed_memory
+from qwen_min.fast.memory import keep_freed_memory
+from qwen_min.files.data import Example, read_examples
+from qwen_min.files.weights import DTYPES, load_model
 from qwen_min.model import Qwen
 from qwen_min.prompt import DEFAULT_LABELS, Prompt, build_prompts
 from qwen_min.tokenizer import Tokenizer

@@ -27,9 +27,9 @@ from common import (
     write_json,
 )
 
-from qwen_min.batching import DEFAULT_BATCH_TOKENS
-from qwen_min.loading import load_model
-from qwen_min.memory import keep_freed_memory
+from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
+from qwen_min.fast.memory import keep_freed_memory
+from qwen_min.files.weights import load_model
 from qwen_min.model import Qwen
 from qwen_min.prompt import DEFAULT_LABELS, Prompt, build_prompts
 from qwen_min.scoring import score_labels

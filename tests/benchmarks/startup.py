@@ -44,8 +44,8 @@ COLUMNS = {
 # loading, the clock at the first score, and the scores.
 OURS = f"""
 import json, sys, time
-from qwen_min.loading import load_model
-from qwen_min.memory import keep_freed_memory
+from qwen_min.files.weights import load_model
+from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.prompt import build_prompts
 from qwen_min.scoring import score_labels
 from qwen_min.tokenizer import Tokenizer

@@ -40,10 +40,10 @@ from common import (
 )
 
 from lora import ATTENTION, inject_lora, lora_parameters
-from qwen_min.batching import shuffled_batches, token_budget_batches
+from qwen_min.fast.batching import shuffled_batches, token_budget_batches
+from qwen_min.fast.memory import keep_freed_memory
+from qwen_min.files.weights import load_model
 from qwen_min.head import head_loss
-from qwen_min.loading import load_model
-from qwen_min.memory import keep_freed_memory
 from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_loss
 

@@ -27,8 +27,8 @@ from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from qwen_min.audit import normalised, stand_in
-from qwen_min.data import read_examples
+from qwen_min.files.data import read_examples
+from qwen_min.files.overlap import normalised, stand_in
 from qwen_min.prompt import DEFAULT_LABELS
 
 REPO = Path(__file__).resolve().parents[2]
@@ -168,7 +168,7 @@ def prepare(args: argparse.Namespace) -> None:
             sys.exit(f"error: {link} is missing; name what it stands for, see --help")
     part = runs / f"train-{TRAINING_ROWS}.tsv"
     if args.train is not None:
-        # Lines end in \n alone, as qwen_min.data reads them.
+        # Lines end in \n alone, as qwen_min.files.data reads them.
         with open(args.train, encoding="utf-8", newline="\n") as file:
             lines = [line for line, _ in zip(file, range(TRAINING_ROWS + 1), strict=False)]
         if len(lines) <= TRAINING_ROWS:

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from experiment import CURVE, KEPT, MODELS, SEEDS
 
-from qwen_min.compare import Result, read_result
 from qwen_min.metrics import log_odds, mcnemar_exact
+from qwen_min.report.compare import Result, read_result
 
 LABELS_ALONE, OTHERS_ALONE = ", those of 负面/正面 alone", ", all but 负面/正面's"
 VECTORS = "`lora_label_scoring --train-embeddings --lora-targets none`"

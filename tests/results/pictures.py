@@ -12,8 +12,8 @@ from experiment import CURVE, KEPT, REPO, SETS, TRAINING_ROWS
 from kept import METHODS, TRAINED, accuracy_interval, find, first, mean, with_rows
 from matplotlib.figure import Figure
 
-from qwen_min.compare import Result
-from qwen_min.plots import LINES, MARKERS, find_font, plot_reliability, plot_roc, readable
+from qwen_min.report.compare import Result
+from qwen_min.report.plots import LINES, MARKERS, find_font, plot_reliability, plot_roc, readable
 
 RANKED = ("zero_shot", "head_only", "transplanted_head", "lora_head", "lora_label_scoring")
 CALIBRATED = ("zero_shot", "head_only", "lora_head", "lora_label_scoring")
@@ -115,7 +115,7 @@ PICTURES = {"accuracies": accuracies, "curve": curve, "roc": roc, "reliability":
 def digest() -> str:
     """SHA-256 of every kept file with its name, and of the code that draws."""
     whole = hashlib.sha256()
-    code = [KEPT / "pictures.py", KEPT / "kept.py", REPO / "qwen_min" / "plots.py"]
+    code = [KEPT / "pictures.py", KEPT / "kept.py", REPO / "qwen_min" / "report" / "plots.py"]
     for path in [*sorted(KEPT.glob("*/*.json*")), *code]:
         whole.update(f"{path.relative_to(REPO).as_posix()} {path.stat().st_size}\n".encode())
         whole.update(path.read_bytes())

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from qwen_min import embeddings
-from qwen_min.hub import resolve_model
-from qwen_min.loading import load_model
-from qwen_min.run import write_json
+from qwen_min.files.hub import resolve_model
+from qwen_min.files.run import write_json
+from qwen_min.files.weights import load_model
+from qwen_min.lab import token_vectors as embeddings
 from qwen_min.tokenizer import Tokenizer
 
 

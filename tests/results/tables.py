@@ -32,10 +32,10 @@ from kept import (
     with_rows,
 )
 
-from qwen_min.calibration import NAMES
-from qwen_min.compare import Method
+from qwen_min.lab.calibration import NAMES
 from qwen_min.metrics import wilson_interval
-from qwen_min.report import markdown_table, p_value
+from qwen_min.report.compare import Method
+from qwen_min.report.tables import markdown_table, p_value
 
 ENGLISH_HEADS = ["method", "accuracy", "95 % interval", "precision", "F1", "recall 负面"]
 ENGLISH_HEADS += ["recall 正面", "AUC", "ECE", "clean part", "trained", "train s"]

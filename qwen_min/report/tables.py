@@ -15,11 +15,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from qwen_min.cli import make_parser, run_command
-from qwen_min.compare import Method, compare_all, gather, read_all
+from qwen_min.command.cli import make_parser, run_command
+from qwen_min.command.terminal import text_table
 from qwen_min.errors import UserError
-from qwen_min.output import commit_outputs, open_outputs
-from qwen_min.table import text_table
+from qwen_min.files.output import commit_outputs, open_outputs
+from qwen_min.report.compare import Method, compare_all, gather, read_all
 
 FORMATS = ("text", "markdown", "json")
 
@@ -49,7 +49,7 @@ def report(args: argparse.Namespace) -> int:
     """Read, compare, print or write; then the pictures."""
     if args.plots:
         try:
-            from qwen_min import plots
+            from qwen_min.report import plots
         except ModuleNotFoundError as error:
             if not error.name.startswith("matplotlib"):
                 raise
@@ -219,7 +219,3 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: i
     rule = ["---" if i < words else "---:" for i in range(len(heads))]
     lines = [heads, rule, *rows]
     return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

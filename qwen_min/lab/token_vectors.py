@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from qwen_min.command.terminal import text_table, visible
 from qwen_min.errors import UserError
+from qwen_min.files.run import write_atomically
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
-from qwen_min.run import write_atomically
-from qwen_min.table import text_table, visible
 from qwen_min.tokenizer import Tokenizer
 
 FILE = "embeddings.safetensors"

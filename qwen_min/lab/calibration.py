@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qwen_min.command.terminal import text_table
 from qwen_min.metrics import auc_roc, expected_calibration_error, log_loss, softmax
-from qwen_min.table import text_table
 
 
 def length_normalised(scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qwen_min.errors import UserError
 
-TINY = Path(__file__).parent / "tiny"  # the checkpoint that comes with the project
+TINY = Path(__file__).parent.parent / "tiny"  # the checkpoint that comes with the project
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Where a checkpoint has them: its chat template, and the tokens that end its answers.
 SMALL = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")

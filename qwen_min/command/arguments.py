@@ -6,8 +6,8 @@ from pathlib import Path
 
 from qwen_min.config import QwenConfig
 from qwen_min.errors import UserError
+from qwen_min.files.run import read_run
 from qwen_min.head import LinearHead
-from qwen_min.run import read_run
 
 UNTRAINED = ("zero_shot", "zero_shot_generate")
 SCORE_LABELS = ("zero_shot", "lora_label_scoring")

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from qwen_min.calibration import batch, best_threshold, measures, shares
+from qwen_min.command.terminal import text_table, visible
 from qwen_min.errors import UserError
+from qwen_min.lab.calibration import batch, best_threshold, measures, shares
 from qwen_min.prompt import Prompt, parse_labels
 from qwen_min.scoring import label_mass
-from qwen_min.table import text_table, visible
 from qwen_min.tokenizer import Tokenizer
 
 Set = tuple[str, ...]  # one word for each class, in class order

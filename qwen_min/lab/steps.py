@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwen_min.command.terminal import visible
 from qwen_min.head import LinearHead
 from qwen_min.model import Qwen, rotary_cos_sin
 from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_mass
-from qwen_min.table import visible
 from qwen_min.tokenizer import Tokenizer
 
 LIKELIEST = 5

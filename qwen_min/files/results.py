@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_min.data import Example
+from qwen_min.command.terminal import pad
+from qwen_min.files.data import Example
 from qwen_min.metrics import OFF_TRACK
-from qwen_min.table import pad
 
 
 def format_results(results: dict) -> str:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from qwen_min.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.errors import UserError
-from qwen_min.loading import DTYPES
-from qwen_min.memory import keep_freed_memory
+from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
+from qwen_min.fast.memory import keep_freed_memory
+from qwen_min.files.weights import DTYPES
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, DEFAULT_TEMPLATE
 
-SAMPLE = Path(__file__).parent / "sample"  # reviews written for this project
+SAMPLE = Path(__file__).parent.parent / "sample"  # reviews written for this project
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_min.chat import ChatFormat, read_chat_format, wrap_template
 from qwen_min.config import QwenConfig
-from qwen_min.data import Example, read_examples
 from qwen_min.errors import UserError
-from qwen_min.hub import resolve_model
+from qwen_min.files.data import Example, read_examples
+from qwen_min.files.hub import resolve_model
+from qwen_min.lab.chat import ChatFormat, read_chat_format, wrap_template
 from qwen_min.prompt import Prompt, build_prompts, check_lengths, parse_labels, parse_template
 from qwen_min.tokenizer import Tokenizer
 

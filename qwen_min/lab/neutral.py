@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qwen_min.audit import normalised
-from qwen_min.calibration import Neutral
-from qwen_min.data import HELD_OUT, Example, held_out_split
+from qwen_min.command.task import Task, task_prompts
+from qwen_min.files.data import HELD_OUT, Example, held_out_split
+from qwen_min.files.overlap import normalised
+from qwen_min.lab.calibration import Neutral
 from qwen_min.prompt import FIELD, Prompt
-from qwen_min.task import Task, task_prompts
 
 # The three that Zhao et al. 2021, section 5, average over.
 CONTENT_FREE = ("N/A", "[MASK]", "")

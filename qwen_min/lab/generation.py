@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from qwen_min.batching import token_budget_batches
 from qwen_min.errors import UserError
+from qwen_min.fast.batching import token_budget_batches
 from qwen_min.metrics import OFF_TRACK
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
@@ -37,10 +37,7 @@ def greedy(
 
 @torch.inference_mode()
 def greedy_cached(
-    model: Qwen,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    stop: Collection[int] = (),
+    model: Qwen, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Collection[int] = ()
 ) -> list[list[int]]:
     """`greedy` for several prompts at once; a text that has ended leaves the batch."""
     device = model.lm_head_weight.device

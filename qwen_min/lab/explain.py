@@ -9,12 +9,12 @@ from math import exp
 
 import torch
 
+from qwen_min.command.terminal import WIDTH, clipped, columns, pad, paragraph, text_table, visible
 from qwen_min.head import LinearHead
+from qwen_min.lab.steps import LIKELIEST, head_reasons, head_state, label_positions, label_reasons
 from qwen_min.metrics import softmax
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
-from qwen_min.steps import LIKELIEST, head_reasons, head_state, label_positions, label_reasons
-from qwen_min.table import WIDTH, clipped, columns, pad, paragraph, text_table, visible
 from qwen_min.tokenizer import Tokenizer
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from qwen_min.errors import UserError
+from qwen_min.files.run import FREE, read_run
 from qwen_min.metrics import confusion_matrix, mcnemar_exact, paired_bootstrap
-from qwen_min.run import FREE, read_run
 
 NEEDED = ("method", "n", "accuracy", "accuracy_interval", "per_class", "macro", "auc_roc", "brier")
 NEEDED += ("ece", "confusion_matrix", "examples_hash", "seconds", "arguments")

@@ -1,0 +1,1 @@
+"""What belongs to a command line: arguments, the task they describe, errors, the terminal."""

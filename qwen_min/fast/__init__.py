@@ -1,0 +1,1 @@
+"""The default computation: exactly what the mechanics define, faster. Tests hold both equal."""

@@ -1,0 +1,1 @@
+"""Result files and data files turned into tables and pictures."""
