@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen_min.command.arguments import add_machine_arguments, add_prompt_arguments
 from qwen_min.command.cli import (
     CommandParser,
-    add_machine_arguments,
-    add_prompt_arguments,
     choose_device,
     make_parser,
     parse_with_given,

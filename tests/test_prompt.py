@@ -9,12 +9,12 @@ from test_tokenizer import ODD, TEXTS, edit, random_texts
 from transformers import AutoTokenizer
 
 from qwen_min.errors import UserError
+from qwen_min.fast.batching import common_prefix
 from qwen_min.prompt import (
     DEFAULT_LABELS,
     DEFAULT_TEMPLATE,
     Prompt,
     build_prompts,
-    common_prefix,
     parse_labels,
     parse_template,
     shorten,

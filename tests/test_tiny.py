@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 import train
+from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.data import Example, read_examples
 from qwen_min.files.hub import TINY, resolve_model
 from qwen_min.files.overlap import fed_rows, text_hashes
 from qwen_min.files.weights import load_model
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_TEMPLATE, build_prompts
-from qwen_min.scoring import score_labels
 from qwen_min.tiny import pretrain
 from qwen_min.tokenizer import Tokenizer
 

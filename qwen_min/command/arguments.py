@@ -148,7 +148,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def finished_run(directory: str | Path) -> dict:
-    """The record of a run. Raises UserError for another directory and for an unfinished training."""
+    """The record of a run. Raises UserError for other directories and unfinished runs."""
     record = read_run(directory)
     if not record.get("finished"):
         raise UserError(

@@ -86,17 +86,16 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
             append_log(log, step=step.number, **numbers, tokens_per_s=speed)
             bar.update()
             bar.set_postfix(loss=f"{step.loss:.3f}", lr=f"{step.lr:.1e}", tok_s=f"{speed:.0f}")
-            # Read once: a signal that comes later in this step waits for the next one.
-            signal, last = stop.signal, step.number == steps
-            evaluates = step.number % eval_every == 0 or last
-            if evaluates:
+            last = step.number == steps
+            if evaluates := step.number % eval_every == 0 or last:
                 state["history"].append({"step": step.number, **training.evaluate()})
-            if evaluates or step.number % training.save_every == 0 or signal is not None:
+            if evaluates or step.number % training.save_every == 0 or stop.signal is not None:
                 state["seconds"] = before + time.perf_counter() - started
                 save_checkpoint(run, step.number, write)
                 prune_checkpoints(run, [step.number, best_step(state["history"])])
-            if signal is not None and not last:
-                raise Stopped(signal, step.number)
+                if stop.signal is not None and not last:
+                    raise Stopped(stop.signal, step.number)
+            # A signal after a step that was not saved waits for the next one.
             step_started = time.perf_counter()
     except TrainingFailed as failure:
         if not failure.rows:

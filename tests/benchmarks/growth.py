@@ -28,11 +28,11 @@ from common import (
 )
 
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
+from qwen_min.fast.label_scores import score_labels
 from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.files.weights import load_model
 from qwen_min.model import Qwen
 from qwen_min.prompt import DEFAULT_LABELS, Prompt, build_prompts
-from qwen_min.scoring import score_labels
 from qwen_min.tokenizer import Tokenizer
 
 LENGTHS = (32, 64, 128, 256, 512, 1024)  # tokens of a text

@@ -42,10 +42,11 @@ from common import (
     write_json,
 )
 
+from qwen_min.fast.label_scores import score_labels
 from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.files.weights import load_model
 from qwen_min.prompt import Prompt, build_prompts
-from qwen_min.scoring import score_label, score_labels
+from qwen_min.scoring import score_label
 from qwen_min.tokenizer import Tokenizer
 
 LABELS = (

@@ -35,10 +35,11 @@ from common import (
 )
 
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
+from qwen_min.fast.features import pooled_features
 from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.files.data import held_out_split
 from qwen_min.files.weights import load_model
-from qwen_min.head import fit_layers, pooled_features
+from qwen_min.head import fit_layers
 
 HELD_OUT, EPOCHS, BATCH, CLASSES = 0.1, 3, 8, 2
 RATE = 1e-3  # Trainer's own 5e-5 is for whole models and would leave a head where it started

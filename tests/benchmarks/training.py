@@ -40,12 +40,13 @@ from common import (
 )
 
 from lora import ATTENTION, inject_lora, lora_parameters
-from qwen_min.fast.batching import shuffled_batches, token_budget_batches
+from qwen_min.fast.batching import token_budget_batches
+from qwen_min.fast.features import head_losses
+from qwen_min.fast.label_scores import label_losses
 from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.files.weights import load_model
-from qwen_min.head import head_loss
 from qwen_min.prompt import Prompt
-from qwen_min.scoring import label_loss
+from qwen_min.training import shuffled_batches
 
 R, ALPHA, RATE, BATCH = 8, 16, 2e-4, 8
 METHODS, ORDERS = ("lora_label_scoring", "lora_head"), ("sorted", "random")
@@ -105,9 +106,9 @@ def ours(args: argparse.Namespace) -> Step:
         for part in token_budget_batches([len(p.ids) for p, _ in rows], BATCH_TOKENS):
             prompts, classes = [rows[i][0] for i in part], [rows[i][1] for i in part]
             if head is None:
-                loss = label_loss(model, prompts, classes) / len(rows)
+                loss = label_losses(model, prompts, classes) / len(rows)
             else:
-                loss = head_loss(model, head, prompts, classes) / len(rows)
+                loss = head_losses(model, head, prompts, classes) / len(rows)
             loss.backward()
             total += loss.item()
         optimizer.step()

@@ -12,13 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qwen_min.fast.label_scores import score_labels
+from qwen_min.fast.layout import Text, pack
+from qwen_min.fast.packed import forward_packed
 from qwen_min.files.data import read_examples
 from qwen_min.files.weights import load_model
 from qwen_min.lab.chat import QWEN25_SYSTEM, read_chat_format, wrap_template
 from qwen_min.lab.generation import greedy_cached
 from qwen_min.lab.steps import label_positions
 from qwen_min.prompt import DEFAULT_TEMPLATE, build_prompts
-from qwen_min.scoring import score_label, score_labels
+from qwen_min.scoring import score_label
 from qwen_min.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.real
@@ -65,7 +68,7 @@ def test_logits_fp32(checkpoint, fp32, texts):
         ids = torch.tensor([tokenizer.encode(text)])
         expected = reference(ids).logits[0]
         definition = ours.logits(ours(ids))[0]
-        packed = ours.logits(ours.model.forward_packed(ids[0], [ids.shape[1]])[0])
+        packed = ours.logits(forward_packed(ours, pack(ours, [Text(ids[0])]))[0])
         assert (definition - expected).abs().max() < 5e-4
         assert (packed - expected).abs().max() < 5e-4
 
@@ -152,7 +155,7 @@ def test_logits_bf16(checkpoint, texts):
     for text in texts[:6]:
         ids = torch.tensor([tokenizer.encode(text)])
         truth = exact.logits(exact(ids))[0]
-        packed, _ = ours.model.forward_packed(ids[0], [ids.shape[1]])
+        packed, _ = forward_packed(ours, pack(ours, [Text(ids[0])]))
         candidates = (reference(ids).logits[0].float(), ours.logits(ours(ids))[0])
         candidates = (*candidates, ours.logits(packed))
         errors.append([(found - truth).square().mean().sqrt().item() for found in candidates])

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lora import ATTENTION, LoRAConfig, inject_lora, load_adapter, lora_parameters, save_adapter
+from qwen_min.fast.features import pooled_features
+from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.data import read_examples
 from qwen_min.files.weights import load_model
-from qwen_min.head import pooled_features
 from qwen_min.prompt import Prompt, build_prompts
-from qwen_min.scoring import score_labels
 from qwen_min.tokenizer import Tokenizer
 from tests.real.test_real import SAMPLE, reference_score
 
