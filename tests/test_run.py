@@ -646,7 +646,7 @@ def test_start_record(tmp_path):
     assert read_run(run) == record
     (tmp_path / "file").touch()
     for place in ("file", "file/run"):
-        with pytest.raises(UserError, match=f"--output .*{place}: .*name another directory"):
+        with pytest.raises(UserError, match=f"{place}: .*name another directory with --output"):
             start_record(tmp_path / place, record, resume=False)
 
 
