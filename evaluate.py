@@ -45,17 +45,13 @@ from qwen_min.command.cli import (
     run_command,
     seed,
 )
+from qwen_min.command.summary import format_results
 from qwen_min.command.task import Task, blank_prompt, read_rows, read_task, task_prompts
 from qwen_min.errors import UserError
 from qwen_min.files.data import examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.files.overlap import clean_part, fed_rows, training_examples
-from qwen_min.files.results import (
-    format_results,
-    name_outputs,
-    off_track_examples,
-    prediction_lines,
-)
+from qwen_min.files.results import name_outputs, off_track_examples, prediction_lines
 from qwen_min.files.weights import checkpoint_fingerprint, load_model
 from qwen_min.head import LinearHead, load_head, score_rows
 from qwen_min.lab import token_vectors as embeddings

@@ -98,7 +98,7 @@ def read_json(path: Path, kind: str, advice: str, **fields: type) -> dict:
         for name, type_ in fields.items():
             if not isinstance(content.get(name), type_):
                 found = reprlib.repr(content.get(name))
-                raise ValueError(f"{name} is {found}, expected a {type_.__name__}")
+                raise ValueError(f"{name} is {found}, expected type {type_.__name__}")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected {kind}: {advice}") from None
     except (ValueError, RecursionError) as error:

@@ -64,8 +64,7 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
         # A new run would wrongly continue from checkpoints that are there without a run.json.
         if any((Path(args.output) / name).exists() for name in ("run.json", "checkpoints")):
             raise UserError(
-                f"--output {args.output} holds a run already; continue it with --resume, or name "
-                "another directory"
+                f"--output {args.output} holds a run already; add --resume or change it"
             )
         return args
     if args.output is None:
@@ -99,7 +98,7 @@ def start_record(run: Path, record: dict, resume: bool) -> dict:
         if before[key] != record[key]:
             raise UserError(
                 f"--resume: the {what} is not the one that the run in {run} began with ({key} "
-                f"differs); give it the same {what}, or start another run"
+                f"differs); give the same {what}, or start another run"
             )
     return before
 
@@ -134,10 +133,7 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
         except (OSError, ValueError, AttributeError):
             whole = False
         if not whole:
-            raise UserError(
-                f"{path}: does not match its {MANIFEST}; remove this directory and continue from "
-                "the checkpoint before it with --resume"
-            )
+            raise UserError(f"{path}: does not match its {MANIFEST}; remove it, then use --resume")
         found.append((step, path))
     return sorted(found)
 
@@ -193,10 +189,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], pa
         raise UserError(f"{path}: not an optimizer's state ({error}); start a new run") from None
     keys = ("exp_avg", "exp_avg_sq", "step")
     if odd := sorted(tensors.keys() ^ {f"{name}/{key}" for name in names for key in keys}):
-        raise UserError(
-            f"{path}: {len(odd)} tensors missing or not of this run (first: {odd[0]}); start a new "
-            "run"
-        )
+        found = f"{len(odd)} tensors missing or not of this run (first: {odd[0]})"
+        raise UserError(f"{path}: {found}; start a new run")
     state = {i: {key: tensors[f"{name}/{key}"] for key in keys} for i, name in enumerate(names)}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
