@@ -380,7 +380,7 @@ def test_utf16_is_recognised_by_its_mark(tmp_path, codec, encoding):
 @pytest.mark.parametrize("encoding", ["nope", "hex", ""])
 def test_unknown_encoding(tmp_path, encoding):
     assert refusal(tmp_path, "a.tsv", HEAD, encoding=encoding) == (
-        f"--encoding {encoding}: unknown encoding, try utf-8 or gb18030"
+        f"--encoding {encoding}: not a text encoding; try utf-8 or gb18030"
     )
 
 

@@ -67,6 +67,7 @@ def read_examples(
         records = _table(path, _refuse_blank(path, _csv_rows(path, text)))
     else:
         records = _table(path, _refuse_blank(path, ((n, line.split("\t")) for n, line in lines)))
+    # islice refuses numbers above sys.maxsize; --limit may be one.
     rows = [
         (line, record["label"], _checked_text(path, line, record))
         for line, record in islice(records, limit and min(limit, sys.maxsize))
@@ -141,7 +142,9 @@ def _decode(path: Path, encoding: str) -> str:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; check the path") from None
     except LookupError:
-        raise UserError(f"--encoding {encoding}: unknown encoding, try utf-8 or gb18030") from None
+        raise UserError(
+            f"--encoding {encoding}: not a text encoding; try utf-8 or gb18030"
+        ) from None
     except UnicodeDecodeError as error:
         line = data[: error.start].decode(encoding, errors="replace").count("\n") + 1
         raise UserError(

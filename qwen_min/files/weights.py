@@ -71,8 +71,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         for name, tensor in _read_file(directory / shard).items():
             if name in tensors or weight_map.get(name, shard) != shard:
                 raise UserError(
-                    f"{index}: {name!r} is in {shard}, which the index does not name for it, or it "
-                    "is in two shards; fetch it again"
+                    f"{index}: {name!r} is in {shard}, but the index names another shard, or it is "
+                    "in two shards; fetch it again"
                 )
             tensors[name] = tensor
     if absent := weight_map.keys() - tensors.keys():
