@@ -39,18 +39,14 @@ from qwen_min.command.arguments import (
 )
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.compute import Classifier, Compute
+from qwen_min.command.summary import format_results
 from qwen_min.command.task import Task, read_rows, read_task, warn_about_labels
 from qwen_min.command.trained import Source
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.files.overlap import clean_part, fed_rows, training_examples
-from qwen_min.files.results import (
-    format_results,
-    name_outputs,
-    off_track_examples,
-    prediction_lines,
-)
+from qwen_min.files.results import name_outputs, off_track_examples, prediction_lines
 from qwen_min.metrics import evaluate_predictions
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt

@@ -272,7 +272,7 @@ def test_evaluate_says_how_it_does_on_clean_rows(tmp_path, reference, files, cap
     assert f"2 texts that are not in {files[0]}" in line
 
     assert evaluate.main([*map(str, given), "--train-data", str(b)]) == 0
-    assert "every text stands in" in capsys.readouterr().out
+    assert "every text is in" in capsys.readouterr().out
     assert evaluate.main([*map(str, given), "--train-data", "missing.tsv"]) == 2
     assert "missing.tsv: cannot be read" in capsys.readouterr().err
     assert evaluate.main([*map(str, given[:-1]), str(files[0]), "--train-data", str(files[0])]) == 2

@@ -490,7 +490,7 @@ WEIGHTS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
         ("model/model.safetensors", "no such file", "expected"),
     ),
     "truncated": (truncate, ("model/model.safetensors", "not a whole", "fetch it again")),
-    "missing": (lambda: change_tensors(lambda t: t.pop(BIAS)), ("lack 1 tensor", BIAS)),
+    "missing": (lambda: change_tensors(lambda t: t.pop(BIAS)), ("1 tensor", BIAS, "missing")),
     "extra": (
         lambda: change_tensors(lambda t: t.update({"more.weight": torch.ones(2)})),
         ("more.weight", "unknown to this architecture"),
