@@ -531,11 +531,11 @@ def test_what_the_pictures_say(seeds):
     assert len(styles) == 3  # two methods and chance
 
     panels = plots.plot_reliability(scored).axes
-    assert len(panels) == 8  # four results: three and their counts below, then the fourth
-    assert sum(bar.get_height() for bar in panels[3].patches) == N
+    assert len(panels) == 8  # four results, each followed by its counts
+    assert sum(bar.get_height() for bar in panels[1].patches) == N
     # How far the points are from the diagonal, weighted by their counts, is the ECE.
     points = panels[0].lines[1]
-    counts = [bar.get_height() for bar in panels[3].patches if bar.get_height()]
+    counts = [bar.get_height() for bar in panels[1].patches if bar.get_height()]
     gaps = np.abs(np.array(points.get_ydata()) - points.get_xdata())
     ece = methods[0].first.results["ece"]
     assert np.dot(gaps, counts) / N == pytest.approx(ece, abs=1e-12)
