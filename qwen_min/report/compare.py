@@ -95,7 +95,7 @@ class Method:
 
 @contextmanager
 def reading(path: Path, what: str, advice: str) -> Iterator[None]:
-    """Raise a one-line UserError if the block fails to read `path` or to find `what` in it."""
+    """Turn an error of the block into one line: `path` cannot be read, or is not `what`."""
     try:
         yield
     except OSError as error:
@@ -127,7 +127,7 @@ def read_all(arguments: Sequence[str]) -> list[Result]:
 
 
 def read_result(path: Path) -> Result:
-    """One results file with its predictions. Raises UserError if evaluate.py did not write it."""
+    """Read a results file and its predictions. Raises UserError for any other file."""
     advice = "expected the file that evaluate.py writes as --output, or a run directory"
     with reading(path, "results of evaluate.py", advice):
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -144,7 +144,7 @@ def read_result(path: Path) -> Result:
         training = read_run(run)["arguments"]
     settings = {name: value for name, value in arguments.items() if name not in IGNORED}
     for name, value in (training or {}).items():
-        # Seeds of one method share their training rows. Equal values are listed once.
+        # data and limit stay: training rows must match between seeds. Equal values: listed once.
         if name in IGNORED - {"data", "limit"} or (name, value) in settings.items():
             continue
         settings[f"train_{name}" if name in arguments else name] = value
@@ -194,7 +194,7 @@ def read_predictions(path: Path, results: dict) -> Predictions | None:
 
 
 def gather(results: Sequence[Result]) -> list[Method]:
-    """Group the seeds of each method, in the order of their first; every method's name differs."""
+    """Group the seeds of each method, in the order given, and give each method a unique name."""
     groups: list[list[Result]] = []
     for result in results:
         for group in groups:
@@ -225,7 +225,7 @@ def method_name(result: Result, among: Sequence[Result]) -> str:
 
 
 def short(value: object, characters: int = 24) -> str:
-    """A value in a name. Only the end of a long one, where paths and templates differ."""
+    """A value as part of a name. A long value keeps its end, where paths and templates differ."""
     text = str(value).replace("\n", "\\n")
     return text if len(text) <= characters else "…" + text[1 - characters :]
 
@@ -255,7 +255,7 @@ def compare(a: Method, b: Method) -> dict:
 
 
 def paired_seeds(a: Method, b: Method) -> list[tuple[int, int]]:
-    """Pairs (seed of A, seed of B): equal seeds. An untrained method pairs with every seed."""
+    """Pairs (seed of A, seed of B) to test: equal seeds; every seed with an untrained method."""
     if len(a.seeds) == len(b.seeds) == 1:
         return [(a.first.seed, b.first.seed)]
     if len(a.seeds) == 1 and not a.first.trained:

@@ -132,13 +132,13 @@ def readable(text: str, drawable: frozenset[int]) -> str:
 
 
 def class_name(c: int, word: str, drawable: frozenset[int]) -> tuple[str, str]:
-    """The names of class c in a title and on an axis: its word, or its number if it has no font."""
+    """Names of class c for a title and for an axis: its word if drawable, else with its number."""
     shown = readable(word, drawable)
     return (shown, shown) if shown == word else (f"class {c} ({shown})", f"class {c}")
 
 
 def curve_style(i: int) -> dict:
-    """Colour, line and marker of curve i; curves with other colours but equal lines come late."""
+    """Colour, line style and marker of curve i."""
     line = {"color": f"C{i % 10}", "linestyle": LINES[i % len(LINES)]}
     return line | {"marker": MARKERS[i % len(MARKERS)], "markersize": 5}
 

@@ -72,19 +72,10 @@ def as_json(methods: Sequence[Method], pairs: Sequence[dict]) -> dict:
     rows = []
     for method in methods:
         mean, sd = method.summary()
-        rows.append(
-            {
-                "name": method.name,
-                "n": method.first.results["n"],
-                "examples_hash": method.first.results["examples_hash"],
-                "mean": mean,
-                "standard_deviation": sd,
-                "seeds": [
-                    {"seed": seed, "file": str(result.path), **result.row}
-                    for seed, result in method.seeds.items()
-                ],
-            }
-        )
+        shared = {key: method.first.results[key] for key in ("n", "examples_hash")}
+        seeds = [{"seed": seed, "file": str(r.path), **r.row} for seed, r in method.seeds.items()]
+        summary = {"mean": mean, "standard_deviation": sd}
+        rows.append({"name": method.name, **shared, **summary, "seeds": seeds})
     return {"methods": rows, "pairs": list(pairs)}
 
 
