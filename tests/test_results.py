@@ -140,7 +140,7 @@ def test_the_pictures_were_drawn_from_the_kept_files():
         assert found == pictures.digest(), WRITE
 
 
-def test_every_picture_is_significant():
+def test_every_picture_is_shown():
     assert all(f"({name}.png)" in ENGLISH for name in pictures.PICTURES)
 
 
