@@ -91,7 +91,7 @@ def test_the_first_command_prints_what_the_readme_shows(capsys):
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_kept_file_was_made_by_its_command(path):
-    """What the command says is what was recorded, and so are its defaults where it says nothing."""
+    """The recorded arguments are those of the command, and the defaults of all others."""
     size = path.parent.name
     *before, measuring = experiment.commands(ROWS[size, path.stem], size)
     results = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +118,7 @@ def test_a_kept_file_fits_its_predictions(path):
     assert right.mean() == pytest.approx(result.results["accuracy"], abs=1e-12)
     if (scores := result.predictions.scores) is not None:
         chosen = scores[np.arange(len(scores)), result.predictions.predicted]
-        assert not chosen.any()  # they are kept less the largest
+        assert not chosen.any()  # scores are kept minus the largest of the row
         found = auc_roc(result.predictions.labels, scores)
         assert found == pytest.approx(result.results["auc_roc"], abs=1e-5)
 
@@ -128,7 +128,7 @@ def test_every_kept_file_is_about_the_same_rows():
     assert len({r["examples_hash"] for r in results}) == 1
     masks = {kept.clean(path).tobytes() for path in KEPT}
     assert len(masks) == 1
-    # What a method trained on all 3,000 calls clean is what the tests take as clean.
+    # The clean rows here are those that a method trained on all 3,000 rows reports.
     found = {r["clean"]["n"] for r in results if not (r["training_arguments"] or {}).get("limit")}
     assert found == {int(kept.clean(KEPT[0]).sum())}
 
@@ -183,19 +183,19 @@ def test_several_seeds_are_compared_by_their_mean_on_the_clean_rows():
     assert test.difference == pytest.approx(np.mean(gains))
     assert test.interval[0] < test.difference < test.interval[1]
     assert [(t["only_a"] - t["only_b"]) / rows.sum() for t in test.tests] == pytest.approx(gains)
-    # And what has no seed goes with each.
+    # A method without seeds is paired with every seed.
     assert len(kept.compared("lora_head", "head_only").tests) == len(other)
 
 
 def bootstrapped(labels, statistic):
-    """95 % percentile interval of statistic(rows), a thousand times."""
+    """95 % percentile interval of statistic(rows) over a thousand resamples."""
     rng = np.random.default_rng(0)
     draws = [statistic(rng.integers(len(labels), size=len(labels))) for _ in range(1000)]
     return np.quantile(draws, [0.025, 0.975])
 
 
 def test_the_interval_of_an_auc_is_about_that_of_a_bootstrap():
-    """Hanley and McNeil's assumes exponential scores: within a fifth of its length here."""
+    """Hanley and McNeil's interval assumes exponential scores: within a fifth of its length."""
     predictions = kept.find("zero_shot")[None].predictions
     labels, scores = predictions.labels, predictions.scores
     counts = int(labels.sum()), int((1 - labels).sum())
@@ -207,7 +207,7 @@ def test_the_interval_of_an_auc_is_about_that_of_a_bootstrap():
 
 
 def test_the_interval_of_a_difference_of_aucs_is_about_that_of_a_bootstrap():
-    """DeLong's assumes nothing but many rows: within a tenth of its length."""
+    """DeLong's interval only assumes many rows: within a tenth of its length."""
     a, b = (kept.find(name)[None] for name in ("head_only", "zero_shot"))
     labels, rankings = a.predictions.labels, [kept.ranking(r) for r in (a, b)]
     difference, low, high = kept.auc_difference(labels, [rankings])
@@ -219,7 +219,7 @@ def test_the_interval_of_a_difference_of_aucs_is_about_that_of_a_bootstrap():
         return one - other
 
     assert [low, high] == pytest.approx(bootstrapped(labels, drawn), abs=(high - low) / 10)
-    # Ties count by half: of (0, 1) against (1, 2) one pair of four is tied.
+    # A tie counts 1/2: one of the four pairs of (0, 1) and (1, 2) is tied.
     parts = kept.auc_components(np.array([0, 0, 1, 1]), np.array([0.0, 1.0, 1.0, 2.0]))
     assert [part.tolist() for part in parts] == [[1.0, 0.75], [0.75, 1.0]]
 
@@ -228,7 +228,7 @@ PLACEHOLDER = re.compile(r"\{([^}]+)\}")
 
 
 def test_answers_name_rows_and_pairs_that_exist():
-    """A dash stands for a row that is not computed yet, and must not hide a misspelt one."""
+    """A dash means that a row is not computed yet. It must not hide a wrong name."""
     rows = {(size, re.sub(r"-s\d$", "", name)) for size, name in ROWS}
     pairs = set(tables.PAIRS)
     for answers in (answered.ENGLISH, answered.CHINESE):
@@ -267,7 +267,7 @@ def test_the_verdicts_of_the_answers_hold():
     def gain(a, b):
         return kept.compared(a, b).difference
 
-    # 1. A probe does not fail, a transplanted head loses, a head of few steps fails.
+    # 1. A probe does not fail; a transplanted head loses accuracy; a head with few steps fails.
     assert gain("head_only", "zero_shot") > 0 and significant("head_only", "zero_shot")
     assert gain("transplanted_head", "lora_head") < 0 and significant(
         "transplanted_head", "lora_head"
@@ -279,14 +279,14 @@ def test_the_verdicts_of_the_answers_hold():
         significant("head_only-n50", "lora_head-n50")
         and gain("head_only-n50", "lora_head-n50") > 0.2
     )
-    # 2. The head does not fit; a new probe does as well as it, and ranks better than the base's.
+    # 2. The head does not fit; a new probe is as good as it, and ranks better than the base's.
     assert gain("transplanted_head", "head_only") < 0 and significant(
         "transplanted_head", "head_only"
     )
     assert kept.compared("probe-of-lora_head", "lora_head").interval[1] > 0
     for base in ("lora_head", "lora_label_scoring"):
         assert kept.compared(f"probe-of-{base}", "head_only").auc[1] > 0
-    # 3. Two points are outside the interval; with few rows neither has gone far.
+    # 3. Two points are outside the interval; with few rows label scoring stays near zero-shot.
     assert kept.compared("lora_label_scoring", "lora_head").interval[1] < 0.02
     for n in (50, 200):
         assert gain(f"lora_label_scoring-n{n}", f"lora_head-n{n}") > 0.2
@@ -294,20 +294,20 @@ def test_the_verdicts_of_the_answers_hold():
         assert low < 0 < high
     assert significant("lora_label_scoring-n200", "head_only-n200")
     assert gain("lora_label_scoring-n200", "head_only-n200") < 0
-    # 4. Threshold and not ranking with one pair of words, both with the others; little is left.
+    # 4. One pair of words moves only the threshold; the others also rank worse.
     low, high = kept.compared("zero_shot-xiaoji", "zero_shot").auc[1:]
     assert significant("zero_shot-xiaoji", "zero_shot") and -0.01 < low < 0 < high < 0.01
     for words in ("chahao", "xiang"):
         assert kept.compared(f"zero_shot-{words}", "zero_shot").auc[2] < 0
     assert not significant("lora_label_scoring-xiang", "lora_label_scoring")
-    # 5. Nothing to revive; most of the gain is not in the label words' vectors.
+    # 5. Nothing to repair; most of the gain does not depend on the label words' vectors.
     assert not significant("embeddings-head", "head_only")
     assert not significant("embeddings-words", "lora_label_scoring")
     assert gain("embeddings-words-others", "zero_shot") > 2 * gain(
         "embeddings-words-labels", "zero_shot"
     )
     assert not significant("embeddings-words-others", "embeddings-words")
-    # 6. Most answers off track say the same in other words; the question costs accuracy.
+    # 6. Most answers off track use other sentiment words; the question costs accuracy.
     generated = kept.find("zero_shot_generate")[None].results
     assert generated["off_track"] > 0.9 * generated["n"]
     assert generated["off_track_words"]["消极,积极"] > 0.75 * generated["off_track"]
@@ -343,7 +343,7 @@ def test_token_vectors_are_set_back(tmp_path):
     assert moved[ids].all() and moved[rest].any()
     assert labels[ids].equal(after[ids]) and labels[rest].equal(base[rest])
     assert others[rest].equal(after[rest]) and others[ids].equal(base[ids])
-    # And evaluate.py takes it as the run that it is.
+    # evaluate.py accepts the copy as a run.
     assert evaluate.main(["--run", str(tmp_path / "labels"), "--limit", "10"]) == 0
     kept_parameters = json.loads((tmp_path / "labels" / "run.json").read_text(encoding="utf-8"))
     assert kept_parameters["trained_parameters"] == len(ids) * base.shape[1]
