@@ -34,8 +34,8 @@ ENGLISH = (
     ),
     (
         "LoRA changes the distribution of the hidden states; head and LoRA cannot be separated.",
-        "Half true: that head does not fit the base without LoRA, but a new probe on the hidden "
-        "states after LoRA reaches {acc probe-of-lora_head}.",
+        "Half true: a head trained with LoRA does not fit the base without it, but a new probe on "
+        "the hidden states after LoRA reaches {acc probe-of-lora_head}.",
         "Half true. The head trained with LoRA does not fit the base without LoRA; compared with "
         "a probe solved on that base: {diff transplanted_head head_only}. But the hidden states "
         "after LoRA do not need this one head: a new probe solved on them reaches "
@@ -49,7 +49,7 @@ ENGLISH = (
     ),
     (
         "Label scoring beats the head by two points.",
-        "False with 3,000 training rows: compared with `lora_head` "
+        "False with 3,000 training rows: the difference from `lora_head` is "
         "{diff lora_label_scoring lora_head}.",
         "False with 3,000 training rows: compared with `lora_head` "
         "{diff lora_label_scoring lora_head}; the interval excludes two points. With 50 and 200 "
