@@ -29,7 +29,7 @@ SAMPLE = REPO / "qwen_min" / "sample"
 def test_it_is_a_small_qwen2_and_small_on_disk():
     files = {path.name: path.stat().st_size for path in TINY.iterdir() if path.is_file()}
     weights = {"config.json", "model.safetensors", "tokenizer.json", "fed.safetensors"}
-    assert files.keys() == {*weights, "pretrain.py"}
+    assert files.keys() == {*weights, "pretrain.py", "README.md"}
     assert sum(files.values()) < 5e6
     model = load_model(TINY)
     assert model.lm_head_weight.dtype == torch.bfloat16

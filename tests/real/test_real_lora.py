@@ -16,7 +16,7 @@ from qwen_min.tokenizer import Tokenizer
 from tests.real.test_real import SAMPLE, reference_score
 
 pytestmark = pytest.mark.real
-# The states of 24 layers in fp32, rounded in another order; as for the scores without LoRA.
+# fp32 rounding in another order over 24 layers: the same tolerance as for scores without LoRA.
 TOLERANCE = 1e-4
 
 
@@ -27,7 +27,7 @@ def prompts(checkpoint) -> list[Prompt]:
 
 
 def draw(parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Give A and B values that change the outputs clearly (B starts as zero)."""
+    """Set A and B to values that clearly change the outputs (B starts at zero)."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in parameters.values():
