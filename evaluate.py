@@ -24,8 +24,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -39,6 +37,7 @@ from qwen_min.command.arguments import (
 )
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.compute import Classifier, Compute
+from qwen_min.command.inside import Evaluation, Outcome, explain, look_inside, print_inside
 from qwen_min.command.summary import format_results
 from qwen_min.command.task import Task, read_rows, read_task, warn_about_labels
 from qwen_min.command.trained import Source
@@ -46,9 +45,8 @@ from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.files.overlap import clean_part, fed_rows, training_examples
-from qwen_min.files.results import name_outputs, off_track_examples, prediction_lines
+from qwen_min.files.results import name_outputs, prediction_lines
 from qwen_min.metrics import evaluate_predictions
-from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_mass
 
@@ -60,10 +58,10 @@ def zero_shot(source: Source) -> Classifier:
 
 def zero_shot_generate(source: Source) -> Classifier:
     """The base as it is. It writes an answer, and the first label word in it is the prediction."""
-    from qwen_min.lab.generation import stop_ids
+    from qwen_min.lab.generation import MAX_NEW_TOKENS, stop_ids
 
     stop = stop_ids(source.task.directory, source.task.tokenizer.markup)
-    return Classifier(source.base(), "answers", stop=stop)
+    return Classifier(source.base(), "answers", stop=stop, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def head_only(source: Source) -> Classifier:
@@ -146,23 +144,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda args: evaluate(*with_run(args, given)), args)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a method said of each row."""
-
-    predictions: np.ndarray  # (n,), class numbers
-    scores: np.ndarray | None  # (n, C); None: the predictions were read out of answers
-    answers: list[str] | None
-    seconds: float
-
-
 def evaluate(args: argparse.Namespace, record: dict | None) -> int:
-    """Read, load, score, measure, write; prints the table."""
+    """Read, load, classify, measure, write; prints the table."""
     task, device = read_task(args), choose_device(args.device)
-    source, compute = Source(args, task, device, record), Compute(args.plain, args.batch_tokens)
+    source = Source(args, task, device, record)
     if args.explain is not None:
-        return explain(source)
-    examples, prompts = read_prompts(args, task)
+        return explain(source, METHODS[args.method])
+    examples, candidates = read_candidates(args, task)
     fed = fed_rows(task.directory, examples)
     training = training_examples(args.train_data, args.encoding, task.labels, record)
     if args.run:
@@ -173,34 +161,16 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         started = time.perf_counter()
         classifier = METHODS[args.method](source)
         load_seconds = time.perf_counter() - started
-        # The words of --labels come first in each prompt, those of other label sets behind them.
-        own = [replace(p, labels=p.labels[: len(task.labels)]) for p in prompts]
-        if classifier.by == "label words":
-            warn_about_labels(own[0], task.labels)
-        outcome, inside = look_inside(source, compute, classifier, examples, prompts, own, training)
-        truth = np.array([example.label for example in examples])
-        mass = None
-        if classifier.by == "label words":
-            mass = float(label_mass(outcome.scores, [p.labels for p in own]).mean())
+        compute = Compute(args.plain, args.batch_tokens)
+        evaluation = Evaluation(source, compute, classifier, examples, candidates, training)
+        outcome = classify(evaluation)
+        clean = clean_part(training, examples, outcome.predictions, fed)
         results = {
             "method": args.method,
-            **evaluate_predictions(truth, outcome.predictions, outcome.scores, list(task.labels)),
-            "clean": clean_part(training, examples, outcome.predictions, fed),
+            **measure(evaluation, outcome),
+            "clean": clean,
             "fed_rows": len(fed),
-            "label_mass": mass,
-            **inside,
-            "truncated_rows": sum(prompt.truncated for prompt in own),
-            "tokens": sum(len(prompt.ids) for prompt in own),
-            "seconds": outcome.seconds,
             "load_seconds": load_seconds,
-            "examples_per_second": len(examples) / outcome.seconds,
-            "examples_hash": examples_hash(examples),
-            "label_ids": [list(ids) for ids in own[0].labels],
-            "dtype": dtype_of(classifier.model),
-            "device": device,
-            "torch": torch.__version__,
-            "trained_parameters": record["trained_parameters"] if record else 0,
-            "training_seconds": record["seconds"] if record else 0.0,
             "arguments": vars(args),
             "training_arguments": record["arguments"] if record else None,
         }
@@ -214,126 +184,72 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     return 0
 
 
-def read_prompts(args: argparse.Namespace, task: Task) -> tuple[list[Example], list[Prompt]]:
-    """The rows and their prompts, with the words of all label sets."""
+def read_candidates(args: argparse.Namespace, task: Task) -> tuple[list[Example], list[Prompt]]:
+    """The rows of --data and their prompts, with every candidate that is to be scored."""
     if args.method == "zero_shot_generate":
         from qwen_min.lab.generation import MAX_NEW_TOKENS
 
         return read_rows(args, task, new_tokens=MAX_NEW_TOKENS)
     if args.label_sets:
-        from qwen_min.lab.label_sets import distinct_words, parse_label_sets
+        from qwen_min.lab.label_sets import distinct_words, parse_label_sets, with_first_tokens
 
-        return read_rows(args, task, distinct_words(parse_label_sets(args.label_sets, task.labels)))
+        words = distinct_words(parse_label_sets(args.label_sets, task.labels))
+        examples, prompts = read_rows(args, task, words)
+        return examples, with_first_tokens(prompts)
     return read_rows(args, task)
 
 
-def classify(
-    source: Source,
-    compute: Compute,
-    classifier: Classifier,
-    examples: Sequence[Example],
-    prompts: Sequence[Prompt],
-) -> Outcome:
-    """Score every prompt, or answer it. Raises UserError if a score is not finite."""
-    started, scores, answers = time.perf_counter(), None, None
+def classify(evaluation: Evaluation) -> Outcome:
+    """Score every candidate of every row, or let the model answer; then decide."""
+    source, classifier = evaluation.source, evaluation.classifier
+    prompts, labels = evaluation.candidates, source.task.labels
+    if classifier.by == "label words":
+        warn_about_labels(evaluation.prompts[0], labels)
+    started = time.perf_counter()
     with tqdm(total=len(prompts), unit=" rows", disable=None) as bar:
         if classifier.by == "answers":
-            from qwen_min.lab.generation import MAX_NEW_TOKENS, first_label
+            from qwen_min.lab.generation import first_label
 
-            found = compute.answers(
-                classifier.model, prompts, MAX_NEW_TOKENS, classifier.stop, bar.update
-            )
-            answers = [source.task.tokenizer.decode(ids) for ids in found]
-            predictions = [first_label(answer, source.task.labels) for answer in answers]
-        else:
-            scores = classifier.scores(prompts, compute, bar.update)
-            predictions = scores.argmax(axis=1)
+            answers = classifier.answers(prompts, evaluation.compute, bar.update)
+            seconds = time.perf_counter() - started
+            texts = [source.task.tokenizer.decode(ids) for ids in answers]
+            predictions = np.array([first_label(text, labels) for text in texts])
+            return Outcome(predictions, None, None, texts, seconds)
+        scores = classifier.scores(prompts, evaluation.compute, bar.update)  # (n, candidates)
     seconds = time.perf_counter() - started
-    if scores is not None and not (finite := np.isfinite(scores).all(axis=1)).all():
+    if not (finite := np.isfinite(scores).all(axis=1)).all():
         raise UserError(
-            f"{source.args.data}, line {examples[finite.argmin()].line}: found a score that is not "
-            "finite, expected numbers: fetch the weights again, or try --dtype float32 if they "
-            "overflow"
+            f"{source.args.data}, line {evaluation.examples[finite.argmin()].line}: found a score "
+            "that is not finite, expected numbers: fetch the weights again, or try --dtype float32 "
+            "if they overflow"
         )
-    return Outcome(np.array(predictions), scores, answers, seconds)
+    own = scores[:, : len(labels)]  # the words of --labels come first
+    return Outcome(own.argmax(axis=1), own, scores, None, seconds)
 
 
-def look_inside(
-    source: Source,
-    compute: Compute,
-    classifier: Classifier,
-    examples: Sequence[Example],
-    prompts: Sequence[Prompt],
-    own: Sequence[Prompt],
-    training: tuple[str, list[Example]] | None,
-) -> tuple[Outcome, dict]:
-    """The outcome with the task's own labels; what --label-sets, --calibrate and answers show."""
-    args, task, record = source.args, source.task, source.record
-    truth = np.array([example.label for example in examples])
-    inside = {}
-    if args.label_sets:
-        from qwen_min.lab.label_sets import compare_sets, parse_label_sets, with_first_tokens
-
-        asked = with_first_tokens(prompts)
-        outcome = classify(source, compute, classifier, examples, asked)
-        sets = parse_label_sets(args.label_sets, task.labels)
-        inside["label_sets"] = compare_sets(truth, sets, prompts, outcome.scores)
-        scores = outcome.scores[:, : len(task.labels)]
-        outcome = replace(outcome, scores=scores, predictions=scores.argmax(axis=1))
-    else:
-        outcome = classify(source, compute, classifier, examples, own)
-    if args.calibrate:
-        from qwen_min.lab.calibration import calibrations
-        from qwen_min.lab.neutral import score_neutral
-
-        split = record["arguments"]["data_seed"] if record else 0
-        rows = training and training[1]
-        with tqdm(unit=" rows", desc="calibration", disable=None) as bar:
-            score = partial(classifier.scores, compute=compute, progress=bar.update)
-            neutral = score_neutral(task, examples, rows, (args.seed, split), score)
-        lengths = np.array([[len(ids) for ids in prompt.labels] for prompt in own])
-        inside["calibration"] = calibrations(truth, outcome.scores, lengths, neutral)
-    if classifier.by == "answers":
-        inside["off_track_examples"] = off_track_examples(
-            examples, outcome.predictions, outcome.answers
-        )
-    return outcome, inside
-
-
-def print_inside(task: Task, results: dict) -> None:
-    """The tables of --label-sets and --calibrate."""
-    if "label_sets" in results:
-        from qwen_min.lab.label_sets import format_sets
-
-        print("\n" + format_sets(results["label_sets"], task.tokenizer))
-    if "calibration" in results:
-        from qwen_min.lab.calibration import format_calibrations
-
-        print("\n" + format_calibrations(results["calibration"], task.labels))
-
-
-def explain(source: Source) -> int:
-    """--explain: one text's computation, on the base and on what was trained from it."""
-    from qwen_min.lab.explain import explain_head, explain_labels
-
-    args, task = source.args, source.task
-    (prompt,) = task.prompts([args.explain], ["--explain"])
-    classifier = METHODS[args.method](source)
-    models = {"the model": classifier.model}
-    if source.changes_base:
-        models = {"base": source.base(), "adapted": classifier.model}
-    print(f"{args.method}, {args.run or args.model}, {dtype_of(classifier.model)}\n")
-    shown = (task.tokenizer, prompt, task.empty_prompt(), task.labels, models)
-    if classifier.by == "head":
-        print(explain_head(*shown, classifier.head))
-    else:
-        print(explain_labels(*shown))
-    return 0
-
-
-def dtype_of(model: Qwen) -> str:
-    """The dtype of the base weights, as --dtype names it."""
-    return str(model.lm_head_weight.dtype).removeprefix("torch.")
+def measure(evaluation: Evaluation, outcome: Outcome) -> dict:
+    """The metrics of an outcome, and the circumstances under which they were measured."""
+    prompts, record = evaluation.prompts, evaluation.source.record
+    mass = None
+    if evaluation.classifier.by == "label words":
+        mass = float(label_mass(outcome.scores, [prompt.labels for prompt in prompts]).mean())
+    names = list(evaluation.source.task.labels)
+    return {
+        **evaluate_predictions(evaluation.labels, outcome.predictions, outcome.scores, names),
+        "label_mass": mass,
+        **look_inside(evaluation, outcome),
+        "truncated_rows": sum(prompt.truncated for prompt in prompts),
+        "tokens": sum(len(prompt.ids) for prompt in prompts),
+        "seconds": outcome.seconds,
+        "examples_per_second": len(prompts) / outcome.seconds,
+        "examples_hash": examples_hash(evaluation.examples),
+        "label_ids": [list(ids) for ids in prompts[0].labels],
+        "dtype": evaluation.classifier.model.dtype_name,
+        "device": evaluation.source.device,
+        "torch": torch.__version__,
+        "trained_parameters": record["trained_parameters"] if record else 0,
+        "training_seconds": record["seconds"] if record else 0.0,
+    }
 
 
 if __name__ == "__main__":

@@ -196,6 +196,11 @@ class Qwen(nn.Module):
         """Where the weights are."""
         return self.lm_head_weight.device
 
+    @property
+    def dtype_name(self) -> str:
+        """The weights' dtype, as in config.json: "bfloat16"."""
+        return str(self.lm_head_weight.dtype).removeprefix("torch.")
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) → hidden states (B, T, D); `logits` turns the ones you need into logits."""
         return self.model(ids)

@@ -142,6 +142,7 @@ class Classifier:
     by: Literal["label words", "head", "answers"]
     head: LinearHead | None = None
     stop: Collection[int] = ()  # tokens that end an answer
+    max_new_tokens: int = 0  # of an answer
 
     def scores(
         self, prompts: Sequence[Prompt], compute: Compute, progress: Progress = silent
@@ -150,6 +151,12 @@ class Classifier:
         if self.by == "label words":
             return compute.label_scores(self.model, prompts, progress)
         return compute.head_scores(self.model, self.head, prompts, progress)
+
+    def answers(
+        self, prompts: Sequence[Prompt], compute: Compute, progress: Progress = silent
+    ) -> list[list[int]]:
+        """The tokens of each answer."""
+        return compute.answers(self.model, prompts, self.max_new_tokens, self.stop, progress)
 
 
 def counted(prompts: Sequence[Prompt], progress: Progress) -> Iterator[Prompt]:
