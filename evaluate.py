@@ -36,7 +36,7 @@ from qwen_min.command.arguments import (
     with_run,
 )
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
-from qwen_min.command.compute import Classifier, Compute
+from qwen_min.command.classifier import Classifier
 from qwen_min.command.inside import Evaluation, Outcome, explain, look_inside, print_inside
 from qwen_min.command.summary import format_results
 from qwen_min.command.task import Task, read_rows, read_task, warn_about_labels
@@ -53,40 +53,37 @@ from qwen_min.scoring import label_mass
 
 def zero_shot(source: Source) -> Classifier:
     """The base as it is. Scores: log-probabilities of the label words behind the prompt."""
-    return Classifier(source.base(), "label words")
+    return source.classifier(source.base(), "label words")
 
 
 def zero_shot_generate(source: Source) -> Classifier:
     """The base as it is. It writes an answer, and the first label word in it is the prediction."""
-    from qwen_min.lab.generation import MAX_NEW_TOKENS, stop_ids
-
-    stop = stop_ids(source.task.directory, source.task.tokenizer.markup)
-    return Classifier(source.base(), "answers", stop=stop, max_new_tokens=MAX_NEW_TOKENS)
+    return source.classifier(source.base(), "answers")
 
 
 def head_only(source: Source) -> Classifier:
     """The frozen base, with --adapter in training an adapted one, and the head solved on it."""
     model = source.base()
-    return Classifier(model, "head", source.add_trained(model))
+    return source.classifier(model, "head", source.add_trained(model))
 
 
 def lora_head(source: Source) -> Classifier:
     """The base with its LoRA, and the linear head that was trained together with it."""
     model = source.base()
-    return Classifier(model, "head", source.add_trained(model))
+    return source.classifier(model, "head", source.add_trained(model))
 
 
 def lora_label_scoring(source: Source) -> Classifier:
     """The base with its LoRA. Scores: as in zero_shot."""
     model = source.base()
     source.add_trained(model)
-    return Classifier(model, "label words")
+    return source.classifier(model, "label words")
 
 
 def transplanted_head(source: Source) -> Classifier:
     """lora_head's head on the base without the LoRA that it was trained with."""
     head = source.add_trained(source.base())
-    return Classifier(source.base(), "head", head)
+    return source.classifier(source.base(), "head", head)
 
 
 METHODS = {
@@ -161,8 +158,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         started = time.perf_counter()
         classifier = METHODS[args.method](source)
         load_seconds = time.perf_counter() - started
-        compute = Compute(args.plain, args.batch_tokens)
-        evaluation = Evaluation(source, compute, classifier, examples, candidates, training)
+        evaluation = Evaluation(source, classifier, examples, candidates, training)
         outcome = classify(evaluation)
         clean = clean_part(training, examples, outcome.predictions, fed)
         results = {
@@ -208,14 +204,16 @@ def classify(evaluation: Evaluation) -> Outcome:
     started = time.perf_counter()
     with tqdm(total=len(prompts), unit=" rows", disable=None) as bar:
         if classifier.by == "answers":
-            from qwen_min.lab.generation import first_label
+            from qwen_min.lab import generation
 
-            answers = classifier.answers(prompts, evaluation.compute, bar.update)
+            stop = generation.stop_ids(source.task.directory, source.task.tokenizer.markup)
+            how = (generation.MAX_NEW_TOKENS, stop, classifier.batch_tokens, bar.update)
+            answers = classifier.forms.generate_answers(classifier.model, prompts, *how)
             seconds = time.perf_counter() - started
             texts = [source.task.tokenizer.decode(ids) for ids in answers]
-            predictions = np.array([first_label(text, labels) for text in texts])
+            predictions = np.array([generation.first_label(text, labels) for text in texts])
             return Outcome(predictions, None, None, texts, seconds)
-        scores = classifier.scores(prompts, evaluation.compute, bar.update)  # (n, candidates)
+        scores = classifier.scores(prompts, bar.update)  # (n, candidates)
     seconds = time.perf_counter() - started
     if not (finite := np.isfinite(scores).all(axis=1)).all():
         raise UserError(

@@ -35,10 +35,10 @@ from qwen_min.command.arguments import (
     check_training,
 )
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
-from qwen_min.command.compute import Compute
+from qwen_min.command.classifier import forms
 from qwen_min.command.fit import Stopped, Training, fit
-from qwen_min.command.task import Task, read_rows, read_task
-from qwen_min.command.trained import ADAPTER, HEAD, Parts, Trainable, attach_adapter, load_parts
+from qwen_min.command.task import read_rows, read_task
+from qwen_min.command.trained import ADAPTER, HEAD, Source, Trainable, attach_adapter, load_parts
 from qwen_min.errors import UserError
 from qwen_min.files.data import HELD_OUT, class_counts, examples_hash, held_out_split
 from qwen_min.files.overlap import fed_rows
@@ -56,45 +56,40 @@ from qwen_min.training import Plan, TrainingFailed
 class Job:
     """What a method trains on: the loaded base, and the rows of the data file with their split."""
 
-    args: argparse.Namespace
-    task: Task
+    source: Source
     run: Path  # the run directory
     model: Qwen
-    base_hash: str
     prompts: Sequence[Prompt]
     labels: np.ndarray  # (n,), class numbers
     lines: Sequence[int]  # of the file
     training: Sequence[int]  # rows to train on
     held_out: Sequence[int]  # rows that choose penalty, layer or step
-    compute: Compute
 
 
 def head_only(job: Job) -> dict:
     """Compute features once, then solve a logistic regression for each candidate layer."""
-    args, model, base_hash = job.args, job.model, job.base_hash
+    args, model, base_hash = job.source.args, job.model, job.source.record["base_fingerprint"]
     if args.adapter:
         attach_adapter(model, Path(args.adapter), base_hash)
         base_hash += fingerprint(lora_parameters(model).items())
         # Kept with the run: the head means nothing without the states that it was solved on.
         publish(Path(args.adapter), job.run / ADAPTER)
-    layers = candidate_layers(args.layer, model.config.num_hidden_layers)
-    every = layers != [model.config.num_hidden_layers]
-    setting = f"{base_hash} {model.lm_head_weight.dtype} {args.pooling} {every}"
-    setting += " plain" * args.plain  # so that --plain computes
+    last = model.config.num_hidden_layers
+    layers = candidate_layers(args.layer, last)
     started = time.perf_counter()
     with tqdm(total=len(job.prompts), unit=" rows", desc="features", disable=None) as bar:
+        how = (args.pooling, layers != [last], args.batch_tokens, bar.update)
         features = cached_features(
             Path(args.feature_cache or job.run / "features"),
-            setting,
+            f"{base_hash} {model.lm_head_weight.dtype} {args.pooling} {layers != [last]}"
+            + " plain" * args.plain,  # so that --plain computes
             job.prompts,
-            lambda rows: job.compute.features(model, rows, args.pooling, every, bar.update),
+            lambda prompts: forms(args.plain).pooled_features(model, prompts, *how),
             bar.update,
         )
     seconds_features = time.perf_counter() - started
-    parts = (job.training, job.held_out)
-    found, head = fit_layers(
-        features, layers, job.labels, *parts, len(job.task.labels), args.pooling
-    )
+    split = (job.labels, job.training, job.held_out, len(job.source.task.labels))
+    found, head = fit_layers(features, layers, *split, args.pooling)
     save_head(job.run / HEAD, head)
     print(format_layers(found, head.layer))
     return {
@@ -108,20 +103,23 @@ def head_only(job: Job) -> dict:
 
 def lora_head(job: Job) -> dict:
     """Train LoRA and a linear head together, by the cross-entropy of the head's scores."""
-    trained, checkpoint = trainable(job)
+    args = job.source.args
+    trained, checkpoint = start(job)
 
-    def loss(prompts: Sequence[Prompt], classes: Sequence[int]) -> Tensor:
-        return job.compute.head_loss(job.model, trained.weight, prompts, classes)
+    def loss(prompts: list[Prompt], classes: list[int]) -> Tensor:
+        head_losses = forms(args.plain).head_losses
+        return head_losses(job.model, trained.weight, prompts, classes, args.checkpointing)
 
     return by_gradient(job, trained, checkpoint, loss)
 
 
 def lora_label_scoring(job: Job) -> dict:
     """Train LoRA by the log-probability of the true label word's tokens."""
-    trained, checkpoint = trainable(job)
+    args = job.source.args
+    trained, checkpoint = start(job)
 
-    def loss(prompts: Sequence[Prompt], classes: Sequence[int]) -> Tensor:
-        return job.compute.label_loss(job.model, prompts, classes)
+    def loss(prompts: list[Prompt], classes: list[int]) -> Tensor:
+        return forms(args.plain).label_losses(job.model, prompts, classes, args.checkpointing)
 
     return by_gradient(job, trained, checkpoint, loss)
 
@@ -129,29 +127,33 @@ def lora_label_scoring(job: Job) -> dict:
 METHODS = {method.__name__: method for method in (head_only, lora_head, lora_label_scoring)}
 
 
-def trainable(job: Job) -> tuple[Trainable, Path | None]:
+def start(job: Job) -> tuple[Trainable, Path | None]:
     """What the method trains, on the job's model: new, or from the run's last checkpoint."""
-    whole = checkpoints(job.run)
-    checkpoint = whole[-1][1] if whole else None
-    return Trainable(job.model, job.args, job.task.labels, job.base_hash, checkpoint), checkpoint
+    found = checkpoints(job.run)
+    checkpoint = found[-1][1] if found else None
+    base_hash = job.source.record["base_fingerprint"]
+    return Trainable(job.source, job.model, base_hash, checkpoint), checkpoint
 
 
 def by_gradient(
     job: Job,
     trained: Trainable,
     checkpoint: Path | None,
-    loss: Callable[[Sequence[Prompt], Sequence[int]], Tensor],
+    loss: Callable[[list[Prompt], list[int]], Tensor],
 ) -> dict:
     """Train in steps; the best step on the held-out part becomes the run's result."""
-    args, model = job.args, job.model
+    args, model = job.source.args, job.model
     prompts = [job.prompts[row] for row in job.training]
     classes = [int(job.labels[row]) for row in job.training]
     lengths = [len(prompt.ids) for prompt in prompts]
 
+    def parts(rows: list[int]) -> list[list[int]]:
+        cut = forms(args.plain).token_budget_batches
+        return [[rows[i] for i in part] for part in cut([lengths[r] for r in rows], args.batch_tokens)]
+
     def evaluate() -> dict:
         model.eval()
-        held_out = [job.prompts[row] for row in job.held_out]
-        scores = trained.classifier.scores(held_out, job.compute)
+        scores = trained.classifier.scores([job.prompts[row] for row in job.held_out])
         model.train()
         return held_out_results(job, scores)
 
@@ -160,7 +162,7 @@ def by_gradient(
         lengths=lengths,
         row_names=[job.lines[row] for row in job.training],
         loss=lambda rows: loss([prompts[row] for row in rows], [classes[row] for row in rows]),
-        parts=lambda rows: job.compute.parts([lengths[row] for row in rows], rows),
+        parts=parts,
         evaluate=evaluate,
         save=trained.save,
         eval_every=args.eval_every,
@@ -176,7 +178,7 @@ def by_gradient(
         "steps": state["step"],
         "trained_parameters": sum(p.numel() for p in trained.parameters.values()),
         "seconds": state["seconds"],
-        "embedding_movement": trained.movement(job.run, job.task.tokenizer, prompts),
+        "embedding_movement": trained.movement(job.run, job.source.task.tokenizer, prompts),
     }
 
 
@@ -189,10 +191,8 @@ def held_out_results(job: Job, scores: np.ndarray) -> dict:
             "try --dtype float32"
         )
     labels = job.labels[job.held_out]
-    return {
-        "held_out_log_loss": log_loss(labels, scores),
-        "held_out_accuracy": float((scores.argmax(axis=1) == labels).mean()),
-    }
+    accuracy = float((scores.argmax(axis=1) == labels).mean())
+    return {"held_out_log_loss": log_loss(labels, scores), "held_out_accuracy": accuracy}
 
 
 def format_layers(found: dict[int, dict], chosen: int) -> str:
@@ -232,21 +232,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Read, split, train, and write the run directory."""
+    """Read, split, load, train, and write the run directory."""
     check_training(args)
     device, task, run = choose_device(args.device), read_task(args), Path(args.output)
     examples, prompts = read_rows(args, task)
     fed_rows(task.directory, examples)  # warns if the model was made from some of the rows
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
     counts = class_counts([examples[i] for i in training], len(task.labels))
-    for word, count in zip(task.labels, counts, strict=True):
-        if not count:
-            raise UserError(
-                f"{args.data}: no row of class {word!r} in the training part; every class needs "
-                "examples: add rows, or leave its word out of --labels"
-            )
+    if 0 in counts:
+        raise UserError(
+            f"{args.data}: no row of class {task.labels[counts.index(0)]!r} in the training part; "
+            "every class needs examples: add rows, or leave its word out of --labels"
+        )
     model = load_model(task.directory, args.dtype, device)
-    base_hash = checkpoint_fingerprint(task.directory)
     frozen = dict(model.named_parameters())
     if args.train_embeddings:
         from qwen_min.lab.token_vectors import token_vectors
@@ -258,7 +256,7 @@ def train(args: argparse.Namespace) -> int:
         "arguments": vars(args),
         "labels": list(task.labels),
         "template": task.whole_template(),
-        "base_fingerprint": base_hash,
+        "base_fingerprint": checkpoint_fingerprint(task.directory),
         "frozen_before": fingerprint(frozen.items()),
         "data_hash": examples_hash(examples),
         "training_rows": len(training),
@@ -268,22 +266,21 @@ def train(args: argparse.Namespace) -> int:
         "finished": False,
     }
     record = start_record(run, record, args.resume)
+    source = Source(args, task, device, record)
     if not record["finished"]:
         labels, lines = np.array([e.label for e in examples]), [e.line for e in examples]
-        compute = Compute(args.plain, args.batch_tokens, args.checkpointing)
-        rows = (prompts, labels, lines, training, held_out)
-        job = Job(args, task, run, model, base_hash, *rows, compute)
-        if status := run_job(job, record, frozen):
+        job = Job(source, run, model, prompts, labels, lines, training, held_out)
+        if status := run_job(job, frozen):
             return status
     print(f"{run}: finished; evaluate it with: python evaluate.py --run {run} --data FILE")
     if args.merge:
-        merge(args, task, run, record, device)
+        merge(source, run)
     return 0
 
 
-def run_job(job: Job, record: dict, frozen: dict[str, Tensor]) -> int:
+def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
     """Train, check that the frozen weights are unchanged, complete run.json; the exit status."""
-    args, run = job.args, job.run
+    args, run, record = job.source.args, job.run, job.source.record
     try:
         found = METHODS[args.method](job)
     except UserError:
@@ -308,14 +305,13 @@ def run_job(job: Job, record: dict, frozen: dict[str, Tensor]) -> int:
     return 0
 
 
-def merge(args: argparse.Namespace, task: Task, run: Path, record: dict, device: str) -> None:
+def merge(source: Source, run: Path) -> None:
     """Write base and LoRA (and token vectors) as a plain checkpoint."""
-    model = load_model(task.directory, args.dtype, device)
-    parts = Parts(args.lora_targets != "none", None, args.train_embeddings)
-    load_parts(model, run, run / ADAPTER, parts, record["base_fingerprint"])
+    model, out = source.base(), source.args.merge
+    load_parts(model, run, run / ADAPTER, source.parts, source.record["base_fingerprint"])
     merge_lora(model)
-    save_model(model, task.directory, args.merge)
-    print(f"{args.merge}: base and LoRA, merged; use it with --model {args.merge}")
+    save_model(model, source.task.directory, out)
+    print(f"{out}: base and LoRA, merged; use it with --model {out}")
 
 
 if __name__ == "__main__":

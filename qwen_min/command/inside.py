@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from qwen_min.command.compute import Classifier, Compute
+from qwen_min.command.classifier import Classifier
 from qwen_min.command.task import Task
 from qwen_min.command.trained import Source
 from qwen_min.files.data import Example
@@ -20,7 +20,6 @@ class Evaluation:
     """One evaluation: a loaded method, and the rows that it is to classify."""
 
     source: Source
-    compute: Compute
     classifier: Classifier
     examples: Sequence[Example]
     candidates: Sequence[Prompt]  # with the words of --labels, then those of other label sets
@@ -83,9 +82,7 @@ def calibrate(evaluation: Evaluation, scores: np.ndarray) -> list[dict]:
     rows = evaluation.training and evaluation.training[1]
     seeds = (source.args.seed, split)
     with tqdm(unit=" rows", desc="calibration", disable=None) as bar:
-        score = partial(
-            evaluation.classifier.scores, compute=evaluation.compute, progress=bar.update
-        )
+        score = partial(evaluation.classifier.scores, progress=bar.update)
         neutral = score_neutral(prompts_of, task.template, evaluation.examples, rows, seeds, score)
     lengths = np.array([[len(ids) for ids in prompt.labels] for prompt in evaluation.prompts])
     return calibrations(evaluation.labels, scores, lengths, neutral)

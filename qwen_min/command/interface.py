@@ -9,7 +9,7 @@ import numpy as np
 
 from qwen_min.command.arguments import finished_run
 from qwen_min.command.cli import choose_device
-from qwen_min.command.compute import Classifier, Compute
+from qwen_min.command.classifier import Classifier
 from qwen_min.command.task import Task, read_task
 from qwen_min.command.trained import Source
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
@@ -48,7 +48,7 @@ class TrainedRun:
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """Class scores (n, C), float64; their softmax over C gives probabilities."""
         prompts = self.task.prompts(texts, [f"text {i + 1}" for i in range(len(texts))])
-        return self.classifier.scores(prompts, Compute(False, DEFAULT_BATCH_TOKENS))
+        return self.classifier.scores(prompts)
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
         """Class numbers (n,)."""
@@ -58,11 +58,13 @@ class TrainedRun:
 def load_run(directory: str | Path, device: str = "auto") -> TrainedRun:
     """The method, model, prompt and labels of a directory that train.py made."""
     record = finished_run(directory)
-    given = {"run": str(directory), "method": record["method"]}
+    given = {"run": str(directory), "method": record["method"], "plain": False}
+    given["batch_tokens"] = DEFAULT_BATCH_TOKENS
     older = {"chat": False, "system": None}  # runs made before these arguments existed
     args = argparse.Namespace(**(older | record["arguments"] | given))
     task = read_task(args)
     source = Source(args, task, choose_device(device), record)
     model = source.base()
     head = source.add_trained(model)
-    return TrainedRun(task, Classifier(model, "label words" if head is None else "head", head))
+    by = "label words" if head is None else "head"
+    return TrainedRun(task, source.classifier(model, by, head))
