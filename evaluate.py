@@ -47,6 +47,7 @@ from qwen_min.command.cli import (
 )
 from qwen_min.command.task import Task, blank_prompt, read_rows, read_task, task_prompts
 from qwen_min.errors import UserError
+from qwen_min.fast.generation import generate_answers
 from qwen_min.files.data import examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.files.overlap import clean_part, fed_rows, training_examples
@@ -61,7 +62,7 @@ from qwen_min.head import LinearHead, load_head, score_rows
 from qwen_min.lab import token_vectors as embeddings
 from qwen_min.lab.calibration import calibrations, format_calibrations
 from qwen_min.lab.explain import explain_head, explain_labels
-from qwen_min.lab.generation import MAX_NEW_TOKENS, first_label, generate_answers, stop_ids
+from qwen_min.lab.generation import MAX_NEW_TOKENS, first_label, stop_ids
 from qwen_min.lab.label_sets import (
     compare_sets,
     distinct_words,
@@ -72,7 +73,7 @@ from qwen_min.lab.label_sets import (
 from qwen_min.lab.neutral import score_neutral
 from qwen_min.metrics import evaluate_predictions
 from qwen_min.model import Qwen
-from qwen_min.prompt import warn_about_labels
+from qwen_min.prompt import Prompt, warn_about_labels
 from qwen_min.scoring import label_mass, score_labels
 
 METHODS = (*UNTRAINED, "head_only", "lora_head", "lora_label_scoring", "transplanted_head")
@@ -154,7 +155,8 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         started, scores, answers = time.perf_counter(), None, None
         with tqdm(total=len(prompts), unit=" rows", disable=None) as bar:
             if generates:
-                found = generate_answers(model, own, stop, args.batch_tokens, bar.update)
+                limits = MAX_NEW_TOKENS, stop, args.batch_tokens
+                found = generate_answers(model, own, *limits, bar.update)
                 answers = [task.tokenizer.decode(ids) for ids in found]
             else:
                 asked = with_first_tokens(prompts) if args.label_sets else own
@@ -177,7 +179,14 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
                 score = partial(
                     score_labels, model, batch_tokens=args.batch_tokens, progress=bar.update
                 )
-                neutral = score_neutral(task, examples, rows, (args.seed, split), score)
+                neutral = score_neutral(
+                    partial(calibration_prompts, task),
+                    task.template,
+                    examples,
+                    rows,
+                    (args.seed, split),
+                    score,
+                )
             lengths = np.array([[len(ids) for ids in prompt.labels] for prompt in own])
             more["calibration"] = calibrations(truth, scores, lengths, neutral)
         if generates:
@@ -226,6 +235,14 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
             if args.calibrate:
                 print("\n" + format_calibrations(results["calibration"], labels))
     return 0
+
+
+def calibration_prompts(
+    task: Task, texts: Sequence[str], template: str | None = None
+) -> list[Prompt]:
+    """Prompts of --calibrate's own inputs, in the task's template or another one."""
+    places = [f"--calibrate, input {text!r}" for text in texts]
+    return task_prompts(task, texts, places, template=template)
 
 
 def explain(args: argparse.Namespace, task: Task, record: dict | None, device: str) -> int:
