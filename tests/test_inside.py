@@ -277,11 +277,11 @@ MISTAKES = {
     "system without chat": (["--method", "zero_shot", "--system", "x"], "give --chat too"),
     "chat twice": (
         ["--method", "zero_shot", "--chat", "--template", "<|im_start|>{text}"],
-        "holds chat markup already",
+        "contains chat markup already",
     ),
     "the text in the system message": (
         ["--method", "zero_shot", "--chat", "--system", "{text}"],
-        "its place is the template",
+        "belongs in the template",
     ),
     "no place for a generated answer": (
         ["--method", "zero_shot_generate", "--max-text-tokens", "2040"],
