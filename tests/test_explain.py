@@ -10,8 +10,15 @@ from conftest import make_reference
 from qwen_min.command.terminal import WIDTH, clipped, columns, paragraph, visible
 from qwen_min.files.weights import load_model
 from qwen_min.head import LinearHead, pooled_features, pooled_state
-from qwen_min.lab.explain import decision, explain_head, explain_labels, prompt_part, text_reason
-from qwen_min.lab.steps import head_state, label_positions
+from qwen_min.lab.explain import (
+    decision,
+    explain_head,
+    explain_labels,
+    head_state,
+    label_positions,
+    prompt_part,
+    text_reason,
+)
 from qwen_min.prompt import Prompt, build_prompts
 from qwen_min.scoring import score_label, score_labels
 from qwen_min.tokenizer import Tokenizer
@@ -128,7 +135,7 @@ def test_what_is_shown_for_a_head(bias, models, tokenizer):
         (scores,) = head.scores(h[None])
         assert all(shows(shown, score) for score in scores)
         assert shows(shown, h.norm().item()) and shows(shown, h[0].item())
-    assert shown.count("<- decision") == 2 and "between both: cosine" in shown
+    assert shown.count("<- decision") == 2 and "cosine between both" in shown
 
 
 def test_without_a_blank_prompt_nothing_is_compared_with_it(models, tokenizer):

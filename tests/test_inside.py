@@ -16,7 +16,7 @@ import train
 from qwen_min.command.terminal import columns, visible
 from qwen_min.files.data import read_examples
 from qwen_min.files.weights import load_model
-from qwen_min.lab.calibration import batch, contextual, fit_temperature, pmi_dc
+from qwen_min.lab.calibration import fit_temperature, log_mean_probability
 from qwen_min.lab.generation import MAX_NEW_TOKENS, first_label, greedy, stop_ids
 from qwen_min.lab.neutral import CONTENT_FREE, held_out_rows
 from qwen_min.metrics import log_loss
@@ -122,9 +122,9 @@ def test_calibration_reports_every_correction_of_these_scores(reference, tmp_pat
     t = fit_temperature(np.array([row.label for row in held_out]), of_held_out)
     expected = {
         "raw": scores,
-        "contextual": contextual(scores, free),
-        "pmi_dc": pmi_dc(scores, premise),
-        "batch": batch(scores),
+        "contextual": scores - log_mean_probability(free),
+        "pmi_dc": scores - premise,
+        "batch": scores - log_mean_probability(scores),
         "temperature": scores / t,
     }
     for name, corrected in expected.items():

@@ -5,13 +5,13 @@ template and on the number of its tokens, and it shifts the decision of every ro
 are (n, C) with s_y = log p(y's tokens | prompt); q_y = softmax(s)_y is the probability among the
 classes (if no word is the beginning of another one: otherwise their events overlap).
 
-Most corrections subtract the log of a prior from the scores. With two classes this moves the
-log-odds s_1 - s_0 of all rows by the same number. So decisions change, but the order of the rows
-and the AUC do not. A prior need not sum to one, since a factor that all classes share cancels. But
-before a mean over rows is taken, each row must sum to one: see `log_mean_probability`.
+Four corrections subtract the log of a prior: s_y - log prior_y. Softmax then gives q_y / prior_y,
+renormalised. With two classes this moves the log-odds s_1 - s_0 of all rows by the same number. So
+decisions change, but the order of the rows and the AUC do not. A prior need not sum to one: a
+factor that all classes share cancels.
 
-No correction uses the labels of evaluated rows. `batch` uses their scores, `domain_context` their
-characters. `best_threshold` does use the labels: it is a bound, not a correction.
+No correction uses the labels of evaluated rows. `best_threshold` does: it is a bound, not a
+correction.
 """
 
 from collections.abc import Sequence
@@ -29,44 +29,13 @@ def length_normalised(scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return scores / lengths
 
 
-def with_prior(scores: np.ndarray, log_prior: np.ndarray) -> np.ndarray:
-    """s_y - log prior_y: softmax then gives q_y / prior_y, renormalised. log_prior (C,)."""
-    return scores - log_prior
-
-
 def log_mean_probability(scores: np.ndarray) -> np.ndarray:
     """log of the mean over rows of q: (m, C) → (C,).
 
-    Each row is renormalised over the classes before the mean. So every row has the same weight,
-    even if the label words have little probability in it.
+    Each row is renormalised over the classes before the mean is taken. So every row has the same
+    weight, even if the label words have little probability in it.
     """
     return np.log(softmax(scores).mean(axis=0))
-
-
-def contextual(scores: np.ndarray, content_free: np.ndarray) -> np.ndarray:
-    """Prior: the mean of q over inputs without content, such as "N/A" (Zhao et al. 2021,
-    arXiv:2102.09690, section 5). content_free: their scores (m, C)."""
-    return with_prior(scores, log_mean_probability(content_free))
-
-
-def domain_context(scores: np.ndarray, random: np.ndarray) -> np.ndarray:
-    """Prior: the mean of q over random text of the domain (Fei et al. 2023, arXiv:2305.19148): its
-    words without their meaning as a text. random: their scores (m, C)."""
-    return with_prior(scores, log_mean_probability(random))
-
-
-def pmi_dc(scores: np.ndarray, premise: np.ndarray) -> np.ndarray:
-    """log p(y | prompt) - log p(y | premise): pointwise mutual information of text and label
-    (Holtzman et al. 2021, arXiv:2104.08315). premise: scores (C,) of their domain premise, which is
-    the end of the prompt, after the text. They need no renormalisation over the classes: with a
-    single input it would subtract the same number from all of them."""
-    return with_prior(scores, premise)
-
-
-def batch(scores: np.ndarray) -> np.ndarray:
-    """Prior: the mean of q over the evaluated rows themselves (Zhou et al. 2023, arXiv:2309.17249).
-    It assumes that the classes are about equally frequent in them."""
-    return with_prior(scores, log_mean_probability(scores))
 
 
 def fit_temperature(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -119,27 +88,42 @@ class Neutral:
     held_out: tuple[np.ndarray, np.ndarray] | None  # labels (m,) and scores, if there are any
 
 
+def log_priors(scores: np.ndarray, neutral: Neutral) -> dict[str, np.ndarray]:
+    """The log priors (C,) by the name of their correction.
+
+    contextual: the mean of q over inputs without content, such as "N/A" (Zhao et al. 2021,
+    arXiv:2102.09690, section 5).
+    domain_context: the mean of q over random text of the domain, which has its characters without
+    their meaning (Fei et al. 2023, arXiv:2305.19148).
+    pmi_dc: p(y | premise), where the domain premise is the end of the prompt, after the text. The
+    corrected score is pointwise mutual information of text and label (Holtzman et al. 2021,
+    arXiv:2104.08315). A single input needs no renormalisation over the classes.
+    batch: the mean of q over the evaluated rows themselves, which assumes that the classes are
+    about equally frequent in them (Zhou et al. 2023, arXiv:2309.17249).
+    """
+    return {
+        "contextual": log_mean_probability(neutral.content_free),
+        "domain_context": log_mean_probability(neutral.random),
+        "pmi_dc": neutral.premise[0],
+        "batch": log_mean_probability(scores),
+    }
+
+
 def calibrations(
     labels: np.ndarray, scores: np.ndarray, lengths: np.ndarray, neutral: Neutral
 ) -> dict[str, dict]:
-    """For each correction of `scores`: its measures, its prior or its temperature."""
-    # By name: the corrected scores, and the rows whose mean q is the prior.
-    corrected = {
-        "raw": (scores, None),
-        "length_normalised": (length_normalised(scores, lengths), None),
-        "contextual": (contextual(scores, neutral.content_free), neutral.content_free),
-        "domain_context": (domain_context(scores, neutral.random), neutral.random),
-        "pmi_dc": (pmi_dc(scores, neutral.premise[0]), neutral.premise),
-        "batch": (batch(scores), scores),
-    }
-    found = {}
-    for name, (new, rows) in corrected.items():
-        prior = None if rows is None else softmax(rows).mean(axis=0).tolist()
-        found[name] = measures(labels, new) | {"prior": prior, "temperature": None}
+    """For each correction of `scores`: its measures, its prior (C,) and temperature, if any."""
+    none = {"prior": None, "temperature": None}
+    per_token = length_normalised(scores, lengths)
+    found = {"raw": measures(labels, scores) | none}
+    found["length_normalised"] = measures(labels, per_token) | none
+    for name, log_prior in log_priors(scores, neutral).items():
+        prior = softmax([log_prior])[0].tolist()
+        found[name] = measures(labels, scores - log_prior) | none | {"prior": prior}
     if neutral.held_out is not None:
         t = fit_temperature(*neutral.held_out)
-        of_fit = {"prior": None, "temperature": t, "held_out_rows": len(neutral.held_out[0])}
-        found["temperature"] = measures(labels, scores / t) | of_fit
+        of_fit = {"temperature": t, "held_out_rows": len(neutral.held_out[0])}
+        found["temperature"] = measures(labels, scores / t) | none | of_fit
     return found
 
 

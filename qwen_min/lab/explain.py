@@ -5,21 +5,66 @@ the ones that were added, so a reader can check every line by hand.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import exp
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qwen_min.command.terminal import WIDTH, clipped, columns, pad, paragraph, text_table, visible
 from qwen_min.head import LinearHead
-from qwen_min.lab.steps import LIKELIEST, Position, head_state, label_positions
 from qwen_min.metrics import softmax
-from qwen_min.model import Qwen
+from qwen_min.model import Qwen, rotary_cos_sin
 from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_mass, score_label
 from qwen_min.tokenizer import Tokenizer
 
 Scores = list[float]  # one for each class
+LIKELIEST = 5  # tokens listed at each position
+
+
+@dataclass(frozen=True)
+class Position:
+    """One label token, as the hidden state at the previous position predicts it."""
+
+    token: int
+    logit: float
+    log_sum_exp: float  # over the vocabulary
+    likeliest: tuple[tuple[int, float], ...]  # the most likely tokens here: (token, log p), falling
+
+    @property
+    def log_p(self) -> float:
+        return self.logit - self.log_sum_exp
+
+
+@torch.inference_mode()
+def label_positions(model: Qwen, prompt: Sequence[int], label: Sequence[int]) -> list[Position]:
+    """One forward of prompt + label; for each label token the numbers that make up its log p."""
+    ids = torch.tensor([[*prompt, *label]], device=model.lm_head_weight.device)  # (1, T)
+    first = len(prompt) - 1  # the state at a position predicts the next token
+    h = model(ids)[0, first : first + len(label)]  # (label tokens, D)
+    found = []
+    for token, logits in zip(label, model.logits(h).cpu(), strict=True):  # logits (V,)
+        log_sum_exp = logits.logsumexp(dim=-1)
+        best = logits.topk(LIKELIEST)
+        pairs = zip(best.indices.tolist(), (best.values - log_sum_exp).tolist(), strict=True)
+        found.append(Position(token, logits[token].item(), log_sum_exp.item(), tuple(pairs)))
+    return found
+
+
+@torch.inference_mode()
+def head_state(model: Qwen, prompt: Sequence[int], head: LinearHead) -> Tensor:
+    """The state h (D,), fp32, that the head reads: its layer's output, pooled over the prompt."""
+    ids = torch.tensor([prompt], device=model.lm_head_weight.device)  # (1, T)
+    core, last = model.model, model.config.num_hidden_layers
+    positions = torch.arange(len(prompt), device=ids.device)
+    cos, sin = rotary_cos_sin(positions, model.config.head_dim, model.config.rope_theta)
+    x = core.embed_tokens(ids)  # (1, T, D)
+    for layer in core.layers[: head.layer]:
+        x = layer(x, cos, sin)
+    h = (core.norm(x) if head.layer == last else x)[0].float()  # (T, D)
+    return (h[-1] if head.pooling == "last" else h.mean(dim=0)).cpu()
 
 
 def explain_labels(
@@ -108,9 +153,7 @@ def explain_head(
         ]
 
     # 1. The state h.
-    pooled = (
-        "the last token's state" if head.pooling == "last" else "the mean of all tokens' states"
-    )
+    pooled = {"last": "the last token's state", "mean": "the mean of all states"}[head.pooling]
     norm = " and the final norm" * (head.layer == model.config.num_hidden_layers)
     rows = [
         [f"  {name}", *(f"{x:.3f}" for x in h[:6]), "…", f"{h.norm():.3f}"]
@@ -122,9 +165,7 @@ def explain_head(
     if len(states) == 2:
         a, b = states.values()
         cosine, distance = torch.cosine_similarity(a, b, dim=0), (b - a).norm() / a.norm()
-        parts[-1] += (
-            f"\n  between both: cosine {cosine:.4f}, distance {distance:.4f} of the first |h|"
-        )
+        parts[-1] += f"\n  cosine between both {cosine:.4f}, distance / first |h| {distance:.4f}"
 
     # 2. W h + b, softmax, decision.
     rows = [[word, f"{w.norm():.4f}"] for word, w in zip(words, weight, strict=True)]

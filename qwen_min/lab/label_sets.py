@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen_min.command.terminal import text_table, visible
 from qwen_min.errors import UserError
-from qwen_min.lab.calibration import batch, best_threshold, measures, number, shares
+from qwen_min.lab.calibration import best_threshold, log_mean_probability, measures, number, shares
 from qwen_min.prompt import Prompt, parse_labels
 from qwen_min.scoring import label_mass
 from qwen_min.tokenizer import Tokenizer
@@ -67,6 +67,7 @@ def compare_sets(
         tokens = [token for word in ids for token in set(word)]
         # Words with the same first token tie there: the decision would be arbitrary.
         begin_alike = len({word[0] for word in ids}) < len(ids)
+        corrected = own - log_mean_probability(own)  # batch calibration
         oracle, threshold = best_threshold(labels, own) if len(chosen) == 2 else (None, None)
         found.append(
             {
@@ -79,7 +80,7 @@ def compare_sets(
                 **measures(labels, own),
                 "oracle_accuracy": oracle,
                 "oracle_threshold": threshold,
-                "batch_accuracy": measures(labels, batch(own))["accuracy"],
+                "batch_accuracy": measures(labels, corrected)["accuracy"],
                 "first_token": None if begin_alike else measures(labels, first),
             }
         )
