@@ -119,6 +119,14 @@ def test_what_is_shown_for_label_words(words, several, models, tokenizer):
     why = shown[shown.index("Why\n") :]
     assert "Without a text in the template" in " ".join(why.split())
     assert ("From base to adapted" in why) == several
+    starts = {ids[0] for ids in prompt.labels}
+    begins = [
+        label_positions(m, prompt.ids, (0,))[0].likeliest[0][0] in starts
+        for m in shown_models.values()
+    ]
+    flat = " ".join(why.split())
+    assert flat.count("begins one of them") == sum(begins)
+    assert flat.count("does not begin one of them") == len(begins) - sum(begins)
     # Each beginning that is followed by a token has its likeliest tokens shown once.
     beginnings = {ids[:t] for ids in prompt.labels for t in range(len(ids))}
     assert shown.count("the 5 most likely tokens after the prompt") == len(beginnings)
@@ -135,6 +143,13 @@ def test_what_is_shown_for_a_head(bias, models, tokenizer):
         (scores,) = head.scores(h[None])
         assert all(shows(shown, score) for score in scores)
         assert shows(shown, h.norm().item()) and shows(shown, h[0].item())
+    # Every sum that is shown is right to the last of four digits.
+    table = shown[shown.index("W h + b\n") :].split("\n")[2:4]
+    for line in table:
+        _, *found = numbers(line)
+        assert len(found) == 6
+        for product, b, score in (found[:3], found[3:]):
+            assert product + b == pytest.approx(score, abs=1.01e-4)
     assert shown.count("<- decision") == 2 and "cosine between both" in shown
 
 

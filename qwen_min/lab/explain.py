@@ -78,10 +78,11 @@ def explain_labels(
 
     empty_prompt: the prompt of an empty text, to compare with; None if the template allows none.
     """
-    found, scores, empty_scores, reasons = {}, {}, {}, {}
+    found, scores, empty_scores, reasons, figures = {}, {}, {}, {}, {}
     for name, model in models.items():
         found[name] = [label_positions(model, prompt.ids, ids) for ids in prompt.labels]
         scores[name] = [sum(p.log_p for p in word) for word in found[name]]
+        figures[name] = [[p.logit, p.log_sum_exp, p.log_p] for word in found[name] for p in word]
         if empty_prompt:
             empty = [score_label(model, empty_prompt.ids, ids) for ids in empty_prompt.labels]
             empty_scores[name] = empty
@@ -99,11 +100,7 @@ def explain_labels(
     for y, (word, ids) in enumerate(zip(words, prompt.labels, strict=True)):
         for t, token in enumerate(ids):
             rows.append(["" if t else word, str(token), visible(tokenizer.decode([token]))])
-            places.setdefault(ids[:t], (y, t))  # of each beginning the first word that has it
-    figures = {
-        name: [[p.logit, p.log_sum_exp, p.log_p] for word in positions for p in word]
-        for name, positions in found.items()
-    }
+            places.setdefault(ids[:t], (y, t))  # for each beginning, the first word that has it
     heads = ["word", "id", "token"], ["logit", "- log Σ exp", "= log p"]
     parts = ["label words\n" + side_by_side(*heads, rows, figures, words=3)]
 
