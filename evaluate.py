@@ -35,8 +35,8 @@ from qwen_min.command.arguments import (
     add_prompt_arguments,
     with_run,
 )
-from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.classifier import Classifier
+from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.inside import Evaluation, Outcome, explain, look_inside, print_inside
 from qwen_min.command.summary import format_results
 from qwen_min.command.task import Task, read_rows, read_task, warn_about_labels
@@ -183,9 +183,10 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
 def read_candidates(args: argparse.Namespace, task: Task) -> tuple[list[Example], list[Prompt]]:
     """The rows of --data and their prompts, with every candidate that is to be scored."""
     if args.method == "zero_shot_generate":
-        from qwen_min.lab.generation import MAX_NEW_TOKENS
+        from qwen_min.lab import generation
 
-        return read_rows(args, task, new_tokens=MAX_NEW_TOKENS)
+        generation.stop_ids(task.directory, task.tokenizer.markup)  # a malformed file fails here
+        return read_rows(args, task, new_tokens=generation.MAX_NEW_TOKENS)
     if args.label_sets:
         from qwen_min.lab.label_sets import distinct_words, parse_label_sets, with_first_tokens
 

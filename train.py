@@ -34,8 +34,8 @@ from qwen_min.command.arguments import (
     candidate_layers,
     check_training,
 )
-from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.classifier import forms
+from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.fit import Stopped, Training, fit
 from qwen_min.command.task import read_rows, read_task
 from qwen_min.command.trained import ADAPTER, HEAD, Source, Trainable, attach_adapter, load_parts
@@ -149,7 +149,9 @@ def by_gradient(
 
     def parts(rows: list[int]) -> list[list[int]]:
         cut = forms(args.plain).token_budget_batches
-        return [[rows[i] for i in part] for part in cut([lengths[r] for r in rows], args.batch_tokens)]
+        return [
+            [rows[i] for i in part] for part in cut([lengths[r] for r in rows], args.batch_tokens)
+        ]
 
     def evaluate() -> dict:
         model.eval()

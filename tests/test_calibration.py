@@ -9,17 +9,13 @@ from scipy.optimize import minimize_scalar
 from qwen_min.files.data import HELD_OUT, Example, held_out_split
 from qwen_min.lab.calibration import (
     Neutral,
-    batch,
     best_threshold,
     calibrations,
-    contextual,
-    domain_context,
     fit_temperature,
     format_calibrations,
     length_normalised,
     log_mean_probability,
-    pmi_dc,
-    with_prior,
+    log_priors,
 )
 from qwen_min.lab.neutral import TEMPERATURE_ROWS, held_out_rows, premise_template, random_texts
 from qwen_min.metrics import auc_roc, log_loss, softmax
@@ -51,23 +47,31 @@ def test_the_prior_of_two_inputs_is_the_mean_of_renormalised_probabilities():
     np.testing.assert_allclose(np.exp(log_mean_probability(S[:2])), [0.65, 0.35])
 
 
+def corrected_by(name: str, scores: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """The scores after one correction, of which `inputs` are what it learns from."""
+    other = np.full((1, scores.shape[1]), -1.0)  # no other correction's inputs may matter
+    of = {"contextual": "content_free", "domain_context": "random", "pmi_dc": "premise"}
+    fields = {key: inputs if of.get(name) == key else other for key in of.values()}
+    return scores - log_priors(scores, Neutral(**fields, held_out=None))[name]
+
+
 def test_contextual_and_domain_context():
     # Row 3 is 1/3 to 2/3; over the prior (1/3)/0.65 to (2/3)/0.35, which is 7 to 26.
-    for correct in (contextual, domain_context):
-        np.testing.assert_allclose(softmax(correct(S, S[:2]))[2], [7 / 33, 26 / 33])
+    for name in ("contextual", "domain_context"):
+        np.testing.assert_allclose(softmax(corrected_by(name, S, S[:2]))[2], [7 / 33, 26 / 33])
 
 
 def test_pmi_dc_is_pointwise_mutual_information():
     # log (0.4 / 0.2) and log (0.1 / 0.4): the premise's probabilities as they are, their sum 0.6.
-    np.testing.assert_allclose(pmi_dc(S[:1], ln([0.2, 0.4])), ln([[2, 0.25]]))
+    np.testing.assert_allclose(corrected_by("pmi_dc", S[:1], ln([[0.2, 0.4]])), ln([[2, 0.25]]))
 
 
 def test_batch():
     # Of the three rows q_1 is 0.2, 0.5, 2/3: its mean is 41/90.
     prior = np.array([49, 41]) / 90
-    np.testing.assert_allclose(batch(S), S - ln(prior))
+    np.testing.assert_allclose(corrected_by("batch", S, S), S - ln(prior))
     # The mean row is undecided afterwards.
-    np.testing.assert_allclose(softmax(batch(ln([prior, prior]))), 0.5)
+    np.testing.assert_allclose(softmax(corrected_by("batch", ln([prior, prior]), S)), 0.5)
 
 
 def test_temperature_by_hand():
@@ -124,22 +128,20 @@ def test_best_threshold_is_the_best_of_all():
 def test_a_fixed_prior_moves_all_log_odds_alike_and_leaves_auc(seed):
     labels, scores = drawn(60, 2, seed)
     prior = np.random.default_rng(seed).normal(size=2) * 5
-    moved = with_prior(scores, prior)
+    moved = scores - prior
     shift = (moved[:, 1] - moved[:, 0]) - (scores[:, 1] - scores[:, 0])
     np.testing.assert_allclose(shift, prior[0] - prior[1], atol=1e-12)  # float64 sums of tens
     assert auc_roc(labels, moved) == auc_roc(labels, scores)
     assert best_threshold(labels, moved)[0] == best_threshold(labels, scores)[0]
     # A number shared by the classes is of no effect, so it matters not whether a prior sums to one.
-    renormalised = with_prior(scores, prior - np.logaddexp(*prior))
+    renormalised = scores - (prior - np.logaddexp(*prior))
     np.testing.assert_allclose(softmax(moved), softmax(renormalised), atol=1e-12)
 
 
 def test_with_three_classes_a_prior_may_change_the_auc():
     """So that the test above says something about two classes."""
     labels, scores = drawn(200, 3)
-    assert auc_roc(labels, with_prior(scores, np.array([0.0, 3.0, -3.0]))) != auc_roc(
-        labels, scores
-    )
+    assert auc_roc(labels, scores - np.array([0.0, 3.0, -3.0])) != auc_roc(labels, scores)
 
 
 # The report
@@ -158,6 +160,9 @@ def test_all_corrections_beside_the_raw_scores(classes, held_out):
     found = calibrations(labels, scores, lengths, neutral(classes, held_out))
     assert ("temperature" in found) == held_out
     assert found["raw"]["log_loss"] == log_loss(labels, scores)
+    for name, log_prior in log_priors(scores, neutral(classes, held_out)).items():
+        assert found[name]["log_loss"] == log_loss(labels, scores - log_prior)
+        np.testing.assert_allclose(found[name]["prior"], softmax([log_prior])[0])
     assert all(sum(row["predicted"]) == pytest.approx(1) for row in found.values())
     if classes == 2:
         fixed = ("contextual", "domain_context", "pmi_dc", "batch")

@@ -121,7 +121,7 @@ def test_a_broken_file_is_one_line(content, said, directory):
 
 def test_a_model_that_always_thinks_is_refused(directory):
     put(directory, ALWAYS_THINKS)
-    with pytest.raises(UserError, match="lets every answer begin with thoughts"):
+    with pytest.raises(UserError, match="starts every answer with thoughts"):
         read_chat_format(directory, "qwen3")
 
 
@@ -129,8 +129,8 @@ def test_a_model_that_always_thinks_is_refused(directory):
     ("template", "system", "markup", "said"),
     [
         ("{text}", None, {"<|im_end|>"}, "no <|im_start|>"),
-        ("<|im_start|>user\n{text}", None, None, "holds chat markup already"),
-        ("{text}", "about {text}", None, "its place is the template"),
+        ("<|im_start|>user\n{text}", None, None, "contains chat markup already"),
+        ("{text}", "about {text}", None, "belongs in the template"),
     ],
 )
 def test_what_does_not_go_together_is_refused(template, system, markup, said):

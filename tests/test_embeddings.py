@@ -13,8 +13,8 @@ from test_train import WORDS, arguments, base, data, in_child, one_line, record,
 
 import evaluate
 import train
-from qwen_min.command.compute import Compute
 from qwen_min.errors import UserError
+from qwen_min.fast import forms
 from qwen_min.files.run import checkpoints
 from qwen_min.files.weights import fingerprint, load_model
 from qwen_min.lab.token_vectors import (
@@ -193,8 +193,8 @@ def test_a_killed_run_goes_on_to_the_bit(method, targets, dtype, base, data, tmp
     runs = [tmp_path / name for name in ("whole", "killed")]
 
     def die_in_step_seven() -> None:
-        name = "label_loss" if method == "lora_label_scoring" else "head_loss"
-        real, calls = getattr(Compute, name), []
+        name = "label_losses" if method == "lora_label_scoring" else "head_losses"
+        real, calls = getattr(forms, name), []
 
         def counted(*args):
             calls.append(1)
@@ -202,7 +202,7 @@ def test_a_killed_run_goes_on_to_the_bit(method, targets, dtype, base, data, tmp
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args)
 
-        setattr(Compute, name, counted)
+        setattr(forms, name, counted)
 
     assert os.waitpid(in_child(arguments(method, base, data, runs[0], *given)), 0)[1] == 0
     args = arguments(method, base, data, runs[1], *given)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from sklearn import metrics as sk
 
 import evaluate
-from qwen_min.command.compute import Compute
+from qwen_min.fast import forms
 from qwen_min.files.data import read_examples
 from qwen_min.files.weights import load_model
 from qwen_min.prompt import build_prompts, parse_template
@@ -537,7 +537,7 @@ def test_a_bad_row_behind_the_limit_is_not_read(workplace):
 
 
 def test_ctrl_c_leaves_nothing(workplace, monkeypatch):
-    monkeypatch.setattr(Compute, "label_scores", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(forms, "score_labels", lambda *_: signal.raise_signal(signal.SIGINT))
     before = sorted(Path().rglob("*"))
     status, out, err = command(
         *defaults(model="model", data="reviews.tsv", output="out/results.json", predictions="p")

@@ -1,7 +1,6 @@
 """--explain: its numbers are the scorer's, its columns line up, its last lines say why."""
 
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +12,14 @@ from qwen_min.fast.features import pooled_features
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.weights import load_model
 from qwen_min.head import LinearHead, pooled_state
-from qwen_min.lab.explain import explain_head, explain_labels, prompt_part
-from qwen_min.lab.steps import Position, head_state, label_positions, label_reasons, text_reason
+from qwen_min.lab.explain import (
+    decision,
+    explain_head,
+    explain_labels,
+    label_positions,
+    prompt_part,
+    text_reason,
+)
 from qwen_min.prompt import Prompt, build_prompts
 from qwen_min.scoring import score_label
 from qwen_min.tokenizer import Tokenizer
@@ -84,7 +89,7 @@ def test_a_position_by_hand(reference, models):
 def test_the_heads_state_is_the_one_it_was_fitted_on(pooling, layer, models, tokenizer):
     prompt, _ = prompts_of(tokenizer)
     head = LinearHead(torch.randn(2, 32), torch.randn(2), layer, pooling)
-    h = head_state(models["base"], prompt.ids, head)
+    h = pooled_state(models["base"], prompt.ids, head.pooling, head.layer)
     features = pooled_features(models["base"], [prompt], pooling, True, 2048)
     torch.testing.assert_close(h, features[0, layer], atol=1e-5, rtol=1e-5)
     if layer == 3:
@@ -113,11 +118,19 @@ def test_what_is_shown_for_label_words(words, several, models, tokenizer):
         assert words[scores.argmax()] in shown
     assert shown.count("<- decision") == len(shown_models)
     why = shown[shown.index("Why\n") :]
-    assert "Where the template holds no text" in " ".join(why.split())
+    assert "Without a text in the template" in " ".join(why.split())
     assert ("From base to adapted" in why) == several
+    starts = {ids[0] for ids in prompt.labels}
+    begins = [
+        label_positions(m, prompt.ids, (0,))[0].likeliest[0][0] in starts
+        for m in shown_models.values()
+    ]
+    flat = " ".join(why.split())
+    assert flat.count("begins one of them") == sum(begins)
+    assert flat.count("does not begin one of them") == len(begins) - sum(begins)
     # Each beginning that is followed by a token has its likeliest tokens shown once.
     beginnings = {ids[:t] for ids in prompt.labels for t in range(len(ids))}
-    assert shown.count("the 5 likeliest tokens behind the prompt") == len(beginnings)
+    assert shown.count("the 5 most likely tokens after the prompt") == len(beginnings)
 
 
 @pytest.mark.parametrize("bias", [None, torch.tensor([0.5, -0.25])])
@@ -131,21 +144,28 @@ def test_what_is_shown_for_a_head(bias, models, tokenizer):
         (scores,) = head.scores(h[None])
         assert all(shows(shown, score) for score in scores)
         assert shows(shown, h.norm().item()) and shows(shown, h[0].item())
-    assert shown.count("<- decision") == 2 and "turned h" in shown
+    # Every sum that is shown is right to the last of four digits.
+    table = shown[shown.index("W h + b\n") :].split("\n")[2:4]
+    for line in table:
+        _, *found = numbers(line)
+        assert len(found) == 6
+        for product, b, score in (found[:3], found[3:]):
+            assert product + b == pytest.approx(score, abs=1.01e-4)
+    assert shown.count("<- decision") == 2 and "cosine between both" in shown
 
 
 def test_without_a_blank_prompt_nothing_is_compared_with_it(models, tokenizer):
     prompt, _ = prompts_of(tokenizer)
     shown = explain_labels(tokenizer, prompt, None, WORDS, {"the model": models["base"]})
-    assert "holds no text" not in shown
+    assert "Without a text" not in shown
 
 
 @pytest.mark.parametrize(
     ("blank", "verdict"),
     [
-        ([0.0, -1.0], "most of the margin is there whatever the text says, which favours a"),
-        ([0.0, -0.4], "the text speaks for it more than the template alone does"),
-        ([-3.0, 0.0], "the text has decided it"),
+        ([0.0, -1.0], "Most of the margin is there without the text: the template favours a."),
+        ([0.0, -0.4], "The text contributes more than the template."),
+        ([-3.0, 0.0], "The text decides."),
     ],
 )
 def test_whether_the_text_or_the_words_decided(blank, verdict):
@@ -155,11 +175,19 @@ def test_whether_the_text_or_the_words_decided(blank, verdict):
 
 
 def test_a_tie_is_called_one():
-    at = Position(5, 2.0, 3.0, ((5, -1.0),))
-    prompt, decoder = Prompt((1,), ((5,), (6,)), False), SimpleNamespace(decode=lambda ids: "x")
-    found, sums = {"base": [[at], [at]]}, {"base": [-1.0, -1.0]}
-    reasons = label_reasons(decoder, prompt, ("a", "b"), found, sums, None)
-    assert reasons[0].startswith("Base says a") and reasons[1].startswith("A tie: the first")
+    shown = decision("score", ("a", "b"), {"base": [-1.0, -1.0]}, {}, {"base": []})
+    assert "\n  Base says a" in shown and "\n  A tie: the first" in shown
+
+
+@pytest.mark.parametrize(
+    ("after", "turn"), [([2.0, 0.5], "stays a"), ([0.0, 0.5], "changes from a to b")]
+)
+def test_what_the_second_model_changes(after, turn):
+    shown = decision("score", ("a", "b"), {"x": [1.0, 0.0], "y": after}, {}, {"x": [], "y": []})
+    best, second = ("a", "b") if after[0] > after[1] else ("b", "a")
+    old, new = (1.0, 1.5) if best == "a" else (-1.0, 0.5)
+    said = f"From x to y the margin of {best} over {second} changes by {new - old:+.4f}, from"
+    assert f"{said} {old:+.4f} to {new:+.4f}. The decision {turn}." in " ".join(shown.split())
 
 
 def test_tokens_stand_above_their_ids(tokenizer):

@@ -8,15 +8,9 @@ import torch
 from conftest import make_reference
 
 from qwen_min.errors import UserError
+from qwen_min.fast.generation import generate_answers, greedy_cached
 from qwen_min.files.weights import load_model
-from qwen_min.lab.generation import (
-    MAX_NEW_TOKENS,
-    first_label,
-    generate_answers,
-    greedy,
-    greedy_cached,
-    stop_ids,
-)
+from qwen_min.lab.generation import MAX_NEW_TOKENS, first_label, greedy, stop_ids
 from qwen_min.metrics import OFF_TRACK
 from qwen_min.prompt import Prompt
 
@@ -60,7 +54,8 @@ def test_answers_in_batches_are_each_prompts_own(reference):
     expected = [greedy(ours, prompt.ids, MAX_NEW_TOKENS, stop) for prompt in prompts]
     for budget in (1, 60, 1000):
         seen = []
-        assert generate_answers(ours, prompts, stop, budget, seen.append) == expected
+        found = generate_answers(ours, prompts, MAX_NEW_TOKENS, stop, budget, seen.append)
+        assert found == expected
         assert sum(seen) == 3
 
 

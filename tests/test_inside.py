@@ -16,7 +16,7 @@ import train
 from qwen_min.command.terminal import columns, visible
 from qwen_min.files.data import read_examples
 from qwen_min.files.weights import load_model
-from qwen_min.lab.calibration import batch, contextual, fit_temperature, pmi_dc
+from qwen_min.lab.calibration import fit_temperature, log_mean_probability
 from qwen_min.lab.generation import MAX_NEW_TOKENS, first_label, greedy, stop_ids
 from qwen_min.lab.neutral import CONTENT_FREE, held_out_rows
 from qwen_min.metrics import log_loss
@@ -122,9 +122,9 @@ def test_calibration_reports_every_correction_of_these_scores(reference, tmp_pat
     t = fit_temperature(np.array([row.label for row in held_out]), of_held_out)
     expected = {
         "raw": scores,
-        "contextual": contextual(scores, free),
-        "pmi_dc": pmi_dc(scores, premise),
-        "batch": batch(scores),
+        "contextual": scores - log_mean_probability(free),
+        "pmi_dc": scores - premise,
+        "batch": scores - log_mean_probability(scores),
         "temperature": scores / t,
     }
     for name, corrected in expected.items():
@@ -262,7 +262,7 @@ MISTAKES = {
     "calibration of a head": ([*HEADS, "--calibrate"], "--calibrate is about the scores"),
     "label sets of generation": (
         ["--method", "zero_shot_generate", "--label-sets", "差,好"],
-        "zero_shot_generate has none of",
+        "zero_shot_generate has none",
     ),
     "no text": (["--method", "zero_shot", "--explain", " "], "--explain ' ': no text"),
     "generation explained": (["--method", "zero_shot_generate", "--explain", "x"], "zero_shot"),
@@ -277,11 +277,11 @@ MISTAKES = {
     "system without chat": (["--method", "zero_shot", "--system", "x"], "give --chat too"),
     "chat twice": (
         ["--method", "zero_shot", "--chat", "--template", "<|im_start|>{text}"],
-        "holds chat markup already",
+        "contains chat markup already",
     ),
     "the text in the system message": (
         ["--method", "zero_shot", "--chat", "--system", "{text}"],
-        "its place is the template",
+        "belongs in the template",
     ),
     "no place for a generated answer": (
         ["--method", "zero_shot_generate", "--max-text-tokens", "2040"],

@@ -33,7 +33,7 @@ def test_the_own_set_is_the_first_and_no_word_stands_twice():
         ("差,好;", "a word is empty"),
         ("差,差", "差 repeats"),
         ("差", "one word"),
-        ("差,好;坏,好;差,好", "差,好 stands in it twice"),
+        ("差,好;坏,好;差,好", "差,好 is given twice"),
     ],
 )
 def test_what_is_no_set(argument, said):
@@ -81,6 +81,8 @@ def test_figures_by_hand():
     # log-odds are log 2, 3, 40, 50: the cut lies between 3 and 40.
     assert shifted["oracle_threshold"] == pytest.approx((np.log(3) + np.log(40)) / 2)
     assert shifted["first_token"]["accuracy"] == 0.75
+    # q of d is 2/3, 3/4, 40/41, 50/51: the mean is 0.843, which only the first two are below.
+    assert shifted["batch_accuracy"] == 1.0
     assert (shifted["ids"], shifted["lengths"]) == ([[7, 9], [8, 9]], [2, 2])
     assert shifted["shared_tokens"] == [9]
     assert shifted["mean_scores"][0] == pytest.approx(np.log(P[:, 2]).mean())

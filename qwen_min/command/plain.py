@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwen_min.command.classifier import Progress
 from qwen_min.head import head_loss, pooled_state
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_loss, score_label
 
 
-def score_labels(model: Qwen, prompts: Sequence[Prompt], batch_tokens: int, progress) -> np.ndarray:
+def score_labels(
+    model: Qwen, prompts: Sequence[Prompt], batch_tokens: int, progress: Progress
+) -> np.ndarray:
     """`score_label` of each prompt's label words: one forward for each candidate. (n, C)."""
     scores = []
     for prompt in prompts:
@@ -26,7 +29,12 @@ def score_labels(model: Qwen, prompts: Sequence[Prompt], batch_tokens: int, prog
 
 
 def pooled_features(
-    model: Qwen, prompts: Sequence[Prompt], pooling: str, all_layers: bool, batch_tokens: int, progress
+    model: Qwen,
+    prompts: Sequence[Prompt],
+    pooling: str,
+    all_layers: bool,
+    batch_tokens: int,
+    progress: Progress,
 ) -> Tensor:
     """`pooled_state` of each prompt, one forward for each layer: (n, 1, D) or (n, L + 1, D)."""
     last, features = model.config.num_hidden_layers, []
@@ -44,7 +52,7 @@ def generate_answers(
     max_new_tokens: int,
     stop: Collection[int],
     batch_tokens: int,
-    progress,
+    progress: Progress,
 ) -> list[list[int]]:
     """`greedy` for each prompt: one forward for each new token."""
     from qwen_min.lab.generation import greedy

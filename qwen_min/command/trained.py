@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import lora
 import torch
 from torch import Tensor, nn
 
+import lora
 from qwen_min.command.arguments import UNTRAINED
 from qwen_min.command.classifier import Classifier, forms
 from qwen_min.command.task import Task
@@ -107,7 +107,9 @@ class Source:
             )
         if self.record and list(labels) != self.record["labels"]:
             trained = ",".join(self.record["labels"])
-            raise UserError(f"--labels {args.labels}: the head is for {trained}; leave --labels out")
+            raise UserError(
+                f"--labels {args.labels}: the head is for {trained}; leave --labels out"
+            )
         if len(head.weight) != len(labels):
             raise UserError(
                 f"--labels names {len(labels)} classes, the trained head has {len(head.weight)}; "

@@ -1,1 +1,1 @@
-"""Experiments and looks inside, each for one option or method; imported only when asked for."""
+"""Experiments and looks inside. Each is for one option, and imported only if it is given."""

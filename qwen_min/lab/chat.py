@@ -1,4 +1,4 @@
-"""Qwen's chat markup by hand: a template becomes the user's message, the label the answer's start.
+"""Qwen's chat markup, written by hand: the template is the user's message, the label the answer.
 
     <|im_start|>system
     SYSTEM<|im_end|>
@@ -12,8 +12,8 @@
 
     LABEL
 
-Where somebody gives no system message, Qwen2.5 puts one of its own in, Qwen3 none. The empty block
-of thoughts is Qwen3's, which would otherwise begin to think aloud (`enable_thinking=False`).
+Without a given system message, Qwen2.5 adds a default one and Qwen3 adds none. Only Qwen3 has the
+empty thinking block: without it the model would start to think (`enable_thinking=False`).
 """
 
 import ast
@@ -28,7 +28,7 @@ from qwen_min.prompt import FIELD
 
 START, END = "<|im_start|>", "<|im_end|>"
 EMPTY_THOUGHTS = "<think>\n\n</think>\n\n"
-# The message with its markup as one string of a Jinja template: its quote, the text.
+# A string literal in a Jinja template that holds the system message: its quote, the message.
 SYSTEM_LITERAL = re.compile(
     r"""(['"])<\|im_start\|>system(?:\\n|\n)((?:\\.|(?!\1)[^\\])+?)<\|im_end\|>"""
 )
@@ -37,19 +37,20 @@ QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assis
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What the checkpoints' own templates differ in, for one question and the answer's start."""
+    """The two points in which the checkpoints' own templates differ."""
 
-    system: str | None  # the message where none is given; None: there is none
-    empty_thoughts: bool  # whether the answer starts with the empty block of thoughts
+    system: str | None  # the default system message, if there is one
+    empty_thoughts: bool  # whether the answer starts with an empty thinking block
 
 
 def read_chat_format(directory: str | Path, model_type: str) -> ChatFormat:
-    """The format of the checkpoint in `directory`, whose config says `model_type`.
+    """The format of the checkpoint in `directory`; model_type is its config's.
 
-    Its template, Jinja in tokenizer_config.json or chat_template.jinja, is not run but looked at,
-    for the two things that differ: the system message stands in it as a literal (Qwen1.5 and Qwen2
-    have another one than Qwen2.5), and one that can leave the thoughts empty names the switch
-    (Qwen3's releases of July 2025 have none). Without a template: Qwen2.5's and Qwen3's.
+    Its own template (Jinja, in tokenizer_config.json or chat_template.jinja) is searched, not run.
+    The default system message is a literal in it (Qwen1.5 and Qwen2 have another one than Qwen2.5).
+    A template that can leave the thinking block empty contains the name of the switch (Qwen3's
+    releases of July 2025 have none). Without a template, the format is Qwen2.5's or Qwen3's.
+    Raises UserError if the template cannot be read, or if every answer starts with thoughts.
     """
     template = _template(Path(directory))
     if template is None:
@@ -58,18 +59,19 @@ def read_chat_format(directory: str | Path, model_type: str) -> ChatFormat:
     switch = "enable_thinking" in template
     if not switch and re.search(r"assistant(\\n|\n)<think>", template):
         raise UserError(
-            f"{directory}: its chat template lets every answer begin with thoughts, so no label "
-            "can follow the prompt; take a checkpoint that can do without, or leave --chat out"
+            f"{directory}: its chat template starts every answer with thoughts, so no label can "
+            "follow the prompt; use a checkpoint that can answer directly, or leave out --chat"
         )
     system = SYSTEM_LITERAL.search(template)
     if system is not None:
         quote, text = system.groups()
-        # Jinja writes strings as Python does.
+        # Jinja's string literals are Python's.
         system = ast.literal_eval(quote + text.replace("\n", "\\n") + quote)
     return ChatFormat(system, switch)
 
 
 def _template(directory: Path) -> str | None:
+    """The Jinja template of the checkpoint, if it has one."""
     alone, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     try:
         if alone.exists():
@@ -81,9 +83,9 @@ def _template(directory: Path) -> str | None:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{config}: no chat template can be read from it ({reason}); fetch it again, or leave "
-            "--chat out"
+            "out --chat"
         ) from None
-    if isinstance(found, list):  # several by name, one of them the usual one
+    if isinstance(found, list):  # several templates, with names
         found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
     return found
 
@@ -91,24 +93,24 @@ def _template(directory: Path) -> str | None:
 def wrap_template(
     template: str, chat: ChatFormat, markup: Collection[str], system: str | None = None
 ) -> str:
-    """`template` as the user's message, up to where the assistant's answer begins.
+    """`template` as the user's message, up to the start of the assistant's answer.
 
-    markup: the tokenizer's control strings. `system` takes the place of the format's own message
-    ("" is a message, of no words). Raises UserError where the markup is not to be had, or is there
-    already, or where the system message has a place for the text.
+    markup: the tokenizer's control strings. system: replaces the default system message ("" is an
+    empty message). Raises UserError if the tokenizer has no chat markup, if the template already
+    has some, or if the system message contains the text field.
     """
     if missing := sorted({START, END} - set(markup)):
         raise UserError(
-            f"--chat: the tokenizer has no {', '.join(missing)}, which Qwen's markup needs; take a "
-            "checkpoint that has been tuned for chat, or leave --chat out"
+            f"--chat: the tokenizer has no {', '.join(missing)}, which Qwen's markup needs; use a "
+            "checkpoint that was tuned for chat, or leave out --chat"
         )
     if START in template or END in template:
         raise UserError(
-            f"--chat: the template {template!r} holds chat markup already; leave out one of them"
+            f"--chat: the template {template!r} contains chat markup already; leave out one of them"
         )
     if system is not None and FIELD in system:
         raise UserError(
-            f"--system {system!r}: {FIELD} stands in it, and its place is the template; write the "
+            f"--system {system!r}: contains {FIELD}, which belongs in the template; write the "
             "system message without it"
         )
     system = chat.system if system is None else system

@@ -1,8 +1,8 @@
-"""Several sets of label words on the same prompts: which words, which threshold, which ranking?
+"""Comparison of several sets of label words on the same prompts.
 
-All words of all sets are candidates of one pass. A set can be bad in two ways: its words may rank
-the texts badly, which the AUC shows, or one of them may be likelier than the other whatever the
-text says, which moves the threshold and leaves the AUC. Only the first is about what they mean.
+All words of all sets are candidates of one pass. A set can fail in two ways. Its words may rank the
+texts badly: the AUC shows this. Or one word may be more likely than the other in every text: this
+moves the best threshold and leaves the AUC as it is. Only the first depends on what the words mean.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen_min.command.terminal import text_table, visible
 from qwen_min.errors import UserError
-from qwen_min.lab.calibration import batch, best_threshold, measures, shares
+from qwen_min.lab.calibration import best_threshold, log_mean_probability, measures, number, shares
 from qwen_min.prompt import Prompt, parse_labels
 from qwen_min.scoring import label_mass
 from qwen_min.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ Set = tuple[str, ...]  # one word for each class, in class order
 
 
 def parse_label_sets(argument: str, labels: Set) -> list[Set]:
-    """ "负面,正面;差,好" → the set of --labels, then the others, each with as many words."""
+    """ "消极,积极;差,好" → the set of --labels, then these. Raises UserError for a wrong set."""
     sets = [labels]
     for part in argument.split(";"):
         words = parse_labels(part, "--label-sets")
@@ -31,29 +31,31 @@ def parse_label_sets(argument: str, labels: Set) -> list[Set]:
                 f"each class of --labels {','.join(labels)}"
             )
         if words in sets[1:]:
-            raise UserError(f"--label-sets {argument!r}: {part} stands in it twice; leave one out")
+            raise UserError(f"--label-sets {argument!r}: {part} is given twice; leave one out")
         sets.append(words)
     return list(dict.fromkeys(sets))
 
 
 def distinct_words(sets: Sequence[Set]) -> Set:
-    """Every word once, in order: those of the first set are the first."""
+    """Every word once, those of the first set first."""
     return tuple(dict.fromkeys(word for words in sets for word in words))
 
 
 def with_first_tokens(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts with each label's first token as a candidate more: it costs nothing, since its
-    logit is that of a state which is computed anyway."""
+    """The prompts with each label's first token as a further candidate.
+
+    It costs no forward: the logits at that position are computed anyway.
+    """
     return [replace(p, labels=(*p.labels, *((ids[0],) for ids in p.labels))) for p in prompts]
 
 
 def compare_sets(
     labels: np.ndarray, sets: Sequence[Set], prompts: Sequence[Prompt], scores: np.ndarray
 ) -> list[dict]:
-    """What each set's words are, and how they do.
+    """The words and the measures of each set.
 
     prompts and scores (n, 2 · words) are those of `with_first_tokens` on `distinct_words(sets)`.
-    The ids are the first row's.
+    The token ids are those of the first row.
     """
     words = distinct_words(sets)
     found = []
@@ -63,10 +65,10 @@ def compare_sets(
         ids = [prompts[0].labels[c] for c in columns]
         of_rows = [[prompt.labels[c] for c in columns] for prompt in prompts]
         tokens = [token for word in ids for token in set(word)]
-        # Words that begin alike have equal first tokens: no decision, where one would be shown.
+        # Words with the same first token tie there: the decision would be arbitrary.
         begin_alike = len({word[0] for word in ids}) < len(ids)
-        two = len(chosen) == 2
-        oracle, threshold = best_threshold(labels, own) if two else (None, None)
+        corrected = own - log_mean_probability(own)  # batch calibration
+        oracle, threshold = best_threshold(labels, own) if len(chosen) == 2 else (None, None)
         found.append(
             {
                 "labels": list(chosen),
@@ -78,7 +80,7 @@ def compare_sets(
                 **measures(labels, own),
                 "oracle_accuracy": oracle,
                 "oracle_threshold": threshold,
-                "batch_accuracy": measures(labels, batch(own))["accuracy"],
+                "batch_accuracy": measures(labels, corrected)["accuracy"],
                 "first_token": None if begin_alike else measures(labels, first),
             }
         )
@@ -86,73 +88,57 @@ def compare_sets(
 
 
 def format_sets(found: Sequence[dict], tokenizer: Tokenizer) -> str:
-    """Tables of the sets' words and of their figures; below them what a set loses, and by what."""
-
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4f}"
-
+    """Tables of the sets' words, of their measures, and of what each set loses against the best."""
     two = len(found[0]["labels"]) == 2
     word_rows, rows = [], []
     for entry in found:
         name = ",".join(entry["labels"])
+        pieces = [[visible(tokenizer.decode([t])) for t in ids] for ids in entry["ids"]]
         shared = " ".join(visible(tokenizer.decode([t])) for t in entry["shared_tokens"])
-        notes = [name, f"shared: {shared}" if shared else ""]
-        for word, ids, mean in zip(
-            entry["labels"], entry["ids"], entry["mean_scores"], strict=True
-        ):
-            pieces = " ".join(visible(tokenizer.decode([token])) for token in ids)
-            shown = " ".join(map(str, ids))
-            word_rows.append([notes[0], word, pieces, shown, f"{mean:.2f}", notes[1]])
-            notes = ["", ""]  # once for a set
+        note = f"shared: {shared}" if shared else ""
+        for y, (word, ids) in enumerate(zip(entry["labels"], entry["ids"], strict=True)):
+            shown = [" ".join(pieces[y]), " ".join(map(str, ids)), f"{entry['mean_scores'][y]:.2f}"]
+            word_rows.append(["" if y else name, word, *shown, "" if y else note])
+        first_token = entry["first_token"] and entry["first_token"]["accuracy"]
         row = [name, number(entry["label_mass"]), number(entry["accuracy"])]
-        row += [shares(entry["predicted"]), number(entry["auc_roc"])]
-        row.append(number(entry["first_token"] and entry["first_token"]["accuracy"]))
+        row += [shares(entry["predicted"]), number(entry["auc_roc"]), number(first_token)]
         row.append(number(entry["batch_accuracy"]))
         if two:
-            row.append(f"{number(entry['oracle_accuracy'])} at {entry['oracle_threshold']:+.2f}")
+            row.append(f"{entry['oracle_accuracy']:.4f} at {entry['oracle_threshold']:+.2f}")
         rows.append(row)
     heads = ["set", "mass", "accuracy", "predicted", "AUC", "first token", "batch-cal."]
-    heads += ["best threshold"] * two
-    lines = [
-        "label sets: all words scored in one pass over the prompts",
-        "",
-        text_table(["set", "word", "tokens", "ids", "mean log p", ""], word_rows, words=4),
-        "",
-        text_table(heads, rows),
-        "",
-        f"mass: probability of the words together. predicted: share of {'the second class' * two}"
-        f"{'each class' * (not two)} among the decisions.",
-        "first token: accuracy by each word's first token alone. batch-cal.: accuracy after batch",
-        "calibration (Zhou et al. 2023), which sees no classes.",
-    ]
+    share = "the second class" if two else "each class"
+    text = f"""label sets: all words scored in one pass over the prompts
+
+{text_table(["set", "word", "tokens", "ids", "mean log p", ""], word_rows, words=4)}
+
+{text_table(heads + ["best threshold"] * two, rows)}
+
+mass: probability of the set's words together. predicted: share of {share} among the
+decisions. first token: accuracy by the first token of each word alone. batch-cal.: accuracy after
+batch calibration (Zhou et al. 2023), which uses no labels."""
     if two:
-        lines += [
-            "best threshold: an oracle, the accuracy if s1 - s0 were cut where it is best on these",
-            "very rows.",
-            "",
-            verdicts(found),
-        ]
-    return "\n".join(lines).rstrip()
+        text += f"""
+best threshold: an oracle, the accuracy with the cut of s1 - s0 that is best on these same rows.
+
+{verdicts(found)}"""
+    return text.rstrip()
 
 
 def verdicts(found: Sequence[dict]) -> str:
-    """How much of each set's loss against the best one is threshold, and how much ranking.
+    """How much accuracy each set loses against the best one by its threshold, and by its ranking.
 
-    What is left of the loss when both are cut at their best threshold is ranking.
+    The accuracy gap that remains at both best thresholds is due to ranking.
     """
     best = max(found, key=lambda entry: entry["accuracy"])
     rows = []
     for entry in found:
-        loss = best["accuracy"] - entry["accuracy"]
-        if entry is best or loss == 0:
-            continue
-        ranking = best["oracle_accuracy"] - entry["oracle_accuracy"]
-        share = (loss - ranking) / loss
-        main = "ranking more than threshold" if share < 0.5 else "threshold more than ranking"
-        main = "threshold, not ranking" if share > 0.8 else main
-        figures = [f"{x:.4f}" for x in (loss, loss - ranking, ranking)]
-        rows.append([",".join(entry["labels"]), *figures, main])
-    if not rows:
-        return ""
-    heads = ["set", "accuracy lost", "by threshold", "by ranking", "so it is"]
-    return f"against {','.join(best['labels'])}:\n" + text_table(heads, rows)
+        if loss := best["accuracy"] - entry["accuracy"]:
+            ranking = best["oracle_accuracy"] - entry["oracle_accuracy"]
+            share = (loss - ranking) / loss
+            cause = "ranking more than threshold" if share < 0.5 else "threshold more than ranking"
+            cause = "threshold, not ranking" if share > 0.8 else cause
+            figures = [f"{x:.4f}" for x in (loss, loss - ranking, ranking)]
+            rows.append([",".join(entry["labels"]), *figures, cause])
+    heads = ["set", "accuracy lost", "by threshold", "by ranking", "cause"]
+    return f"against {','.join(best['labels'])}:\n{text_table(heads, rows)}" if rows else ""

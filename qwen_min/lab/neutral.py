@@ -1,26 +1,25 @@
-"""The inputs that calibration learns from, none of them an evaluated row with its class."""
+"""The inputs that calibration learns from. The labels of evaluated rows are never used."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qwen_min.command.task import Task, task_prompts
 from qwen_min.files.data import HELD_OUT, Example, held_out_split
 from qwen_min.files.overlap import normalised
 from qwen_min.lab.calibration import Neutral
 from qwen_min.prompt import FIELD, Prompt
 
-# The three that Zhao et al. 2021, section 5, average over.
+# The average is over these three inputs, as in Zhao et al. 2021, section 5.
 CONTENT_FREE = ("N/A", "[MASK]", "")
 RANDOM_TEXTS = 20  # as Fei et al. 2023
-# Enough for one number; a held-out part may be thousands of rows, each a forward.
+# Enough to fit one number; the held-out part may have thousands of rows, each with a forward.
 TEMPERATURE_ROWS = 256
 
 
 def random_texts(texts: Sequence[str], seed: int, count: int = RANDOM_TEXTS) -> list[str]:
-    """Texts of characters drawn from all of `texts`, each as long as these are on average.
+    """Texts of characters drawn at random from all of `texts`, each as long as their average.
 
-    Fei et al. draw words; Chinese has no spaces between them, so here it is characters.
+    Fei et al. draw words. Chinese does not mark word borders, so characters are drawn here.
     """
     characters = np.array(list("".join(texts)))
     length = max(1, round(len(characters) / len(texts)))
@@ -29,8 +28,11 @@ def random_texts(texts: Sequence[str], seed: int, count: int = RANDOM_TEXTS) -> 
 
 
 def premise_template(template: str) -> str:
-    """The template with nothing before the text's place: what is left once the text is empty is
-    the words that ask for the label. The whole template where there are none behind the text."""
+    """The template without the part before the text.
+
+    With an empty text only the words that ask for the label remain. If the template has no words
+    after the text, it is returned whole.
+    """
     _, _, behind = template.partition(FIELD)
     return FIELD + behind.lstrip() if behind.strip() else template
 
@@ -38,7 +40,7 @@ def premise_template(template: str) -> str:
 def held_out_rows(
     training: Sequence[Example], evaluated: Sequence[Example], data_seed: int
 ) -> list[Example]:
-    """Rows of the held-out part of the training data, none of whose texts is evaluated."""
+    """Rows of the training data's held-out part, without texts that are evaluated."""
     _, held_out = held_out_split(training, HELD_OUT, data_seed)
     seen = {normalised(example.text) for example in evaluated}
     rows = [training[i] for i in held_out if normalised(training[i].text) not in seen]
@@ -46,29 +48,28 @@ def held_out_rows(
 
 
 def score_neutral(
-    task: Task,
+    prompts_of: Callable[..., list[Prompt]],
+    template: str,
     examples: Sequence[Example],
     training: Sequence[Example] | None,
     seeds: tuple[int, int],
     score: Callable[[list[Prompt]], np.ndarray],
 ) -> Neutral:
-    """Prompt and score everything that calibration takes beside the evaluated `examples`.
+    """Scores of all inputs that calibration needs besides the evaluated `examples`.
 
-    training: the training data, where it is known. seeds: of the random texts, and of the split
-    into training and held-out part. score: a model's class scores (n, C) of prompts.
+    prompts_of(texts) builds prompts in `template`, prompts_of(texts, other) in another template.
+    training: the training data, if known. seeds: of the random texts, and of the training data's
+    split. score: from prompts to the model's class scores (n, C).
     """
-
-    def scores(texts: Sequence[str], template: str | None = None) -> np.ndarray:
-        places = [f"--calibrate, input {text!r}" for text in texts]
-        return score(task_prompts(task, texts, places, template=template))
-
     rows = [] if training is None else held_out_rows(training, examples, seeds[1])
     held_out = None
     if rows:
-        held_out = np.array([row.label for row in rows]), scores([row.text for row in rows])
+        labels = np.array([row.label for row in rows])
+        held_out = labels, score(prompts_of([row.text for row in rows]))
+    random = random_texts([example.text for example in examples], seeds[0])
     return Neutral(
-        content_free=scores(CONTENT_FREE),
-        random=scores(random_texts([example.text for example in examples], seeds[0])),
-        premise=scores([""], premise_template(task.template)),
+        content_free=score(prompts_of(CONTENT_FREE)),
+        random=score(prompts_of(random)),
+        premise=score(prompts_of([""], premise_template(template))),
         held_out=held_out,
     )

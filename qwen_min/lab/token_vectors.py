@@ -1,13 +1,12 @@
-"""Training the token vectors as well: the ablation that every other run forbids.
+"""Training of the token vectors (--train-embeddings), which stay frozen in every other run.
 
-In a tied checkpoint a token's row of the embedding is also its row of the LM head. A run that
-scores label words and may change that row can raise the word's logit for any text, without the
-layers learning anything of the task: is it the task that is learnt, or the label's vector that is
-dragged? `movement` reports how far the rows went.
+In a tied checkpoint a token's row of the embedding is also its row of the LM head. If a run scores
+label words and trains these rows, it can raise a word's logit for every text, without learning the
+task in the layers. `movement` measures how far the rows moved, to see which of the two happened.
 
-What is trained: `model.embed_tokens.weight`, and in an untied checkpoint whose label words are
-scored `lm_head.weight` too, since the words' vectors are there. A classifier's loss does not reach
-an untied LM head, which stays frozen.
+Trained is `model.embed_tokens.weight`, and also `lm_head.weight` if the checkpoint is untied and
+label words are scored: their vectors are there. A classifier's loss has no gradient for an untied
+LM head, which stays frozen.
 """
 
 from collections.abc import Collection, Sequence
@@ -26,16 +25,16 @@ from qwen_min.prompt import Prompt
 from qwen_min.tokenizer import Tokenizer
 
 FILE = "embeddings.safetensors"
-TOGETHER = "token_vectors"  # in an adapter's metadata: it was trained with such a file
+TOGETHER = "token_vectors"  # a key of an adapter's metadata: trained together with FILE
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Fp32Embedding(nn.Embedding):
-    """An embedding whose weight is fp32 and whose output is of the dtype that it replaced."""
+    """An embedding with an fp32 weight. Its output has the dtype of the weight it replaces."""
 
     def __init__(self, weight: Tensor):
-        # dtype: a step is about as long as bf16 numbers of the entries' size are apart, and would
-        # be rounded to a whole spacing or to nothing; so would a token's summed gradient.
+        # dtype: a step is about as large as the spacing of bf16 numbers near the weights, so in
+        # bf16 it would be rounded to 0 or to a whole spacing. The same holds for summed gradients.
         super().__init__(*weight.shape, _weight=weight.detach().float().clone(), _freeze=False)
         self.dtype = weight.dtype
 
@@ -44,76 +43,74 @@ class Fp32Embedding(nn.Embedding):
 
 
 def trained_by(record: dict) -> bool:
-    """Whether a run, by its record, trained token vectors; older ones could not."""
+    """Whether a run trained token vectors, by its record (absent in records of older versions)."""
     return bool(record["arguments"].get("train_embeddings"))
 
 
-def token_vectors(model: Qwen, label_words: bool) -> dict[str, nn.Parameter]:
-    """The matrices (V, D) that such a run trains; label_words: whether these are scored."""
-    untied = not model.config.tie_word_embeddings
-    names = [EMBEDDING] + [LM_HEAD] * (untied and label_words)
+def token_vectors(model: Qwen, scores_words: bool) -> dict[str, nn.Parameter]:
+    """The matrices (V, D) to train, by name. scores_words: whether label words are scored."""
+    lm_head = scores_words and not model.config.tie_word_embeddings
+    names = [EMBEDDING, LM_HEAD] if lm_head else [EMBEDDING]
     return {name: model.get_parameter(name) for name in names}
 
 
-def unfreeze(model: Qwen, label_words: bool) -> dict[str, nn.Parameter]:
-    """Put fp32 parameters in the place of the token vectors, in place, and return them by name.
+def unfreeze(model: Qwen, scores_words: bool) -> dict[str, nn.Parameter]:
+    """Replace the model's token vectors by trainable fp32 parameters; returns these by name.
 
-    A tied LM head follows: it reads the embedding's weight, and `Qwen.logits` casts it.
+    A tied LM head needs no change: it reads the embedding's weight, and `Qwen.logits` casts it.
     """
     model.model.embed_tokens = Fp32Embedding(model.model.embed_tokens.weight)
-    if LM_HEAD in token_vectors(model, label_words):
+    if LM_HEAD in token_vectors(model, scores_words):
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().float().clone())
-    return token_vectors(model, label_words)
+    return token_vectors(model, scores_words)
 
 
 def write(path: Path, parameters: dict[str, Tensor], base_fingerprint: str) -> None:
-    """Write the trained token vectors, fp32, and which base they belong to."""
+    """Write the trained token vectors, fp32, and the fingerprint of their base."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
     write_atomically(path, to_bytes(tensors, {"base_fingerprint": base_fingerprint}))
 
 
 @torch.no_grad()
-def load(path: Path, model: Qwen, label_words: bool, base_fingerprint: str) -> None:
-    """Put what `write` wrote in the place of the model's token vectors, in their dtype.
+def load(path: Path, model: Qwen, scores_words: bool, base_fingerprint: str) -> None:
+    """Replace the model's token vectors by those in a file of `write`, cast to their dtype.
 
-    Rounded to bf16 here or, in training, at each use: the same numbers. Raises UserError for
-    anything else, or where the file is of another base.
+    In training they are cast at each use, which gives the same numbers. Raises UserError if the
+    file is damaged, or if its names, shapes, dtype or base differ from the expected ones.
     """
-    own = token_vectors(model, label_words)
+    own = token_vectors(model, scores_words)
     try:
         with safe_open(path, framework="pt") as file:
-            names, metadata = set(file.keys()), file.metadata() or {}
+            names, metadata = file.keys(), file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in names}
         if metadata.get("base_fingerprint") != base_fingerprint:
             raise ValueError("they belong to another base")
-        expected = {name: list(parameter.shape) for name, parameter in own.items()}
-        found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        if found != expected or any(t.dtype != torch.float32 for t in tensors.values()):
-            raise ValueError(f"found {found}, expected {expected}, in float32")
+        expected = {name: (list(p.shape), torch.float32) for name, p in own.items()}
+        found = {name: (list(t.shape), t.dtype) for name, t in tensors.items()}
+        if found != expected:
+            raise ValueError(f"found {found}, expected {expected}")
     except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{path}: not the token vectors that train.py wrote ({reason}); train again"
         ) from None
     for name, tensor in tensors.items():
-        # A copy: the model's own may be mapped from the checkpoint's file.
+        # A new tensor, since the model's own may be mapped from the checkpoint's file.
         own[name].data = tensor.to(device=own[name].device, dtype=own[name].dtype).clone()
 
 
 @torch.no_grad()
 def movement(before: Tensor, after: Tensor, rows: Collection[int]) -> dict:
-    """How far vectors went, as means over `rows`: cosine of each with where it was, lengths before
-    and after, and the change's length as a share of the length before. Both (V, D)."""
+    """How far `rows` of a matrix (V, D) moved, as means over them: the cosine between a row before
+    and after, both lengths, and the length of the change divided by the length before."""
     index = torch.tensor(sorted(rows))
     a, b = before[index].double().cpu(), after[index].double().cpu()
-    lengths = a.norm(dim=1), b.norm(dim=1)
-    cosines = (a * b).sum(dim=1) / (lengths[0] * lengths[1]).clamp_min(1e-30)
     return {
         "tokens": len(index),
-        "cosine": cosines.mean().item(),
-        "norm_before": lengths[0].mean().item(),
-        "norm_after": lengths[1].mean().item(),
-        "change": ((b - a).norm(dim=1) / lengths[0].clamp_min(1e-30)).mean().item(),
+        "cosine": torch.cosine_similarity(a, b, dim=1).mean().item(),
+        "norm_before": a.norm(dim=1).mean().item(),
+        "norm_after": b.norm(dim=1).mean().item(),
+        "change": ((b - a).norm(dim=1) / a.norm(dim=1).clamp_min(1e-30)).mean().item(),
     }
 
 
@@ -123,13 +120,13 @@ def movements(
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
 ) -> dict[str, list[dict]]:
-    """`movement` of each matrix, (V, D) by name: of every label token, of the other tokens in the
-    prompts, and of all that are left."""
-    labels = sorted({token for prompt in prompts for ids in prompt.labels for token in ids})
-    seen = {token for prompt in prompts for token in prompt.ids} - set(labels)
-    unseen = set(range(len(before[EMBEDDING]))) - seen - set(labels)
-    groups = {f"label {visible(tokenizer.decode([t]))} ({t})": {t} for t in labels}
-    groups |= {"others in the prompts, mean": seen, "all others, mean": unseen}
+    """For each matrix (V, D), by name, the `movement` of three kinds of rows: every label token,
+    the other tokens in the prompts together, and all other tokens together."""
+    labels = {token for prompt in prompts for ids in prompt.labels for token in ids}
+    in_prompts = {token for prompt in prompts for token in prompt.ids} - labels
+    others = set(range(len(before[EMBEDDING]))) - in_prompts - labels
+    groups = {f"label {visible(tokenizer.decode([t]))} ({t})": {t} for t in sorted(labels)}
+    groups |= {"others in the prompts, mean": in_prompts, "all others, mean": others}
     return {
         name: [
             {"vectors": group, **movement(before[name], after[name], rows)}
@@ -141,7 +138,7 @@ def movements(
 
 
 def format_movements(found: dict[str, list[dict]]) -> str:
-    """A table for each trained matrix: which token vectors went how far."""
+    """A table for each trained matrix: how far its rows moved."""
     heads = ["", "tokens", "cosine", "|before|", "|after|", "|change|/|before|"]
     keys = ("cosine", "norm_before", "norm_after", "change")
     parts = []

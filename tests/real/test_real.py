@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qwen_min.fast.generation import greedy_cached
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.fast.layout import Text, pack
 from qwen_min.fast.packed import forward_packed
 from qwen_min.files.data import read_examples
 from qwen_min.files.weights import load_model
 from qwen_min.lab.chat import QWEN25_SYSTEM, read_chat_format, wrap_template
-from qwen_min.lab.generation import greedy_cached
-from qwen_min.lab.steps import label_positions
+from qwen_min.lab.explain import label_positions
 from qwen_min.prompt import DEFAULT_TEMPLATE, build_prompts
 from qwen_min.scoring import score_label
 from qwen_min.tokenizer import Tokenizer

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if record["method"] != "lora_label_scoring" or record["arguments"]["lora_targets"] != "none":
         parser.error(f"{args.run}: expected a run of lora_label_scoring with --lora-targets none")
     model = resolve_model(record["arguments"]["model"])
-    base = token_vectors.token_vectors(load_model(model, "float32"), label_words=True)
+    base = token_vectors.token_vectors(load_model(model, "float32"), scores_words=True)
     trained = load_file(args.run / token_vectors.FILE)  # (V, D) by name
 
     tokenizer = Tokenizer(model)
