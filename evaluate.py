@@ -45,7 +45,14 @@ from qwen_min.command.cli import (
     run_command,
     seed,
 )
-from qwen_min.command.task import Task, blank_prompt, read_rows, read_task, task_prompts
+from qwen_min.command.task import (
+    Task,
+    blank_prompt,
+    read_rows,
+    read_task,
+    task_prompts,
+    warn_about_labels,
+)
 from qwen_min.errors import UserError
 from qwen_min.files.data import examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
@@ -72,7 +79,6 @@ from qwen_min.lab.label_sets import (
 from qwen_min.lab.neutral import score_neutral
 from qwen_min.metrics import evaluate_predictions
 from qwen_min.model import Qwen
-from qwen_min.prompt import warn_about_labels
 from qwen_min.scoring import label_mass, score_labels
 
 METHODS = (*UNTRAINED, "head_only", "lora_head", "lora_label_scoring", "transplanted_head")

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS, token_budget_batches
+from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS, common_prefix, token_budget_batches
 from qwen_min.fast.layout import Cache
 from qwen_min.model import Qwen
-from qwen_min.prompt import Prompt, common_prefix
+from qwen_min.prompt import Prompt
 
 # Rows of logits held at once: V = 151,936 in fp32 is 0.6 MB a row.
 LOGIT_ROWS = 64

@@ -9,12 +9,12 @@ from test_tokenizer import ODD, TEXTS, edit, random_texts
 from transformers import AutoTokenizer
 
 from qwen_min.errors import UserError
+from qwen_min.fast.batching import common_prefix
 from qwen_min.prompt import (
     DEFAULT_LABELS,
     DEFAULT_TEMPLATE,
     Prompt,
     build_prompts,
-    common_prefix,
     parse_labels,
     parse_template,
     shorten,
@@ -252,7 +252,7 @@ def test_template_as_typed():
     ("argument", "times"), [("", 0), ("评论：\\n", 0), ("{ text }", 0), ("{text}\n{text}", 2)]
 )
 def test_template_refused(argument, times):
-    with pytest.raises(UserError, match=f"stands in it {times} times") as caught:
+    with pytest.raises(UserError, match=f"occurs {times} times") as caught:
         parse_template(argument)
     assert "\n" not in str(caught.value)
     assert repr(argument) in str(caught.value)
@@ -352,7 +352,7 @@ def test_an_emptied_text(tokenizer):
     [prompt] = build(tokenizer, ["😀"], max_tokens=3)
     assert prompt.truncated
     assert list(prompt.ids) == tokenizer.encode(before + after)
-    with pytest.raises(UserError, match="row 2: no token is left of the prompt") as caught:
+    with pytest.raises(UserError, match="row 2: the prompt has no tokens") as caught:
         build(tokenizer, ["好", "😀"], "{text}", 3)
     assert "\n" not in str(caught.value)
 
@@ -362,37 +362,6 @@ def test_prompts_are_values(tokenizer):
 
 
 # ---- common prefix ----------------------------------------------------------------------------
-
-
-def common_prefix_by_force(rows: list[tuple[int, ...]]) -> int:
-    shared = 0
-    while all(len(row) > shared + 1 and row[shared] == rows[0][shared] for row in rows):
-        shared += 1
-    return shared
-
-
-def test_common_prefix_by_hand():
-    assert common_prefix([(1, 2, 3)]) == 2  # a row keeps its last token
-    assert common_prefix([(1, 2, 3)] * 4) == 2
-    assert common_prefix([(1, 2, 3), (1, 2)]) == 1
-    assert common_prefix([(1, 2, 3), (1, 2, 3, 4)]) == 2
-    assert common_prefix([(1, 2, 3), (1, 9, 3)]) == 1
-    assert common_prefix([(1, 2), (3, 4)]) == 0
-    assert common_prefix([(1,)]) == common_prefix([(1,), (1, 2)]) == 0
-
-
-def test_common_prefix_on_random_rows():
-    rng = random.Random(6)
-    seen = set()
-    for _ in range(3000):
-        stem = tuple(rng.choices(range(3), k=rng.randrange(1, 6)))
-        rows = [stem + tuple(rng.choices(range(2), k=rng.randrange(4))) for _ in range(4)]
-        rows = rng.sample(rows + [stem] * rng.randrange(2), k=rng.randrange(1, 5))
-        rows = [list(row) for row in rows] if rng.random() < 0.5 else rows
-        shared = common_prefix(rows)
-        assert shared == common_prefix_by_force(rows), rows
-        seen.add(shared)
-    assert seen == set(range(8))
 
 
 def test_prompts_share_less_than_the_frame_where_a_text_merges_with_it(tokenizer):

@@ -1,6 +1,7 @@
 """What a command line asks for, before any model is loaded: the words, the frame, the prompts."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,3 +110,22 @@ class Split:
     lines: Sequence[int]  # of the file
     training: Sequence[int]
     held_out: Sequence[int]
+
+
+def warn_about_labels(prompt: Prompt, labels: Sequence[str]) -> None:
+    """Print a warning to stderr if label words differ in length or one is the start of another."""
+    lengths = [len(ids) for ids in prompt.labels]
+    if len(set(lengths)) > 1:
+        counts = ", ".join(f"{w} {n}" for w, n in zip(labels, lengths, strict=True))
+        print(
+            f"warning: label words differ in tokens ({counts}); all tokens of a word count, so "
+            "longer words tend to score lower",
+            file=sys.stderr,
+        )
+    for word, ids in zip(labels, prompt.labels, strict=True):
+        for other, longer in zip(labels, prompt.labels, strict=True):
+            if len(ids) < len(longer) and longer[: len(ids)] == ids:
+                print(
+                    f"warning: {other} begins with {word}, so {word} can never score lower",
+                    file=sys.stderr,
+                )

@@ -77,3 +77,17 @@ def shuffled_batches(
 def _at_least_one(what: str, value: int) -> None:
     if value < 1:
         raise UserError(f"{what} is {value}: expected at least 1; give a larger one")
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """Number of leading tokens that all rows share, at most the shortest length minus one.
+
+    Each row keeps at least one token of its own: the one whose hidden state is read.
+    """
+    # In lexical order the smallest and the largest row differ as early as any two rows.
+    low, high = min(rows), max(rows)
+    limit = min(len(row) for row in rows) - 1
+    shared = 0
+    while shared < limit and low[shared] == high[shared]:
+        shared += 1
+    return shared
