@@ -258,9 +258,9 @@ def test_what_was_loaded_outlives_its_file(tmp_path: Path) -> None:
 )
 def test_a_config_that_is_not_the_models_is_not_saved(tmp_path: Path, changes: dict) -> None:
     model, _ = adapted("CAUSAL_LM")
-    with pytest.raises(ValueError, match="does not carry the LoRA"):
+    with pytest.raises(ValueError, match="does not have the LoRA"):
         save_adapter(tmp_path / "adapter", model, config_for("CAUSAL_LM", **changes))
-    with pytest.raises(ValueError, match="does not carry the LoRA"):
+    with pytest.raises(ValueError, match="does not have the LoRA"):
         save_adapter(tmp_path / "adapter", carrier(), config_for("CAUSAL_LM"))
     assert not (tmp_path / "adapter").exists()
 
@@ -378,10 +378,10 @@ def test_an_old_config_without_optional_fields_is_read(tmp_path: Path) -> None:
     ("data", "expected"),
     [
         (None, "No such file"),
-        (b"", "not JSON"),
-        (b'{"r": 4', "not JSON"),
-        (b"\xff\xfe", "not JSON"),
-        (b"[" * 100_000, "not JSON"),
+        (b"", "cannot be read as JSON"),
+        (b'{"r": 4', "cannot be read as JSON"),
+        (b"\xff\xfe", "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON"),
         (b"[4]", "found a list"),
         (b"{}", "peft_type is None"),
     ],
@@ -479,5 +479,5 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoRAError, match="'q_proj' names no linear layer of the model; it has: "):
         load_adapter(tmp_path, nn.Sequential(nn.Linear(4, 4)))
     twice = copy.deepcopy(saved(tmp_path, "CAUSAL_LM"))
-    with pytest.raises(LoRAError, match="already carries LoRA"):
+    with pytest.raises(LoRAError, match="already has LoRA"):
         load_adapter(tmp_path, twice)

@@ -362,7 +362,7 @@ def test_no_target_is_refused() -> None:
 def test_a_second_injection_is_refused(again: str) -> None:
     model = Traps()
     inject_lora(model, ["q_proj"], R, ALPHA, 0.0)
-    with pytest.raises(LoRAError, match="already carries LoRA on 2 modules") as error:
+    with pytest.raises(LoRAError, match="already has LoRA on 2 modules") as error:
         inject_lora(model, [again], R, ALPHA, 0.0)
     assert "\n" not in str(error.value)
     assert all(p.requires_grad for p in lora_parameters(model).values())
