@@ -114,30 +114,29 @@ def build_prompts(
     prompts = []
     for row, text in enumerate(texts):
         place = places[row] if places else f"row {row + 1}"
-        before = last_ids[row]
-        label_ids = []
-        for label, rows in zip(labels, labelled_ids, strict=True):
-            ids = rows[row]
-            if ids[: len(before)] != before or len(ids) == len(before):
+        end = last_ids[row]
+        # The ids with each label must be those of the prompt and more.
+        with_label = [ids[row] for ids in labelled_ids]
+        for label, ids in zip(labels, with_label, strict=True):
+            if ids[: len(end)] != end or ids == end:
                 raise UserError(
-                    f"{place}: the end of the prompt, {tokenizer.decode(before[-3:])!r}, and the "
+                    f"{place}: the end of the prompt, {tokenizer.decode(end[-3:])!r}, and the "
                     f"label {label!r} merge into one token; end the template with a character "
                     "that does not, such as `：`"
                 )
-            label_ids.append(tuple(ids[len(before) :]))
+        label_ids = tuple(tuple(ids[len(end) :]) for ids in with_label)
         if len(set(label_ids)) < len(labels):
             raise UserError(
                 f"{place}: two of the labels {', '.join(labels)} are the same tokens, so their "
                 "scores would always be equal; choose words that differ"
             )
-        prompt_ids = [id_ for rows in start_ids for id_ in rows[row]] + before
+        prompt_ids = (*(id_ for ids in start_ids for id_ in ids[row]), *end)
         if not prompt_ids:
             raise UserError(
                 f"{place}: the prompt has no tokens, so nothing could predict a label; write "
                 f"words around {FIELD} in the template, or allow more text tokens"
             )
-        truncated = short_texts[row] != text
-        prompts.append(Prompt(tuple(prompt_ids), tuple(label_ids), truncated))
+        prompts.append(Prompt(prompt_ids, label_ids, truncated=short_texts[row] != text))
     return prompts
 
 

@@ -1,4 +1,4 @@
-"""`lora.adapter`: PEFT's files read here and ours read by PEFT, and everything that is refused."""
+"""`lora.adapter`: PEFT's files are read here, ours by PEFT, and other content is refused."""
 
 import copy
 import dataclasses
@@ -84,7 +84,7 @@ def edit_tensors(directory: Path, change: Callable[[dict[str, Tensor]], object])
 
 
 def refusal(directory: Path, task: str = "CAUSAL_LM") -> str:
-    """The message of the one-line refusal, which must leave the model as it was."""
+    """The one-line error of a refused adapter; the model must be unchanged."""
     model = carrier(task == "SEQ_CLS")
     with pytest.raises(LoRAError) as error:
         load_adapter(directory, model)
@@ -140,7 +140,7 @@ def test_peft_reads_ours(tmp_path: Path, task: str, changes: dict) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_files_are_those_of_peft(tmp_path: Path, task: str) -> None:
-    """The same keys, shapes and dtypes, and in the config no field or value that PEFT has not."""
+    """The same keys, shapes and dtypes, and in the config only fields and values that PEFT has."""
     from_peft(tmp_path / "theirs", task, lora_alpha=6.0, lora_dropout=0.1, use_rslora=True)
     saved(tmp_path / "ours", task, base_model="")
     described = {}
