@@ -15,7 +15,7 @@ lora_head           a linear head on the LoRA-adapted base's hidden states
 lora_label_scoring  as zero_shot, on the LoRA-adapted base
 transplanted_head   lora_head's head on the base without its LoRA: an ablation
 
-A run brings its model, prompt and label words along; what is typed here goes before them.
+A run brings its model, prompt and label words; command-line arguments override them.
 """
 
 import argparse
@@ -24,68 +24,78 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from lora import LoRAError, load_adapter, lora_modules
-from qwen_min.command.arguments import UNTRAINED, check_head, with_run
-from qwen_min.command.cli import (
+from qwen_min.command.arguments import (
     add_data_arguments,
     add_machine_arguments,
     add_prompt_arguments,
-    choose_device,
-    make_parser,
-    parse_with_given,
-    run_command,
-    seed,
+    with_run,
 )
-from qwen_min.command.task import (
-    Task,
-    blank_prompt,
-    read_rows,
-    read_task,
-    task_prompts,
-    warn_about_labels,
-)
+from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
+from qwen_min.command.classifier import Classifier
+from qwen_min.command.inside import Evaluation, Outcome, explain, look_inside, print_inside
+from qwen_min.command.summary import format_results
+from qwen_min.command.task import Task, read_rows, read_task, warn_about_labels
+from qwen_min.command.trained import Source
 from qwen_min.errors import UserError
-from qwen_min.files.data import examples_hash
+from qwen_min.files.data import Example, examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.files.overlap import clean_part, fed_rows, training_examples
-from qwen_min.files.results import (
-    format_results,
-    name_outputs,
-    off_track_examples,
-    prediction_lines,
-)
-from qwen_min.files.weights import checkpoint_fingerprint, load_model
-from qwen_min.head import LinearHead, load_head, score_rows
-from qwen_min.lab import token_vectors as embeddings
-from qwen_min.lab.calibration import calibrations, format_calibrations
-from qwen_min.lab.explain import explain_head, explain_labels
-from qwen_min.lab.generation import MAX_NEW_TOKENS, first_label, generate_answers, stop_ids
-from qwen_min.lab.label_sets import (
-    compare_sets,
-    distinct_words,
-    format_sets,
-    parse_label_sets,
-    with_first_tokens,
-)
-from qwen_min.lab.neutral import score_neutral
+from qwen_min.files.results import name_outputs, prediction_lines
 from qwen_min.metrics import evaluate_predictions
-from qwen_min.model import Qwen
-from qwen_min.scoring import label_mass, score_labels
+from qwen_min.prompt import Prompt
+from qwen_min.scoring import label_mass
 
-METHODS = (*UNTRAINED, "head_only", "lora_head", "lora_label_scoring", "transplanted_head")
+
+def zero_shot(source: Source) -> Classifier:
+    """The base as it is. Scores: log-probabilities of the label words behind the prompt."""
+    return source.classifier(source.base(), "label words")
+
+
+def zero_shot_generate(source: Source) -> Classifier:
+    """The base as it is. It writes an answer, and the first label word in it is the prediction."""
+    return source.classifier(source.base(), "answers")
+
+
+def head_only(source: Source) -> Classifier:
+    """The frozen base, with --adapter in training an adapted one, and the head solved on it."""
+    model = source.base()
+    return source.classifier(model, "head", source.add_trained(model))
+
+
+def lora_head(source: Source) -> Classifier:
+    """The base with its LoRA, and the linear head that was trained together with it."""
+    model = source.base()
+    return source.classifier(model, "head", source.add_trained(model))
+
+
+def lora_label_scoring(source: Source) -> Classifier:
+    """The base with its LoRA. Scores: as in zero_shot."""
+    model = source.base()
+    source.add_trained(model)
+    return source.classifier(model, "label words")
+
+
+def transplanted_head(source: Source) -> Classifier:
+    """lora_head's head on the base without the LoRA that it was trained with."""
+    head = source.add_trained(source.base())
+    return source.classifier(source.base(), "head", head)
+
+
+METHODS = {
+    method.__name__: method
+    for method in (
+        zero_shot, zero_shot_generate, head_only, lora_head, lora_label_scoring, transplanted_head,
+    )
+}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, grouped as `--help` shows it."""
+    """The command-line arguments, grouped as `--help` shows them."""
     parser = make_parser(__doc__)
     parser.add_argument("--method", choices=METHODS, help="default: the method of --run")
     parser.add_argument("--run", metavar="DIR", help="a directory that train.py made")
@@ -117,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     inside.add_argument(
         "--calibrate",
         action="store_true",
-        help="compare corrections for what a label word brings along whatever the text says",
+        help="compare corrections for a label word's probability before any text is read",
     )
     output = parser.add_argument_group("output (with --run, default: files in the run directory)")
     output.add_argument("--output", metavar="FILE", help="all results, as JSON")
@@ -132,198 +142,112 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(args: argparse.Namespace, record: dict | None) -> int:
-    """Read, score, measure, write; prints the table."""
+    """Read, load, classify, measure, write; prints the table."""
     task, device = read_task(args), choose_device(args.device)
+    source = Source(args, task, device, record)
     if args.explain is not None:
-        return explain(args, task, record, device)
-    labels, generates = task.labels, args.method == "zero_shot_generate"
-    sets = parse_label_sets(args.label_sets, labels) if args.label_sets else [labels]
-    examples, prompts = read_rows(args, task, distinct_words(sets), MAX_NEW_TOKENS * generates)
-    truth, data_hash = np.array([e.label for e in examples]), examples_hash(examples)
+        return explain(source, METHODS[args.method])
+    examples, candidates = read_candidates(args, task)
     fed = fed_rows(task.directory, examples)
-    training = training_examples(args.train_data, args.encoding, labels, record)
-    stop = stop_ids(task.directory, task.tokenizer.markup) if generates else set()
+    training = training_examples(args.train_data, args.encoding, task.labels, record)
     if args.run:
-        name_outputs(args, record, data_hash)
+        name_outputs(args, record, examples_hash(examples))
     with ExitStack() as stack:
-        results_file, predictions_file = open_outputs(
-            [args.output, args.predictions], stack, [args.data, *filter(None, [args.train_data])]
-        )
+        inputs = [args.data, *filter(None, [args.train_data])]
+        files = open_outputs([args.output, args.predictions], stack, inputs)
         started = time.perf_counter()
-        model, head = load_method(args, task, record, device)
+        classifier = METHODS[args.method](source)
         load_seconds = time.perf_counter() - started
-        # The words of --labels are the first; those of other sets come behind them.
-        own = [replace(prompt, labels=prompt.labels[: len(labels)]) for prompt in prompts]
-        if by_words := head is None and not generates:
-            warn_about_labels(own[0], labels)
-
-        started, scores, answers = time.perf_counter(), None, None
-        with tqdm(total=len(prompts), unit=" rows", disable=None) as bar:
-            if generates:
-                found = generate_answers(model, own, stop, args.batch_tokens, bar.update)
-                answers = [task.tokenizer.decode(ids) for ids in found]
-            else:
-                asked = with_first_tokens(prompts) if args.label_sets else own
-                scores = score_rows(model, asked, head, args.batch_tokens, bar.update)
-        seconds = time.perf_counter() - started
-        if scores is not None and not (finite := np.isfinite(scores).all(axis=1)).all():
-            raise UserError(
-                f"{args.data}, line {examples[finite.argmin()].line}: found a score that is not "
-                "finite, expected numbers: fetch the weights again, or try --dtype float32 if "
-                "they overflow"
-            )
-        more = {}
-        if args.label_sets:
-            more["label_sets"] = compare_sets(truth, sets, prompts, scores)
-            scores = scores[:, : len(labels)]
-        if args.calibrate:
-            split = record["arguments"]["data_seed"] if record else 0
-            rows = training and training[1]
-            with tqdm(unit=" rows", desc="calibration", disable=None) as bar:
-                score = partial(
-                    score_labels, model, batch_tokens=args.batch_tokens, progress=bar.update
-                )
-                neutral = score_neutral(task, examples, rows, (args.seed, split), score)
-            lengths = np.array([[len(ids) for ids in prompt.labels] for prompt in own])
-            more["calibration"] = calibrations(truth, scores, lengths, neutral)
-        if generates:
-            predictions = np.array([first_label(answer, labels) for answer in answers])
-            more["off_track_examples"] = off_track_examples(examples, predictions, answers)
-        else:
-            predictions = scores.argmax(axis=1)
-
-        # How much of all probability the label words hold between them: near 0, the model would
-        # rather have said something else, and the ranking among them means less.
-        mass = float(label_mass(scores, [p.labels for p in own]).mean()) if by_words else None
+        evaluation = Evaluation(source, classifier, examples, candidates, training)
+        outcome = classify(evaluation)
+        clean = clean_part(training, examples, outcome.predictions, fed)
         results = {
             "method": args.method,
-            **evaluate_predictions(truth, predictions, scores, list(labels)),
-            "clean": clean_part(training, examples, predictions, fed),
+            **measure(evaluation, outcome),
+            "clean": clean,
             "fed_rows": len(fed),
-            "label_mass": mass,
-            **more,
-            "truncated_rows": sum(prompt.truncated for prompt in prompts),
-            "tokens": sum(len(prompt.ids) for prompt in prompts),
-            "seconds": seconds,
             "load_seconds": load_seconds,
-            "examples_per_second": len(examples) / seconds,
-            "examples_hash": data_hash,
-            "label_ids": [list(ids) for ids in own[0].labels],
-            "dtype": str(model.lm_head_weight.dtype).removeprefix("torch."),
-            "device": device,
-            "torch": torch.__version__,
-            "trained_parameters": record["trained_parameters"] if record else 0,
-            "training_seconds": record["seconds"] if record else 0.0,
             "arguments": vars(args),
             "training_arguments": record["arguments"] if record else None,
         }
-        lines = prediction_lines(examples, predictions, scores, answers)
+        rows = prediction_lines(examples, outcome.predictions, outcome.scores, outcome.answers)
+        texts = [json.dumps(results, ensure_ascii=False, indent=2) + "\n", rows]
         try:
-            commit_outputs(
-                [
-                    (results_file, json.dumps(results, ensure_ascii=False, indent=2) + "\n"),
-                    (predictions_file, lines),
-                ]
-            )
+            commit_outputs(list(zip(files, texts, strict=True)))
         finally:
             print(format_results(results))
-            if args.label_sets:
-                print("\n" + format_sets(results["label_sets"], task.tokenizer))
-            if args.calibrate:
-                print("\n" + format_calibrations(results["calibration"], labels))
+            print_inside(task, results)
     return 0
 
 
-def explain(args: argparse.Namespace, task: Task, record: dict | None, device: str) -> int:
-    """--explain: one text's computation, on the base and on what was trained from it."""
-    (prompt,) = task_prompts(task, [args.explain], ["--explain"])
-    blank = blank_prompt(task)
-    model, head = load_method(args, task, record, device)
-    vectors = args.run and args.method == record["method"] and embeddings.trained_by(record)
-    models = {"the model": model}
-    if lora_modules(model) or vectors:
-        models = {"base": load_model(task.directory, args.dtype, device), "adapted": model}
-    dtype = str(model.lm_head_weight.dtype).removeprefix("torch.")
-    print(f"{args.method}, {args.run or args.model}, {dtype}\n")
-    if head is None:
-        print(explain_labels(task.tokenizer, prompt, blank, task.labels, models))
-    else:
-        print(explain_head(task.tokenizer, prompt, blank, task.labels, models, head))
-    return 0
+def read_candidates(args: argparse.Namespace, task: Task) -> tuple[list[Example], list[Prompt]]:
+    """The rows of --data and their prompts, with every candidate that is to be scored."""
+    if args.method == "zero_shot_generate":
+        from qwen_min.lab.generation import MAX_NEW_TOKENS
+
+        return read_rows(args, task, new_tokens=MAX_NEW_TOKENS)
+    if args.label_sets:
+        from qwen_min.lab.label_sets import distinct_words, parse_label_sets, with_first_tokens
+
+        words = distinct_words(parse_label_sets(args.label_sets, task.labels))
+        examples, prompts = read_rows(args, task, words)
+        return examples, with_first_tokens(prompts)
+    return read_rows(args, task)
 
 
-def load_method(
-    args: argparse.Namespace, task: Task, record: dict | None, device: str
-) -> tuple[Qwen, LinearHead | None]:
-    """The model that `args.method` scores with, and its head where it has one."""
-    directory = task.directory
-    model = load_model(directory, args.dtype, device)
-    if args.method in UNTRAINED:
-        return model, None
-    base = checkpoint_fingerprint(directory)
-    if record and record["base_fingerprint"] != base:
+def classify(evaluation: Evaluation) -> Outcome:
+    """Score every candidate of every row, or let the model answer; then decide."""
+    source, classifier = evaluation.source, evaluation.classifier
+    prompts, labels = evaluation.candidates, source.task.labels
+    if classifier.by == "label words":
+        warn_about_labels(evaluation.prompts[0], labels)
+    started = time.perf_counter()
+    with tqdm(total=len(prompts), unit=" rows", disable=None) as bar:
+        if classifier.by == "answers":
+            from qwen_min.lab import generation
+
+            stop = generation.stop_ids(source.task.directory, source.task.tokenizer.markup)
+            how = (generation.MAX_NEW_TOKENS, stop, classifier.batch_tokens, bar.update)
+            answers = classifier.forms.generate_answers(classifier.model, prompts, *how)
+            seconds = time.perf_counter() - started
+            texts = [source.task.tokenizer.decode(ids) for ids in answers]
+            predictions = np.array([generation.first_label(text, labels) for text in texts])
+            return Outcome(predictions, None, None, texts, seconds)
+        scores = classifier.scores(prompts, bar.update)  # (n, candidates)
+    seconds = time.perf_counter() - started
+    if not (finite := np.isfinite(scores).all(axis=1)).all():
         raise UserError(
-            f"{args.run}: trained on other weights than those in {args.model} (their fingerprints "
-            "differ); give the checkpoint that it was trained on by --model"
+            f"{source.args.data}, line {evaluation.examples[finite.argmin()].line}: found a score "
+            "that is not finite, expected numbers: fetch the weights again, or try --dtype float32 "
+            "if they overflow"
         )
-    head = None
-    if args.run:
-        # What the run must have made: what is missing is never left out in silence.
-        given, arguments = record["method"], record["arguments"]
-        lora = arguments["adapter"] if given == "head_only" else arguments["lora_targets"] != "none"
-        adapter = Path(args.run) / "adapter" if lora else None
-        if given == "head_only" or (given == "lora_head" and not lora):
-            head = load_head(Path(args.run) / "head.safetensors")
-    else:
-        adapter = Path(args.adapter)
-    vectors = bool(args.run) and embeddings.trained_by(record)
-    if adapter:
-        weight = attach_adapter(model, adapter, base, vectors=vectors)
-        if (weight is not None) != (args.method in ("lora_head", "transplanted_head")) and not head:
-            found = "no head" if weight is None else "a classifier's head"
-            raise UserError(f"{adapter}: holds {found}, so it is not an adapter for {args.method}")
-        if not head and weight is not None:
-            head = LinearHead(weight.float(), None, model.config.num_hidden_layers, "last")
-    if vectors:
-        file = Path(args.run) / embeddings.FILE
-        embeddings.load(file, model, given == "lora_label_scoring", base)
-    if args.method == "transplanted_head":
-        model = load_model(directory, args.dtype, device)  # the base again, without the LoRA
-    if head is not None:
-        check_head(args, head, model.config, task.labels, record)
-    return model, head
+    own = scores[:, : len(labels)]  # the words of --labels come first
+    return Outcome(own.argmax(axis=1), own, scores, None, seconds)
 
 
-def attach_adapter(
-    model: Qwen,
-    directory: Path,
-    base_fingerprint: str,
-    dropout: float | None = None,
-    vectors: bool = False,
-) -> Tensor | None:
-    """Put the LoRA in `directory` on `model`, which stays in eval mode; returns its head (C, D).
-
-    vectors: whether the caller also loads the token vectors that were trained with it, if there
-    were such. Raises UserError for an adapter that cannot be read, or that was trained on other
-    weights. One that PEFT wrote does not say which weights, and is taken at its user's word.
-    """
-    try:
-        _, head, metadata = load_adapter(directory, model, dropout)
-    except LoRAError as error:
-        raise UserError(str(error)) from None
-    if any(name.endswith("lm_head") for name in lora_modules(model)):
-        raise UserError(f"{directory}: has a LoRA on lm_head, which stays frozen here; train anew")
-    if metadata.get(embeddings.TOGETHER) and not vectors:
-        raise UserError(
-            f"{directory}: was trained together with the token vectors in its run's "
-            f"{embeddings.FILE}, without which it means nothing; give the run by --run"
-        )
-    if metadata.get("base_fingerprint", base_fingerprint) != base_fingerprint:
-        raise UserError(
-            f"{directory}: trained on another base (its fingerprint differs from the model's); "
-            "give the checkpoint that it was trained on by --model"
-        )
-    return head
+def measure(evaluation: Evaluation, outcome: Outcome) -> dict:
+    """The metrics of an outcome, and the circumstances under which they were measured."""
+    prompts, record = evaluation.prompts, evaluation.source.record
+    mass = None
+    if evaluation.classifier.by == "label words":
+        mass = float(label_mass(outcome.scores, [prompt.labels for prompt in prompts]).mean())
+    names = list(evaluation.source.task.labels)
+    return {
+        **evaluate_predictions(evaluation.labels, outcome.predictions, outcome.scores, names),
+        "label_mass": mass,
+        **look_inside(evaluation, outcome),
+        "truncated_rows": sum(prompt.truncated for prompt in prompts),
+        "tokens": sum(len(prompt.ids) for prompt in prompts),
+        "seconds": outcome.seconds,
+        "examples_per_second": len(prompts) / outcome.seconds,
+        "examples_hash": examples_hash(evaluation.examples),
+        "label_ids": [list(ids) for ids in prompts[0].labels],
+        "dtype": evaluation.classifier.model.dtype_name,
+        "device": evaluation.source.device,
+        "torch": torch.__version__,
+        "trained_parameters": record["trained_parameters"] if record else 0,
+        "training_seconds": record["seconds"] if record else 0.0,
+    }
 
 
 if __name__ == "__main__":

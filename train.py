@@ -1,4 +1,4 @@
-"""Train a method of text classification with Qwen; what is learned goes into a run directory.
+"""Train a method of text classification with Qwen; the result goes into a run directory.
 
     python train.py --method lora_label_scoring
     python train.py --method head_only --model DIR --data train.tsv --output runs/probe
@@ -16,88 +16,212 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from evaluate import attach_adapter
-from lora import (
-    ATTENTION,
-    MLP,
-    LoRAConfig,
-    LoRAError,
-    inject_lora,
-    lora_parameters,
-    merge_lora,
-    save_adapter,
-)
-from qwen_min.command.arguments import check_training
-from qwen_min.command.cli import (
+from lora import lora_parameters, merge_lora
+from qwen_min.command.arguments import (
     add_data_arguments,
     add_machine_arguments,
     add_prompt_arguments,
     add_training_arguments,
-    choose_device,
-    make_parser,
-    parse_with_given,
-    run_command,
-    seed,
+    candidate_layers,
+    check_training,
 )
-from qwen_min.command.task import Split, read_rows, read_task, whole_template
+from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
+from qwen_min.command.classifier import forms
+from qwen_min.command.fit import Stopped, Training, fit
+from qwen_min.command.task import read_rows, read_task
+from qwen_min.command.trained import ADAPTER, HEAD, Source, Trainable, attach_adapter, load_parts
 from qwen_min.errors import UserError
 from qwen_min.files.data import HELD_OUT, class_counts, examples_hash, held_out_split
 from qwen_min.files.overlap import fed_rows
-from qwen_min.files.run import (
-    checkpoints,
-    publish,
-    run_arguments,
-    start_record,
-    write_atomically,
-    write_json,
-)
+from qwen_min.files.probe import cached_features, save_head
+from qwen_min.files.run import checkpoints, publish, run_arguments, start_record, write_json
 from qwen_min.files.weights import checkpoint_fingerprint, fingerprint, load_model, save_model
-from qwen_min.head import (
-    POOLINGS,
-    LinearHead,
-    cached_features,
-    candidate_layers,
-    fit_layers,
-    format_layers,
-    head_loss,
-    load_head,
-    save_head,
-    score_rows,
-)
-from qwen_min.lab import token_vectors as embeddings
+from qwen_min.head import fit_layers
 from qwen_min.metrics import log_loss
 from qwen_min.model import Qwen
-from qwen_min.scoring import label_loss
-from qwen_min.training import Plan, Stopped, TrainingFailed, fit
+from qwen_min.prompt import Prompt
+from qwen_min.training import Plan, TrainingFailed
 
-METHODS = ("head_only", "lora_head", "lora_label_scoring")
-TARGETS = {"attention": ATTENTION, "all": (*ATTENTION, *MLP), "none": ()}
+
+@dataclass(frozen=True)
+class Job:
+    """What a method trains on: the loaded base, and the rows of the data file with their split."""
+
+    source: Source
+    run: Path  # the run directory
+    model: Qwen
+    prompts: Sequence[Prompt]
+    labels: np.ndarray  # (n,), class numbers
+    lines: Sequence[int]  # of the file
+    training: Sequence[int]  # rows to train on
+    held_out: Sequence[int]  # rows that choose penalty, layer or step
+
+
+def head_only(job: Job) -> dict:
+    """Compute features once, then solve a logistic regression for each candidate layer."""
+    args, model, base_hash = job.source.args, job.model, job.source.record["base_fingerprint"]
+    if args.adapter:
+        attach_adapter(model, Path(args.adapter), base_hash)
+        base_hash += fingerprint(lora_parameters(model).items())
+        # Kept with the run: the head means nothing without the states that it was solved on.
+        publish(Path(args.adapter), job.run / ADAPTER)
+    last = model.config.num_hidden_layers
+    layers = candidate_layers(args.layer, last)
+    started = time.perf_counter()
+    with tqdm(total=len(job.prompts), unit=" rows", desc="features", disable=None) as bar:
+        how = (args.pooling, layers != [last], args.batch_tokens, bar.update)
+        features = cached_features(
+            Path(args.feature_cache or job.run / "features"),
+            f"{base_hash} {model.lm_head_weight.dtype} {args.pooling} {layers != [last]}"
+            + " plain" * args.plain,  # so that --plain computes
+            job.prompts,
+            lambda prompts: forms(args.plain).pooled_features(model, prompts, *how),
+            bar.update,
+        )
+    seconds_features = time.perf_counter() - started
+    split = (job.labels, job.training, job.held_out, len(job.source.task.labels))
+    found, head = fit_layers(features, layers, *split, args.pooling)
+    save_head(job.run / HEAD, head)
+    print(format_layers(found, head.layer))
+    return {
+        "layer": head.layer,
+        "layers": found,
+        "trained_parameters": head.weight.numel() + head.bias.numel(),
+        "seconds": time.perf_counter() - started,
+        "seconds_features": seconds_features,
+    }
+
+
+def lora_head(job: Job) -> dict:
+    """Train LoRA and a linear head together, by the cross-entropy of the head's scores."""
+    args = job.source.args
+    trained, checkpoint = start(job)
+
+    def loss(prompts: list[Prompt], classes: list[int]) -> Tensor:
+        head_losses = forms(args.plain).head_losses
+        return head_losses(job.model, trained.weight, prompts, classes, args.checkpointing)
+
+    return by_gradient(job, trained, checkpoint, loss)
+
+
+def lora_label_scoring(job: Job) -> dict:
+    """Train LoRA by the log-probability of the true label word's tokens."""
+    args = job.source.args
+    trained, checkpoint = start(job)
+
+    def loss(prompts: list[Prompt], classes: list[int]) -> Tensor:
+        return forms(args.plain).label_losses(job.model, prompts, classes, args.checkpointing)
+
+    return by_gradient(job, trained, checkpoint, loss)
+
+
+METHODS = {method.__name__: method for method in (head_only, lora_head, lora_label_scoring)}
+
+
+def start(job: Job) -> tuple[Trainable, Path | None]:
+    """What the method trains, on the job's model: new, or from the run's last checkpoint."""
+    found = checkpoints(job.run)
+    checkpoint = found[-1][1] if found else None
+    base_hash = job.source.record["base_fingerprint"]
+    return Trainable(job.source, job.model, base_hash, checkpoint), checkpoint
+
+
+def by_gradient(
+    job: Job,
+    trained: Trainable,
+    checkpoint: Path | None,
+    loss: Callable[[list[Prompt], list[int]], Tensor],
+) -> dict:
+    """Train in steps; the best step on the held-out part becomes the run's result."""
+    args, model = job.source.args, job.model
+    prompts = [job.prompts[row] for row in job.training]
+    classes = [int(job.labels[row]) for row in job.training]
+    lengths = [len(prompt.ids) for prompt in prompts]
+
+    def parts(rows: list[int]) -> list[list[int]]:
+        cut = forms(args.plain).token_budget_batches
+        return [[rows[i] for i in part] for part in cut([lengths[r] for r in rows], args.batch_tokens)]
+
+    def evaluate() -> dict:
+        model.eval()
+        scores = trained.classifier.scores([job.prompts[row] for row in job.held_out])
+        model.train()
+        return held_out_results(job, scores)
+
+    training = Training(
+        parameters=trained.parameters,
+        lengths=lengths,
+        row_names=[job.lines[row] for row in job.training],
+        loss=lambda rows: loss([prompts[row] for row in rows], [classes[row] for row in rows]),
+        parts=parts,
+        evaluate=evaluate,
+        save=trained.save,
+        eval_every=args.eval_every,
+        save_every=args.save_every,
+    )
+    model.train()
+    plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
+    state = fit(job.run, training, plan, checkpoint)
+    trained.publish(job.run / "checkpoints" / f"step-{state['best_step']}", job.run)
+    return {
+        "history": state["history"],
+        "best_step": state["best_step"],
+        "steps": state["step"],
+        "trained_parameters": sum(p.numel() for p in trained.parameters.values()),
+        "seconds": state["seconds"],
+        "embedding_movement": trained.movement(job.run, job.source.task.tokenizer, prompts),
+    }
+
+
+def held_out_results(job: Job, scores: np.ndarray) -> dict:
+    """Log-loss and accuracy on the held-out part. Raises TrainingFailed on a score not finite."""
+    if not (finite := np.isfinite(scores).all(axis=1)).all():
+        line = job.lines[job.held_out[int(finite.argmin())]]
+        raise TrainingFailed(
+            f"the scores of the held-out row {line} are not finite; the last checkpoint is kept: "
+            "try --dtype float32"
+        )
+    labels = job.labels[job.held_out]
+    accuracy = float((scores.argmax(axis=1) == labels).mean())
+    return {"held_out_log_loss": log_loss(labels, scores), "held_out_accuracy": accuracy}
+
+
+def format_layers(found: dict[int, dict], chosen: int) -> str:
+    """A line for each layer: its accuracy and log-loss on the held-out part, its penalty."""
+    return "\n".join(
+        ["layer   held-out accuracy   log-loss         L2"]
+        + [
+            f"{layer:5d}   {row['held_out_accuracy']:17.4f}   {row['held_out_log_loss']:8.4f}   "
+            f"{row['l2']:8.4f}{'   chosen' if layer == chosen else ''}"
+            for layer, row in found.items()
+        ]
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, grouped as `--help` shows it."""
+    """The command-line arguments, grouped as `--help` shows them."""
     parser = make_parser(__doc__)
     parser.add_argument("--method", choices=METHODS, help="required, unless --resume")
     add_data_arguments(parser, "train.tsv")
-    parser.set_defaults(batch_tokens=1024)  # what a forward keeps for its backward grows with them
+    parser.set_defaults(batch_tokens=1024)  # activation memory grows with this
     parser.add_argument("--data-seed", type=seed, default=0, help="of the held-out part")
     add_prompt_arguments(parser)
     add_machine_arguments(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--output", metavar="DIR", help="the run directory (default: runs/METHOD)")
-    run.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    run.add_argument("--resume", action="store_true", help="continue the run in --output")
     run.add_argument("--merge", metavar="DIR", help="also write base + LoRA as a plain checkpoint")
     run.add_argument("--seed", type=seed, default=0, help="of initial values, order and dropout")
-    add_training_arguments(parser, POOLINGS)
+    add_training_arguments(parser)
     return parser
 
 
@@ -108,31 +232,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Read, split, train, and write the run directory."""
+    """Read, split, load, train, and write the run directory."""
     check_training(args)
     device, task, run = choose_device(args.device), read_task(args), Path(args.output)
-    labels, directory = task.labels, task.directory
     examples, prompts = read_rows(args, task)
-    fed_rows(directory, examples)  # says so where the model has seen the rows already
+    fed_rows(task.directory, examples)  # warns if the model was made from some of the rows
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
-    counts = class_counts([examples[i] for i in training], len(labels))
-    for word, count in zip(labels, counts, strict=True):
-        if not count:
-            raise UserError(
-                f"{args.data}: no row of class {word!r} in the training part; every class needs "
-                "examples: add rows, or leave its word out of --labels"
-            )
-    model = load_model(directory, args.dtype, device)
+    counts = class_counts([examples[i] for i in training], len(task.labels))
+    if 0 in counts:
+        raise UserError(
+            f"{args.data}: no row of class {task.labels[counts.index(0)]!r} in the training part; "
+            "every class needs examples: add rows, or leave its word out of --labels"
+        )
+    model = load_model(task.directory, args.dtype, device)
     frozen = dict(model.named_parameters())
     if args.train_embeddings:
-        for name in embeddings.token_vectors(model, args.method == "lora_label_scoring"):
+        from qwen_min.lab.token_vectors import token_vectors
+
+        for name in token_vectors(model, args.method == "lora_label_scoring"):
             del frozen[name]
     record = {
         "method": args.method,
         "arguments": vars(args),
-        "labels": list(labels),
-        "template": whole_template(task),
-        "base_fingerprint": checkpoint_fingerprint(directory),
+        "labels": list(task.labels),
+        "template": task.whole_template(),
+        "base_fingerprint": checkpoint_fingerprint(task.directory),
         "frozen_before": fingerprint(frozen.items()),
         "data_hash": examples_hash(examples),
         "training_rows": len(training),
@@ -142,181 +266,52 @@ def train(args: argparse.Namespace) -> int:
         "finished": False,
     }
     record = start_record(run, record, args.resume)
+    source = Source(args, task, device, record)
     if not record["finished"]:
-        lines, labels_of = [e.line for e in examples], [e.label for e in examples]
-        data = Split(task.tokenizer, prompts, labels_of, lines, training, held_out)
-        try:
-            method = train_head if args.method == "head_only" else train_lora
-            found = method(args, run, model, data, record)
-        except UserError:
-            # A mistake seen before anything was computed leaves no run behind to be gone on with.
-            if not args.resume and [path.name for path in run.iterdir()] == ["run.json"]:
-                (run / "run.json").unlink()
-            raise
-        except Stopped as stopped:
-            print(f"{stopped}; go on with: python train.py --resume --output {run}")
-            return 128 + stopped.signal
-        except TrainingFailed as failure:
-            print(f"error: {failure} (rows: lines of {args.data})", file=sys.stderr)
-            return 1
-        after = fingerprint(frozen.items())
-        if after != record["frozen_before"]:
-            raise RuntimeError("a frozen weight has changed in training; this is a bug")
-        # Linux counts kilobytes, macOS bytes.
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-        record |= found | {"frozen_after": after, "peak_memory_mib": peak, "finished": True}
-        write_json(run / "run.json", record)
+        labels, lines = np.array([e.label for e in examples]), [e.line for e in examples]
+        job = Job(source, run, model, prompts, labels, lines, training, held_out)
+        if status := run_job(job, frozen):
+            return status
     print(f"{run}: finished; evaluate it with: python evaluate.py --run {run} --data FILE")
     if args.merge:
-        merged = load_model(directory, args.dtype, device)
-        weights = record["base_fingerprint"]
-        if args.lora_targets != "none":
-            attach_adapter(merged, run / "adapter", weights, vectors=args.train_embeddings)
-            merge_lora(merged)
-        if args.train_embeddings:
-            embeddings.load(run / embeddings.FILE, merged, True, weights)
-        save_model(merged, directory, args.merge)
-        print(f"{args.merge}: base and LoRA, merged; use it with --model {args.merge}")
+        merge(source, run)
     return 0
 
 
-def train_head(args: argparse.Namespace, run: Path, model: Qwen, data: Split, record: dict) -> dict:
-    """head_only: features once, then a logistic regression for each candidate layer."""
-    weights = record["base_fingerprint"]
-    if args.adapter:
-        attach_adapter(model, Path(args.adapter), weights)
-        weights += fingerprint(lora_parameters(model).items())
-        # Kept with the run: the head means nothing without the states that it was fitted on.
-        publish(Path(args.adapter), run / "adapter")
-    layers = candidate_layers(args.layer, model.config.num_hidden_layers)
-    every = layers != [model.config.num_hidden_layers]
-    started = time.perf_counter()
-    with tqdm(total=len(data.prompts), unit=" rows", desc="features", disable=None) as bar:
-        cache = Path(args.feature_cache or run / "features")
-        features = cached_features(
-            cache, weights, model, data.prompts, args.pooling, every, args.batch_tokens, bar.update
-        )
-    seconds_features = time.perf_counter() - started
-    layers, head = fit_layers(
-        features,
-        layers,
-        np.array(data.labels),
-        data.training,
-        data.held_out,
-        len(record["labels"]),
-        args.pooling,
-    )
-    save_head(run / "head.safetensors", head)
-    print(format_layers(layers, head.layer))
-    return {
-        "layer": head.layer,
-        "layers": layers,
-        "trained_parameters": head.weight.numel() + head.bias.numel(),
-        "seconds": time.perf_counter() - started,
-        "seconds_features": seconds_features,
-    }
-
-
-def train_lora(args: argparse.Namespace, run: Path, model: Qwen, data: Split, record: dict) -> dict:
-    """lora_head and lora_label_scoring: LoRA by gradient, with a head or with the label words."""
-    weights, words = record["base_fingerprint"], args.method == "lora_label_scoring"
-    whole = checkpoints(run)
-    start = whole[-1][1] if whole else None
-    # A word for a usual set, or names: `inject_lora` refuses one that the model does not have.
-    targets = TARGETS.get(args.lora_targets, tuple(args.lora_targets.split(",")))
-    torch.manual_seed(args.seed)
+def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
+    """Train, check that the frozen weights are unchanged, complete run.json; the exit status."""
+    args, run, record = job.source.args, job.run, job.source.record
     try:
-        task = "CAUSAL_LM" if words else "SEQ_CLS"
-        shape = (args.r, args.alpha, args.dropout)
-        config = LoRAConfig(*shape, targets, args.rslora, task, str(args.model))
-        if targets and not start:
-            inject_lora(model, targets, *shape, args.rslora)
-    except LoRAError as error:
-        raise UserError(str(error)) from None
-    if start and targets:
-        attach_adapter(model, start / "adapter", weights, args.dropout, args.train_embeddings)
-    parameters, vectors, before = lora_parameters(model), {}, {}
-    if args.train_embeddings:
-        before = embeddings.token_vectors(model, words)
-        vectors = embeddings.unfreeze(model, words)
-        parameters |= vectors
-        if start:
-            embeddings.load(start / embeddings.FILE, model, words, weights)
-    head = None
-    if not words:
-        # Small random values, as transformers starts its classifiers; fp32 whatever the base's.
-        shape = (len(record["labels"]), model.config.hidden_size)
-        head = nn.Parameter(torch.randn(shape).mul(0.02).to(model.lm_head_weight.device))
-        if start:
-            with torch.no_grad():
-                head.copy_(load_head(start / "head.safetensors").weight)
-        parameters["score"] = head
+        found = METHODS[args.method](job)
+    except UserError:
+        # Nothing was computed yet: delete run.json, so that the directory can be used again.
+        if not args.resume and [path.name for path in run.iterdir()] == ["run.json"]:
+            (run / "run.json").unlink()
+        raise
+    except Stopped as stopped:
+        print(f"{stopped}; continue with: python train.py --resume --output {run}")
+        return 128 + stopped.signal
+    except TrainingFailed as failure:
+        print(f"error: {failure} (rows: lines of {args.data})", file=sys.stderr)
+        return 1
+    after = fingerprint(frozen.items())
+    if after != record["frozen_before"]:
+        raise RuntimeError("a frozen weight has changed in training; this is a bug")
+    # Linux counts kilobytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    record |= found | {"frozen_after": after, "peak_memory_mib": peak, "finished": True}
+    write_json(run / "run.json", record)
+    return 0
 
-    def loss(rows: list[int]) -> Tensor:
-        prompts = [data.prompts[data.training[row]] for row in rows]
-        classes = [data.labels[data.training[row]] for row in rows]
-        if head is None:
-            return label_loss(model, prompts, classes, args.checkpointing)
-        return head_loss(model, head, prompts, classes, args.checkpointing)
 
-    def linear_head() -> LinearHead | None:
-        if head is None:
-            return None
-        return LinearHead(head.detach(), None, model.config.num_hidden_layers, "last")
-
-    def evaluate() -> dict:
-        model.eval()
-        prompts = [data.prompts[row] for row in data.held_out]
-        scores = score_rows(model, prompts, linear_head(), args.batch_tokens)
-        model.train()
-        labels = np.array([data.labels[row] for row in data.held_out])
-        if not np.isfinite(scores).all():
-            row = data.held_out[int(np.isfinite(scores).all(axis=1).argmin())]
-            raise TrainingFailed(
-                f"the scores of the held-out row {data.lines[row]} are not finite; the last "
-                "checkpoint is kept: try --dtype float32"
-            )
-        return {
-            "held_out_log_loss": log_loss(labels, scores),
-            "held_out_accuracy": float((scores.argmax(axis=1) == labels).mean()),
-        }
-
-    def write_parameters(directory: Path) -> None:
-        if targets:
-            together = {embeddings.TOGETHER: embeddings.FILE} if vectors else {}
-            metadata = {"base_fingerprint": weights} | together
-            save_adapter(directory / "adapter", model, config, head, metadata)
-        if vectors:
-            embeddings.write(directory / embeddings.FILE, vectors, weights)
-        if head is not None:
-            save_head(directory / "head.safetensors", linear_head())
-
-    plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
-    lengths = [len(data.prompts[row].ids) for row in data.training]
-    model.train()
-    lines = [data.lines[row] for row in data.training]
-    state = fit(run, parameters, lengths, plan, loss, evaluate, write_parameters, start, lines)
-    best = run / "checkpoints" / f"step-{state['best_step']}"
-    if targets:
-        publish(best / "adapter", run / "adapter")
-    elif head is not None:
-        write_atomically(run / "head.safetensors", (best / "head.safetensors").read_bytes())
-    moved = None
-    if vectors:
-        write_atomically(run / embeddings.FILE, (best / embeddings.FILE).read_bytes())
-        embeddings.load(run / embeddings.FILE, model, words, weights)
-        seen = [data.prompts[row] for row in data.training]
-        moved = embeddings.movements(before, vectors, data.tokenizer, seen)
-        print(embeddings.format_movements(moved))
-    return {
-        "history": state["history"],
-        "best_step": state["best_step"],
-        "steps": state["step"],
-        "trained_parameters": sum(p.numel() for p in parameters.values()),
-        "seconds": state["seconds"],
-        "embedding_movement": moved,
-    }
+def merge(source: Source, run: Path) -> None:
+    """Write base and LoRA (and token vectors) as a plain checkpoint."""
+    model, out = source.base(), source.args.merge
+    load_parts(model, run, run / ADAPTER, source.parts, source.record["base_fingerprint"])
+    merge_lora(model)
+    save_model(model, source.task.directory, out)
+    print(f"{out}: base and LoRA, merged; use it with --model {out}")
 
 
 if __name__ == "__main__":

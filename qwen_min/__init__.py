@@ -1,1 +1,22 @@
-"""A minimal pure-PyTorch reference implementation of Qwen for text classification."""
+"""A minimal pure-PyTorch reference implementation of Qwen for text classification.
+
+The names below are the Python interface; command/interface.py has their code.
+"""
+
+__all__ = [
+    "build_prompts",
+    "evaluate_predictions",
+    "load",
+    "load_run",
+    "score_labels",
+    "softmax",
+]
+
+
+def __getattr__(name: str) -> object:
+    # Imported on first use: `qwen_min.report` and `qwen_min.metrics` work without torch.
+    if name in __all__:
+        from qwen_min.command import interface
+
+        return getattr(interface, name)
+    raise AttributeError(f"module 'qwen_min' has no attribute {name!r}")

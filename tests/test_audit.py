@@ -1,4 +1,4 @@
-"""The audit's counts, on rows made for each case and on the real files; accuracy on clean rows."""
+"""The audit's counts on rows made for each case and on real files; accuracy on clean rows."""
 
 import contextlib
 import io
@@ -138,14 +138,14 @@ def test_tokens_and_the_cut(tmp_path, files):
     ("one", "other", "same"),
     [
         ("ＡＢＣ１２", "ABC12", True),  # full width
-        ("很 好\t吃\u3000\u200b", "很好吃", True),  # blanks, also of no width
+        ("很 好\t吃\u3000\u200b", "很好吃", True),  # white space, also of zero width
         ("好，真的好！", "好,真的好", True),
         ("……", "。。", False),  # NFKC makes six dots of the first
         ("？！", "。", False),
         ("？！", "?!", True),
         ("很好", "很 不好", False),
         ("ABC", "abc", False),
-        ("3+2", "32", False),  # symbols are no punctuation
+        ("3+2", "32", False),  # symbols are not punctuation
         ("e\u0301", "é", True),
     ],
 )
@@ -171,7 +171,7 @@ def test_the_counts_of_the_real_files():
     assert table["duplicates: rows with an earlier row's text"] == ["1351", "22"]
     assert "rows of dev.tsv that stand in train.tsv: 338 of 1200 verbatim" in out
     assert "labels in the two together: 32 verbatim" in out
-    # The list has the very rows that the table counts.
+    # The list has exactly the rows that the table counts.
     listed = findings(files, WORDS, 256)
     exact = [line for line in listed if ", normalised: " not in line]
     assert sum(": stands in train.tsv, line " in line for line in exact) == 338
@@ -221,7 +221,7 @@ def test_clean_part_on_a_worked_example():
     examples = [Example(text, i % 2, i + 2) for i, text in enumerate(texts)]
     training = ("train.tsv", [Example("很好", 1, 2), Example("书很好", 1, 3)])
     found = clean_part(training, examples, [0, 1, 0, 0, 1])
-    # Of the three that are clean, classes 0, 1, 0, the first alone is right.
+    # Three rows are clean, with classes 0, 1, 0; only the first prediction is right.
     assert found == {
         "train_data": "train.tsv",
         "n": 3,
@@ -242,7 +242,7 @@ def test_a_run_knows_its_training_data(tmp_path, capsys):
     found = training_examples(None, "ascii", ("x", "y"), record)
     assert found == (str(path), [Example(*row, i + 2) for i, row in enumerate(A[:4])])
     assert training_examples(None, "utf-8", WORDS, None) is None
-    # What somebody names goes before what the run knows, and is read whole.
+    # A file that the user names takes precedence over the run's, and is read whole.
     other = tsv(tmp_path / "b.tsv", B)
     named = training_examples(str(other), "utf-8", WORDS, record)[1]
     assert [(example.text, example.label) for example in named] == B
@@ -272,7 +272,7 @@ def test_evaluate_says_how_it_does_on_clean_rows(tmp_path, reference, files, cap
     assert f"2 texts that are not in {files[0]}" in line
 
     assert evaluate.main([*map(str, given), "--train-data", str(b)]) == 0
-    assert "every text stands in" in capsys.readouterr().out
+    assert "every text is in" in capsys.readouterr().out
     assert evaluate.main([*map(str, given), "--train-data", "missing.tsv"]) == 2
     assert "missing.tsv: cannot be read" in capsys.readouterr().err
     assert evaluate.main([*map(str, given[:-1]), str(files[0]), "--train-data", str(files[0])]) == 2

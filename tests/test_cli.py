@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen_min.command.arguments import add_machine_arguments, add_prompt_arguments
 from qwen_min.command.cli import (
     CommandParser,
-    add_machine_arguments,
-    add_prompt_arguments,
     choose_device,
     make_parser,
     parse_with_given,
@@ -308,7 +307,7 @@ def test_one_output_that_fails_does_not_cost_the_other(temporary, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device, others do not")
 def test_a_full_device(temporary):
-    with pytest.raises(UserError, match=r"/dev/full: .*No space.*move that where"):  # noqa: SIM117
+    with pytest.raises(UserError, match=r"/dev/full: .*No space.*move that to a disk"):  # noqa: SIM117
         with Output("/dev/full") as output:
             output.commit("all of it")
     assert [file.read_text() for file in temporary.iterdir()] == ["all of it"]

@@ -136,7 +136,7 @@ def test_limit_reads_and_validates_the_first_rows_only(tmp_path):
 
 BLANK = "found a blank line, expected a row: remove it"
 FIELDS = "as in the header: remove tabs from a .tsv text, quote a .csv text that has commas"
-NO_ROWS = "{path}: found no rows, expected examples: check that this is the right file"
+NO_ROWS = "{path}: found no rows, expected examples: give the right file"
 COLUMNS = "expected 'label' and either 'text_a' or 'text', no name twice: rename them"
 TEXT = "expected a string of valid characters, not all of them spaces: fill it in or remove the row"
 LABEL = (
@@ -152,14 +152,12 @@ REFUSED = {
     "extension": (
         "a.txt",
         HEAD + "1\t好\n",
-        "{path}: found the extension '.txt', expected .tsv, .csv or .jsonl: name the file after "
-        "its format",
+        "{path}: extension is '.txt', expected .tsv, .csv or .jsonl: rename it",
     ),
     "no extension": (
         "train",
         HEAD + "1\t好\n",
-        "{path}: found the extension '', expected .tsv, .csv or .jsonl: name the file after its "
-        "format",
+        "{path}: extension is '', expected .tsv, .csv or .jsonl: rename it",
     ),
     "empty tsv": ("a.tsv", "", NO_ROWS),
     "empty csv": ("a.csv", "\ufeff", NO_ROWS),
@@ -205,6 +203,11 @@ REFUSED = {
         "a.jsonl",
         GOOD + '{"label": 1, "sentence": "好"}\n',
         "{path}, line 2: found the columns 'label', 'sentence', " + COLUMNS,
+    ),
+    "no label in an object": (
+        "a.jsonl",
+        GOOD + '{"text": "好"}\n',
+        "{path}, line 2: found the columns 'text', " + COLUMNS,
     ),
     "too many fields": (
         "a.tsv",
@@ -377,8 +380,7 @@ def test_utf16_is_recognised_by_its_mark(tmp_path, codec, encoding):
 @pytest.mark.parametrize("encoding", ["nope", "hex", ""])
 def test_unknown_encoding(tmp_path, encoding):
     assert refusal(tmp_path, "a.tsv", HEAD, encoding=encoding) == (
-        f"--encoding {encoding}: not a text encoding that Python knows, expected one such as "
-        "utf-8 or gb18030"
+        f"--encoding {encoding}: not a text encoding; try utf-8 or gb18030"
     )
 
 
@@ -400,9 +402,7 @@ def test_no_file(tmp_path):
         assert str(caught.value) == (f"{tmp_path / name}: cannot be read: {reason}; check the path")
     with pytest.raises(UserError) as caught:
         read_examples(str(tmp_path), WORDS)
-    assert str(caught.value) == (
-        f"{tmp_path}: found a directory, expected a file: name the file inside it"
-    )
+    assert str(caught.value) == (f"{tmp_path}: cannot be read: Is a directory; check the path")
 
 
 # --- hash, split, counts --------------------------------------------------------------------------
@@ -490,8 +490,7 @@ def test_split_refuses_what_cannot_be_split():
         with pytest.raises(UserError) as caught:
             held_out_split(examples)
         assert str(caught.value) == (
-            f"number of distinct texts to split is {min(1, len(examples))}, expected at least 2, "
-            "one to train on and one to hold out: use more data"
+            f"found {min(1, len(examples))} distinct texts, at least 2 are needed: add data"
         )
     for fraction in (0, 1, -0.1, float("nan")):
         with pytest.raises(UserError) as caught:

@@ -13,6 +13,7 @@ from test_train import WORDS, arguments, base, data, in_child, one_line, record,
 
 import evaluate
 import train
+from qwen_min.command.compute import Compute
 from qwen_min.errors import UserError
 from qwen_min.files.run import checkpoints
 from qwen_min.files.weights import fingerprint, load_model
@@ -77,7 +78,7 @@ def test_gradients_reach_the_token_vectors_by_both_ways(reference):
     """As input and, tied, as output: against transformers, whose weight is one tensor as well."""
     ours, prompt = load_model(reference[0]), Prompt((5, 6, 7), ((8,), (9, 10)), False)
     parameters = unfreeze(ours, True)
-    label_loss(ours, [prompt], [1]).backward()
+    label_loss(ours, prompt.ids, prompt.labels[1]).backward()
     theirs = reference[1]
     theirs.zero_grad()
     log_probs = theirs(torch.tensor([[5, 6, 7, 9, 10]])).logits[0].log_softmax(-1)
@@ -193,7 +194,7 @@ def test_a_killed_run_goes_on_to_the_bit(method, targets, dtype, base, data, tmp
 
     def die_in_step_seven() -> None:
         name = "label_loss" if method == "lora_label_scoring" else "head_loss"
-        real, calls = getattr(train, name), []
+        real, calls = getattr(Compute, name), []
 
         def counted(*args):
             calls.append(1)
@@ -201,7 +202,7 @@ def test_a_killed_run_goes_on_to_the_bit(method, targets, dtype, base, data, tmp
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args)
 
-        setattr(train, name, counted)
+        setattr(Compute, name, counted)
 
     assert os.waitpid(in_child(arguments(method, base, data, runs[0], *given)), 0)[1] == 0
     args = arguments(method, base, data, runs[1], *given)

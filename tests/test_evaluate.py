@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from sklearn import metrics as sk
 
 import evaluate
+from qwen_min.command.compute import Compute
 from qwen_min.files.data import read_examples
 from qwen_min.files.weights import load_model
 from qwen_min.prompt import build_prompts, parse_template
@@ -451,7 +452,7 @@ SEEN_BEFORE_LOADING: dict[str, tuple[Callable[[], object] | None, dict, tuple[st
 
 @pytest.mark.parametrize("mistake", SEEN_BEFORE_LOADING)
 def test_seen_before_the_model_is_loaded(mistake, workplace, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_model", never_loaded)
+    monkeypatch.setattr("qwen_min.command.trained.load_model", never_loaded)
     prepare, changes, words = SEEN_BEFORE_LOADING[mistake]
     if prepare:
         prepare()
@@ -459,7 +460,7 @@ def test_seen_before_the_model_is_loaded(mistake, workplace, monkeypatch):
 
 
 def test_a_read_only_output(workplace, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_model", never_loaded)
+    monkeypatch.setattr("qwen_min.command.trained.load_model", never_loaded)
     Path("out/results.json").chmod(0o444)
     if os.access("out/results.json", os.W_OK):  # root may write all the same
         monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
@@ -489,7 +490,7 @@ WEIGHTS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
         ("model/model.safetensors", "no such file", "expected"),
     ),
     "truncated": (truncate, ("model/model.safetensors", "not a whole", "fetch it again")),
-    "missing": (lambda: change_tensors(lambda t: t.pop(BIAS)), ("lack 1 tensor", BIAS)),
+    "missing": (lambda: change_tensors(lambda t: t.pop(BIAS)), ("1 tensor", BIAS, "missing")),
     "extra": (
         lambda: change_tensors(lambda t: t.update({"more.weight": torch.ones(2)})),
         ("more.weight", "unknown to this architecture"),
@@ -536,7 +537,7 @@ def test_a_bad_row_behind_the_limit_is_not_read(workplace):
 
 
 def test_ctrl_c_leaves_nothing(workplace, monkeypatch):
-    monkeypatch.setattr(evaluate, "score_rows", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(Compute, "label_scores", lambda *_: signal.raise_signal(signal.SIGINT))
     before = sorted(Path().rglob("*"))
     status, out, err = command(
         *defaults(model="model", data="reviews.tsv", output="out/results.json", predictions="p")

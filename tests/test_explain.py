@@ -9,12 +9,14 @@ import torch
 from conftest import make_reference
 
 from qwen_min.command.terminal import WIDTH, clipped, columns, paragraph, visible
+from qwen_min.fast.features import pooled_features
+from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.weights import load_model
-from qwen_min.head import LinearHead, pooled_features, pooled_state
+from qwen_min.head import LinearHead, pooled_state
 from qwen_min.lab.explain import explain_head, explain_labels, prompt_part
 from qwen_min.lab.steps import Position, head_state, label_positions, label_reasons, text_reason
 from qwen_min.prompt import Prompt, build_prompts
-from qwen_min.scoring import score_label, score_labels
+from qwen_min.scoring import score_label
 from qwen_min.tokenizer import Tokenizer
 
 WORDS = ("差评", "好评")

@@ -12,12 +12,13 @@ from qwen_min.fast.kernels import (
     RMSNormFunction,
     SwiGLUFunction,
     UnpadFunction,
-    attention_side_by_side,
+    padded_attention,
 )
-from qwen_min.fast.layout import ask_for_last, lay_out
+from qwen_min.fast.label_scores import last_states
+from qwen_min.fast.layout import Text, pack, select_queries
+from qwen_min.fast.packed import forward_packed
 from qwen_min.files.weights import load_model
 from qwen_min.model import RMSNorm
-from qwen_min.scoring import last_states
 
 # fp32 sums of some ten products, in another order, on values of size 1.
 FP32 = {"atol": 2e-6, "rtol": 1e-5}
@@ -83,22 +84,20 @@ def test_padding_and_back():
     assert torch.equal(back, padded)
 
 
-@pytest.mark.parametrize("shared_prefix", [False, True])
-@pytest.mark.parametrize("last", [None, [1, 2, 3]])
-def test_the_size_of_the_mask_is_known_without_it(shared_prefix, last):
-    """It is what decides whether the mask is made at all."""
-
-    def angles(positions):
-        return positions, positions
-
-    layout = lay_out(angles, torch.device("cpu"), [5, 2, 4], None, None, shared_prefix)
-    layout = layout if last is None else ask_for_last(layout, last)
-    assert layout.seen_size == layout.seen.numel()
-    assert layout.seen.shape == (3, 5 if last is None else 3, 9 if shared_prefix else 5)
+@pytest.mark.parametrize("first_is_prefix", [False, True])
+@pytest.mark.parametrize("counts", [(None, None, None), (1, 2, 3)])
+def test_the_size_of_the_mask_is_known_without_it(first_is_prefix, counts, reference):
+    """It decides whether the mask is made at all."""
+    texts = [Text(range(n), queries=count) for n, count in zip((5, 2, 4), counts, strict=True)]
+    batch = pack(load_model(reference[0]), texts, first_is_prefix=first_is_prefix)
+    batch = batch if batch.all_queries else select_queries(batch)
+    assert batch.mask_size == batch.padded_mask.numel()
+    queries = 5 if counts[0] is None else 3
+    assert batch.padded_mask.shape == (3, queries, 9 if first_is_prefix else 5)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (4, 1), (3, 3), (14, 2)])
-def test_attention_side_by_side_equals_text_by_text(heads, kv_heads):
+def test_padded_attention_equals_text_by_text(heads, kv_heads):
     """Texts of unequal lengths, some behind keys of their own past, one with a tree's mask."""
     lengths, before = [3, 1, 6, 2], [0, 4, 0, 5]
     sizes = [n + m for n, m in zip(lengths, before, strict=True)]
@@ -110,7 +109,8 @@ def test_attention_side_by_side_equals_text_by_text(heads, kv_heads):
     seen[:, :, 0] = True
     for mask, into in zip(masks, seen, strict=True):
         into[: mask.shape[0], : mask.shape[1]] = mask
-    found = attention_side_by_side(q, k, v, lengths, sizes, seen)
+    keys_values = list(zip(k.split(sizes), v.split(sizes), strict=True))
+    found = padded_attention(q, keys_values, lengths, seen)
     group = heads // kv_heads
     outs = []
     for q_i, k_i, v_i, mask in zip(
@@ -141,7 +141,7 @@ def test_gradients_of_a_packed_pass_equal_those_of_the_definition(kind, tmp_path
     for packed in (True, False):
         model.zero_grad()
         if packed:
-            h, _ = model.model.forward_packed(torch.cat(rows), [len(row) for row in rows])
+            h, _ = forward_packed(model, pack(model, [Text(row) for row in rows]))
         else:
             h = torch.cat([model(row[None])[0] for row in rows])
         (h * wanted).sum().backward()

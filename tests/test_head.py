@@ -13,31 +13,33 @@ from safetensors.torch import save
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-import qwen_min.head as head_module
+import qwen_min.fast.features as features_module
+import qwen_min.fast.label_scores as label_scores_module
+import qwen_min.files.probe as probe_module
+import qwen_min.head as head_mechanics
 from lora import ATTENTION, MLP, inject_lora, lora_parameters
+from qwen_min.command.arguments import candidate_layers
 from qwen_min.errors import UserError
+from qwen_min.fast.features import head_losses, pooled_features
+from qwen_min.fast.label_scores import label_losses, last_states
+from qwen_min.files.probe import cached_features, load_head, save_head
 from qwen_min.files.weights import load_model
 from qwen_min.head import (
     L2_GRID,
     POOLINGS,
     LinearHead,
-    cached_features,
-    candidate_layers,
     fit_head,
     fit_layers,
-    format_layers,
     head_loss,
-    load_head,
-    pooled_features,
     pooled_state,
-    save_head,
     solve_logistic,
 )
 from qwen_min.metrics import log_loss
-from qwen_min.model import Qwen, QwenModel
+from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt, build_prompts
-from qwen_min.scoring import label_loss, last_states, score_label
+from qwen_min.scoring import label_loss, score_label
 from qwen_min.tokenizer import Tokenizer
+from train import format_layers
 
 # fp32, small checkpoints, states of size 1 to 10: sums in another order.
 FP32 = {"atol": 1e-5, "rtol": 1e-5}
@@ -46,6 +48,8 @@ ONE_TOKEN = ((7,), (8,))
 SEVERAL = ((7, 8, 9), (10, 11))
 MIXED = ((7,), (8, 9))
 PREFIX = (3, 1, 4, 1, 5)  # what prompts begin with
+# The definition; the fast form, keeping activations or recomputing them.
+FORMS = [(True, False), (False, False), (False, True)]
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +106,9 @@ def test_features_equal_definition_and_transformers(pooling, budget, pair):
     torch.testing.assert_close(last[:, 0], expected[:, -1], **FP32)
     definition = torch.stack([pooled_state(ours, p.ids, pooling) for p in prompts])
     torch.testing.assert_close(definition, expected[:, -1], **FP32)
+    for layer in range(expected.shape[1]):
+        found = torch.stack([pooled_state(ours, p.ids, pooling, layer) for p in prompts])
+        torch.testing.assert_close(found, expected[:, layer], **FP32)
 
 
 def test_features_of_a_bf16_model_are_fp32(reference):
@@ -150,30 +157,49 @@ def test_progress_counts_every_row(model):
 @pytest.fixture
 def forwards(monkeypatch) -> list[int]:
     """Texts in each forward that is run."""
-    counted, real = [], QwenModel.forward_packed
+    counted, real = [], features_module.forward_packed
 
-    def counting(self, ids, lengths, *args, **kwargs):
-        counted.append(len(lengths))
-        return real(self, ids, lengths, *args, **kwargs)
+    def counting(model, batch, *args, **kwargs):
+        counted.append(len(batch.lengths))
+        return real(model, batch, *args, **kwargs)
 
-    monkeypatch.setattr(QwenModel, "forward_packed", counting)
+    monkeypatch.setattr(features_module, "forward_packed", counting)
     return counted
 
 
+def kept_features(
+    directory,
+    weights,
+    model,
+    prompts,
+    pooling,
+    all_layers,
+    batch_tokens,
+    progress=lambda rows: None,
+) -> Tensor:
+    """`cached_features`, as train.py calls it."""
+
+    def compute(rows):
+        return pooled_features(model, rows, pooling, all_layers, batch_tokens, progress)
+
+    setting = f"{weights} {model.lm_head_weight.dtype} {pooling} {all_layers}"
+    return cached_features(directory, setting, prompts, compute, progress)
+
+
 def test_kept_features_are_not_run_again(model, forwards, tmp_path, monkeypatch):
-    monkeypatch.setattr(head_module, "CACHE_ROWS", 4)
+    monkeypatch.setattr(probe_module, "CACHE_ROWS", 4)
     prompts, directory, seen = random_prompts(10), tmp_path / "a" / "features", []
     arguments = (directory, "weights", model, prompts, "last", True, 60)
-    first = cached_features(*arguments, seen.append)
+    first = kept_features(*arguments, seen.append)
     assert sum(forwards) == sum(seen) == 10
     expected = pooled_features(model, prompts, "last", True, HUGE)
     torch.testing.assert_close(first, expected, **FP32)
     forwards.clear(), seen.clear()
-    assert torch.equal(cached_features(*arguments, seen.append), first)
+    assert torch.equal(kept_features(*arguments, seen.append), first)
     assert (sum(forwards), sum(seen)) == (0, 10)
     assert len(os.listdir(directory)) == 3  # ten rows by four
     # How many tokens a forward takes changes no state, and so not the key.
-    assert torch.equal(cached_features(*arguments[:-1], HUGE), first)
+    assert torch.equal(kept_features(*arguments[:-1], HUGE), first)
     assert forwards == []
 
 
@@ -203,33 +229,34 @@ def test_another_setting_is_another_key(model, reference, forwards, tmp_path):
     for change in changes:
         forwards.clear()
         settings = usual | change
-        found = cached_features(tmp_path, **settings, batch_tokens=HUGE)
+        found = kept_features(tmp_path, **settings, batch_tokens=HUGE)
         assert sum(forwards) == 3, change
         del settings["weights"]
         assert torch.equal(found, pooled_features(**settings, batch_tokens=HUGE))
     assert len(os.listdir(tmp_path)) == len(changes)
     forwards.clear()
     for change in changes:
-        cached_features(tmp_path, **(usual | change), batch_tokens=HUGE)
+        kept_features(tmp_path, **(usual | change), batch_tokens=HUGE)
     assert forwards == []
 
 
 def test_a_killed_run_loses_only_what_it_had_not_finished(model, forwards, tmp_path, monkeypatch):
-    monkeypatch.setattr(head_module, "CACHE_ROWS", 4)
-    prompts, calls, real = random_prompts(10), [], head_module.pooled_features
+    monkeypatch.setattr(probe_module, "CACHE_ROWS", 4)
+    prompts, calls = random_prompts(10), []
 
-    def killed(*args):
+    def killed(model, rows, *args):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(model, rows, *args)
 
+    real = pooled_features
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(head_module, "pooled_features", killed)
-        cached_features(tmp_path, "w", model, prompts, "last", False, HUGE)
+        patch.setitem(globals(), "pooled_features", killed)
+        kept_features(tmp_path, "w", model, prompts, "last", False, HUGE)
     assert sum(forwards) == 8
     forwards.clear()
-    found = cached_features(tmp_path, "w", model, prompts, "last", False, HUGE)
+    found = kept_features(tmp_path, "w", model, prompts, "last", False, HUGE)
     assert sum(forwards) == 2
     expected = pooled_features(model, prompts, "last", False, HUGE)
     torch.testing.assert_close(found, expected, **FP32)
@@ -249,11 +276,11 @@ def test_a_killed_run_loses_only_what_it_had_not_finished(model, forwards, tmp_p
 )
 def test_a_damaged_file_is_computed_again(damage, model, tmp_path):
     arguments = (tmp_path, "w", model, random_prompts(3), "last", False, HUGE)
-    first, seen = cached_features(*arguments), []
+    first, seen = kept_features(*arguments), []
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
-    assert torch.equal(cached_features(*arguments, seen.append), first)
+    assert torch.equal(kept_features(*arguments, seen.append), first)
     assert sum(seen) == 3
     assert path.read_bytes() == whole
 
@@ -262,7 +289,7 @@ def test_a_cache_that_cannot_be_made_is_one_line(model, tmp_path):
     (tmp_path / "file").touch()
     for place in ("file", "file/features"):
         with pytest.raises(UserError, match=f"{place}: .*--feature-cache") as error:
-            cached_features(tmp_path / place, "w", model, random_prompts(2), "last", False, HUGE)
+            kept_features(tmp_path / place, "w", model, random_prompts(2), "last", False, HUGE)
         assert "\n" not in str(error.value)
 
 
@@ -337,7 +364,7 @@ def split_blobs(classes: int = 2, seed: int = 0) -> tuple[Tensor, np.ndarray, Te
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *l2: float) -> None:
-    monkeypatch.setattr(head_module, "L2_GRID", l2)
+    monkeypatch.setattr(head_mechanics, "L2_GRID", l2)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -567,13 +594,17 @@ def compare_gradients(
 
 
 @pytest.mark.parametrize("prefix", [(), PREFIX])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("plain", "checkpointing"), FORMS)
 @pytest.mark.parametrize("labels", [ONE_TOKEN, SEVERAL, MIXED])
-def test_label_loss_equals_transformers(labels, checkpointing, prefix, pair):
+def test_label_loss_equals_transformers(labels, plain, checkpointing, prefix, pair):
     """Against full logits (B, T, V) of a padded batch, the label words' tokens picked out."""
     ours, theirs, their_parameters = adapted(pair)
     prompts, classes = random_prompts(5, labels, prefix=prefix), [0, 1, 1, 0, 1]
-    loss = label_loss(ours, prompts, classes, checkpointing)
+    if plain:
+        rows = zip(prompts, classes, strict=True)
+        loss = sum(label_loss(ours, prompt.ids, prompt.labels[y]) for prompt, y in rows)
+    else:
+        loss = label_losses(ours, prompts, classes, checkpointing)
     loss.backward()
 
     words = [labels[y] for y in classes]
@@ -592,13 +623,17 @@ def test_label_loss_equals_transformers(labels, checkpointing, prefix, pair):
 
 
 @pytest.mark.parametrize("prefix", [(), PREFIX])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_head_loss_equals_transformers(checkpointing, prefix, pair):
+@pytest.mark.parametrize(("plain", "checkpointing"), FORMS)
+def test_head_loss_equals_transformers(plain, checkpointing, prefix, pair):
     ours, theirs, their_parameters = adapted(pair)
     prompts, classes = random_prompts(5, prefix=prefix), [0, 2, 1, 0, 1]
     start = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
     weight, their_weight = nn.Parameter(0.1 * start), nn.Parameter(0.1 * start)
-    loss = head_loss(ours, weight, prompts, classes, checkpointing)
+    if plain:
+        rows = zip(prompts, classes, strict=True)
+        loss = sum(head_loss(ours, weight, prompt.ids, y) for prompt, y in rows)
+    else:
+        loss = head_losses(ours, weight, prompts, classes, checkpointing)
     loss.backward()
 
     states = theirs.base_model.model.model(padded([p.ids for p in prompts])).last_hidden_state
@@ -616,10 +651,11 @@ def test_head_loss_equals_transformers(checkpointing, prefix, pair):
 @pytest.mark.parametrize("labels", [ONE_TOKEN, SEVERAL, MIXED])
 def test_label_loss_is_minus_the_score(labels, model):
     prompts, classes = random_prompts(6, labels), [0, 1, 0, 1, 1, 0]
-    pairs = zip(prompts, classes, strict=True)
+    pairs = list(zip(prompts, classes, strict=True))
     scores = [score_label(model, prompt.ids, prompt.labels[y]) for prompt, y in pairs]
-    loss = label_loss(model, prompts, classes).item()
-    assert loss == pytest.approx(-sum(scores), rel=1e-5)
+    assert label_losses(model, prompts, classes).item() == pytest.approx(-sum(scores), rel=1e-5)
+    for (prompt, y), score in zip(pairs, scores, strict=True):
+        assert label_loss(model, prompt.ids, prompt.labels[y]).item() == -score
 
 
 @pytest.mark.parametrize("kind", ["head", "one token", "mixed"])
@@ -633,9 +669,9 @@ def test_losses_are_sums_over_rows(kind, pair):
 
     def loss(rows: list[int]) -> Tensor:
         arguments = [prompts[row] for row in rows], [classes[row] for row in rows]
-        return (
-            head_loss(ours, weight, *arguments) if kind == "head" else label_loss(ours, *arguments)
-        )
+        if kind == "head":
+            return head_losses(ours, weight, *arguments)
+        return label_losses(ours, *arguments)
 
     whole = loss([0, 1, 2, 3, 4, 5])
     whole.backward()
@@ -663,23 +699,23 @@ def test_vocabulary_projection_only_where_a_label_is_predicted(model, monkeypatc
     classes = [0, 1, 1, 0, 1]
     for labels, rows in ((ONE_TOKEN, 5), (SEVERAL, 2 * 3 + 3 * 2), (MIXED, 2 * 1 + 3 * 2)):
         shapes.clear()
-        label_loss(model, random_prompts(5, labels), classes)
+        label_losses(model, random_prompts(5, labels), classes)
         assert shapes == [(rows, 32)]
     shapes.clear()
-    head_loss(model, torch.zeros(2, 32), random_prompts(5), classes)
-    cached_features(tmp_path, "w", model, random_prompts(5), "mean", True, HUGE)
+    head_losses(model, torch.zeros(2, 32), random_prompts(5), classes)
+    kept_features(tmp_path, "w", model, random_prompts(5), "mean", True, HUGE)
     assert shapes == []
 
 
 def test_texts_that_begin_alike_share_that_beginning(model, monkeypatch):
     """As much as all of them share, short of what is asked of any; a text alone shares nothing."""
-    counted, real = [], QwenModel.forward_packed
+    counted, real = [], label_scores_module.forward_packed
 
-    def counting(self, ids, *arguments, **keywords):
-        counted.append(len(ids))
-        return real(self, ids, *arguments, **keywords)
+    def counting(model, batch, *arguments, **keywords):
+        counted.append(len(batch.ids))
+        return real(model, batch, *arguments, **keywords)
 
-    monkeypatch.setattr(QwenModel, "forward_packed", counting)
+    monkeypatch.setattr(label_scores_module, "forward_packed", counting)
     texts = [(*PREFIX, 9, 9, 8), (*PREFIX, 9), (*PREFIX, 7, 6)]
     for asked, tokens in (([1, 1, 1], 5 + 3 + 1 + 2), ([3, 2, 2], 4 + 4 + 2 + 3)):
         h = last_states(model, texts, asked)
@@ -695,7 +731,7 @@ def test_head_loss_of_a_bf16_base_is_fp32(reference):
     """A head in bf16 would lose its small steps; the loss is formed in fp32."""
     rounded = load_model(reference[0], "bfloat16")
     weight = nn.Parameter(0.1 * torch.randn(2, 32, generator=torch.Generator().manual_seed(0)))
-    loss = head_loss(rounded, weight, random_prompts(3), [0, 1, 1])
+    loss = head_losses(rounded, weight, random_prompts(3), [0, 1, 1])
     loss.backward()
     assert loss.dtype == weight.grad.dtype == torch.float32
     h = last_states(rounded, [prompt.ids for prompt in random_prompts(3)], [1, 1, 1])

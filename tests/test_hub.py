@@ -19,7 +19,7 @@ import pytest
 
 from qwen_min.errors import UserError
 from qwen_min.files import hub as hub_module
-from qwen_min.files.hub import SMALL, resolve_model
+from qwen_min.files.hub import OPTIONAL, resolve_model
 
 REPO = Path(__file__).resolve().parent.parent
 # Prints one JSON line per name; anything but a UserError is a bug and ends it with a traceback.
@@ -87,7 +87,7 @@ REPOS = {
     "org/cut": {commit("8"): WANTED | {"model.safetensors": BIG}},
     "org/broken": {commit("9"): SINGLE},
     "org/short": {commit("9"): SINGLE},
-    "org/chat": {commit("9"): SINGLE | dict.fromkeys(SMALL, b"{}")},
+    "org/chat": {commit("9"): SINGLE | dict.fromkeys(OPTIONAL, b"{}")},
     "org/gated": {commit("a"): SINGLE},
     "org/stranger": {commit("b"): SINGLE},
     "org/pickled": {commit("c"): WANTED | {"pytorch_model.bin": b"pickle"}},
@@ -398,7 +398,7 @@ def test_only_what_is_needed_is_downloaded(online, hub):
 
 
 def test_the_chat_template_and_what_ends_an_answer_come_along(online):
-    assert contents(online["org/chat"]["path"]) == SINGLE | dict.fromkeys(SMALL, b"{}")
+    assert contents(online["org/chat"]["path"]) == SINGLE | dict.fromkeys(OPTIONAL, b"{}")
 
 
 def test_an_index_brings_exactly_the_shards_that_it_maps(online, hub):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qwen_min.errors import UserError
+from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.weights import load_model
 from qwen_min.lab.label_sets import (
     compare_sets,
@@ -13,7 +14,7 @@ from qwen_min.lab.label_sets import (
     with_first_tokens,
 )
 from qwen_min.prompt import Prompt, build_prompts
-from qwen_min.scoring import score_label, score_labels
+from qwen_min.scoring import score_label
 from qwen_min.tokenizer import Tokenizer
 
 OWN = ("负面", "正面")

@@ -125,7 +125,7 @@ def test_untied_head_is_its_own(untied):
 def test_untied_without_head_is_refused(tmp_path, tied):
     config, tensors = tied
     write(tmp_path, config | {"tie_word_embeddings": False}, tensors)
-    refused(load_model, tmp_path, tmp_path, "lack 1 tensor", HEAD)
+    refused(load_model, tmp_path, tmp_path, "1 tensor", "missing", HEAD)
     # The field's default is untied.
     bare = {key: config[key] for key in config.keys() - {"tie_word_embeddings"}}
     write(tmp_path, bare, tensors)
@@ -211,18 +211,18 @@ def test_missing_tensors(tmp_path, tied):
     biases = sorted(name for name in tensors if name.endswith("bias"))
     assert len(biases) == 9
     one = {name: tensor for name, tensor in tensors.items() if name != biases[0]}
-    refused(load_model, write(tmp_path, config, one), tmp_path, "lack 1 tensor", biases[0])
+    refused(load_model, write(tmp_path, config, one), tmp_path, "1 tensor", "missing", biases[0])
     none = {name: tensor for name, tensor in tensors.items() if name not in biases}
-    refused(load_model, write(tmp_path, config, none), tmp_path, "lack 9 tensor", *biases[:3])
+    refused(load_model, write(tmp_path, config, none), tmp_path, "9 tensor", "missing", *biases[:3])
 
 
 def test_left_over_tensors(tmp_path, tied):
     config, tensors = tied
     extra = "model.layers.0.self_attn.q_norm.weight"  # a Qwen3's
     write(tmp_path, config, tensors | {extra: torch.ones(8)})
-    refused(load_model, tmp_path, tmp_path, "hold 1 tensor", extra)
+    refused(load_model, tmp_path, tmp_path, "1 tensor", "unknown", extra)
     write(tmp_path, config | {"num_hidden_layers": 2, "layer_types": None}, tensors)
-    refused(load_model, tmp_path, tmp_path, "hold 12 tensor", "model.layers.2.")
+    refused(load_model, tmp_path, tmp_path, "12 tensor", "unknown", "model.layers.2.")
 
 
 def test_misshapen_tensors(tmp_path, tied):
@@ -453,10 +453,10 @@ def test_a_directory_in_the_indexs_place(tmp_path):
     refused(read_tensors, tmp_path, tmp_path / INDEX)
 
 
-def test_an_empty_weight_map_lacks_everything(tmp_path, tied):
+def test_an_empty_weight_map(tmp_path, tied):
     (tmp_path / "config.json").write_text(json.dumps(tied[0]))
     write_shards(tmp_path, [])
-    refused(load_model, tmp_path, tmp_path, f"lack {len(tied[1])} tensor")
+    refused(load_model, tmp_path, tmp_path / INDEX, "weight_map", "fetch it again")
 
 
 # ---- hashes --------------------------------------------------------------------------------------

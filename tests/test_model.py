@@ -7,10 +7,12 @@ import torch
 from conftest import make_reference
 from torch import nn
 
+import qwen_min.fast.packed as packed_module
 import qwen_min.model as model_module
-from qwen_min.fast.layout import Layout
+from qwen_min.fast.layout import Text, pack
+from qwen_min.fast.packed import attention, forward_packed
 from qwen_min.files.weights import load_model
-from qwen_min.model import Attention, Qwen, RMSNorm, rotary_cos_sin
+from qwen_min.model import Attention, Qwen, RMSNorm, next_token_loss, rotary_cos_sin
 
 # fp32 sums of a few hundred products, in another order: a few units in the last place of values
 # up to 10 (2^-20 each).
@@ -80,7 +82,7 @@ def test_logits_equal_transformers(pair):
 def test_packed_equals_definition(pair):
     ours, _ = pair
     rows = [random_ids(1, n, seed=n)[0] for n in (1, 7, 23, 2)]
-    packed, _ = ours.model.forward_packed(torch.cat(rows), [len(row) for row in rows])
+    packed, _ = forward_packed(ours, pack(ours, [Text(row) for row in rows]))
     for row, h in zip(rows, packed.split([len(row) for row in rows]), strict=True):
         torch.testing.assert_close(h, ours(row[None])[0], **FP32)
 
@@ -91,13 +93,14 @@ def test_asking_for_last_tokens_alone_gives_the_same(pair, counts):
     ours, _ = pair
     rows = [random_ids(1, n, seed=n)[0] for n in (1, 7, 23, 2)]
     expected = torch.cat([ours(r[None])[0, -n:] for r, n in zip(rows, counts, strict=True)])
-    h, _ = ours.model.forward_packed(torch.cat(rows), [len(r) for r in rows], last=counts)
+    texts = [Text(row, queries=n) for row, n in zip(rows, counts, strict=True)]
+    h, _ = forward_packed(ours, pack(ours, texts))
     torch.testing.assert_close(h, expected, **FP32)
     # The same behind a cache, where masks take the place of causality.
-    _, cache = ours.model.forward_packed(random_ids(1, 5)[0], [5])
-    past = [layer * len(rows) for layer in cache]
-    whole, _ = ours.model.forward_packed(torch.cat(rows), [len(r) for r in rows], past=past)
-    h, _ = ours.model.forward_packed(torch.cat(rows), [len(r) for r in rows], past, last=counts)
+    _, cache = forward_packed(ours, pack(ours, [Text(random_ids(1, 5)[0])]))
+    prefix = [layer * len(rows) for layer in cache]
+    whole, _ = forward_packed(ours, pack(ours, [Text(row) for row in rows], prefix))
+    h, _ = forward_packed(ours, pack(ours, texts, prefix))
     asked = [s[-n:] for s, n in zip(whole.split([len(r) for r in rows]), counts, strict=True)]
     torch.testing.assert_close(h, torch.cat(asked), **FP32)
 
@@ -107,18 +110,16 @@ def test_asking_for_last_tokens_alone_gives_the_same(pair, counts):
 def test_continuing_a_cache_equals_the_whole(pair, suffix):
     ours, _ = pair
     rows = [random_ids(1, n, seed=n)[0] for n in (9, 14)]
-    _, cache = ours.model.forward_packed(
-        torch.cat([row[:-suffix] for row in rows]), [len(row) - suffix for row in rows]
-    )
+    _, cache = forward_packed(ours, pack(ours, [Text(row[:-suffix]) for row in rows]))
     before = [tensor.clone() for layer in cache for kv in layer for tensor in kv]
-    new = torch.cat([row[-suffix:] for row in rows])
-    h, _ = ours.model.forward_packed(new, [suffix] * 2, past=cache)
+    new = pack(ours, [Text(row[-suffix:]) for row in rows], cache)
+    h, _ = forward_packed(ours, new)
     for row, states in zip(rows, h.split(suffix), strict=True):
         torch.testing.assert_close(states, ours(row[None])[0, -suffix:], **FP32)
     # Continuing left the cache as it was: a second time gives the same to the bit.
     after = [tensor for layer in cache for kv in layer for tensor in kv]
     assert all(map(torch.equal, before, after))
-    again, _ = ours.model.forward_packed(new, [suffix] * 2, past=cache)
+    again, _ = forward_packed(ours, new)
     assert torch.equal(h, again)
 
 
@@ -127,17 +128,17 @@ def test_tree_equals_each_branch_alone(pair):
     ours, _ = pair
     prompt = random_ids(1, 6)[0]
     # Two branches: a → b, and c. Nodes a, b, c; b sees a and itself, c only itself.
-    visible = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    tree = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
     a, b, c = 17, 301, 44
-    _, cache = ours.model.forward_packed(prompt, [6])
-    h, _ = ours.model.forward_packed(torch.tensor([a, b, c]), [3], past=cache, visible=[visible])
+    _, cache = forward_packed(ours, pack(ours, [Text(prompt)]))
+    h, _ = forward_packed(ours, pack(ours, [Text([a, b, c], tree)], cache))
     torch.testing.assert_close(h[:2], ours(torch.tensor([[*prompt, a, b]]))[0, -2:], **FP32)
     torch.testing.assert_close(h[2], ours(torch.tensor([[*prompt, c]]))[0, -1], **FP32)
     # The same in one pass, the tree behind its prompt, beside a text without one.
-    seen = torch.ones(9, 9).tril().bool()
-    seen[6:, 6:] = visible
-    ids = torch.cat([prompt, torch.tensor([a, b, c]), prompt[:4]])
-    both, _ = ours.model.forward_packed(ids, [9, 4], visible=[seen, None], last=[3, 1])
+    mask = torch.ones(9, 9).tril().bool()
+    mask[6:, 6:] = tree
+    texts = [Text([*prompt, a, b, c], mask, queries=3), Text(prompt[:4], queries=1)]
+    both, _ = forward_packed(ours, pack(ours, texts))
     torch.testing.assert_close(both[:3], h, **FP32)
     torch.testing.assert_close(both[3], ours(prompt[None, :4])[0, -1], **FP32)
 
@@ -156,8 +157,8 @@ def test_padding_does_not_reach_real_positions(reference):
 def test_packed_texts_do_not_leak_into_each_other(reference):
     ours = load_model(reference[0])
     a, other, b = (random_ids(1, 12, seed=s)[0] for s in (1, 2, 3))
-    first, _ = ours.model.forward_packed(torch.cat([a, b]), [12, 12])
-    second, _ = ours.model.forward_packed(torch.cat([other, b]), [12, 12])
+    first, _ = forward_packed(ours, pack(ours, [Text(a), Text(b)]))
+    second, _ = forward_packed(ours, pack(ours, [Text(other), Text(b)]))
     assert torch.equal(first[12:], second[12:])
     assert not torch.allclose(first[:12], second[:12])
 
@@ -192,11 +193,11 @@ def test_norm_casts_before_the_weight():
 
 def test_large_bf16_attention_is_finite(reference):
     ours = load_model(reference[0], dtype="bfloat16")
-    attention: Attention = ours.model.layers[0].self_attn
+    module: Attention = ours.model.layers[0].self_attn
     x = 1e4 * torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     cos, sin = rotary_cos_sin(torch.arange(20), 8, 1e4)
-    definition = attention(x, cos, sin)
-    packed, _ = attention.forward_packed(x[0], Layout([20], cos, sin, [None]), None)
+    definition = module(x, cos, sin)
+    packed, _ = attention(module, x[0], pack(ours, [Text(range(20))]), None)
     assert definition.isfinite().all()
     assert packed.isfinite().all()
 
@@ -305,7 +306,8 @@ def test_checkpointing_changes_no_gradient(reference):
     ids, gradients = random_ids(1, 12)[0], []
     for checkpointing in (False, True):
         ours.zero_grad()
-        h, _ = ours.model.forward_packed(ids, [5, 7], checkpointing=checkpointing)
+        batch = pack(ours, [Text(ids[:5]), Text(ids[5:])])
+        h, _ = forward_packed(ours, batch, checkpointing=checkpointing)
         h.square().sum().backward()
         gradients.append([p.grad.clone() for p in ours.model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -317,18 +319,18 @@ def test_a_shared_prefix_run_once_equals_each_text_with_its_own(pair, checkpoint
     ours, _ = pair
     ours.requires_grad_(True)
     prefix, own = random_ids(1, 6)[0], [random_ids(1, n, seed=n)[0] for n in (3, 1, 8)]
-    ids, lengths, last = torch.cat([prefix, *own]), [6, 3, 1, 8], [1, 2, 1, 5]
+    counts = [1, 2, 1, 5]
+    texts = [Text(ids, queries=n) for ids, n in zip([prefix, *own], counts, strict=True)]
     wanted, gradients = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)), []
     for shared in (True, False):
         ours.zero_grad()
         if shared:
-            h, cache = ours.model.forward_packed(
-                ids, lengths, shared_prefix=True, last=last, checkpointing=checkpointing
-            )
+            batch = pack(ours, texts, first_is_prefix=True)
+            h, cache = forward_packed(ours, batch, checkpointing=checkpointing)
             h = h[1:]  # without the prefix's own last state
         else:
             whole = [ours(torch.cat([prefix, text])[None])[0] for text in own]
-            h = torch.cat([states[-n:] for states, n in zip(whole, last[1:], strict=True)])
+            h = torch.cat([states[-n:] for states, n in zip(whole, counts[1:], strict=True)])
         (h * wanted).sum().backward()
         gradients.append([p.grad.clone() for p in ours.model.parameters()])
         if shared:
@@ -338,26 +340,25 @@ def test_a_shared_prefix_run_once_equals_each_text_with_its_own(pair, checkpoint
         assert (a - b).abs().max() < 2e-5 * b.abs().max()
     assert [len(k) for k, _ in cache[0]] == [6, 9, 7, 14]  # each text's keys, the prefix's included
     with torch.no_grad():
-        h, _ = ours.model.forward_packed(ids, lengths, shared_prefix=True, last=last)
+        h, _ = forward_packed(ours, pack(ours, texts, first_is_prefix=True))
     torch.testing.assert_close(h[1:], found, **FP32)
     ours.requires_grad_(False)
 
 
 def test_long_texts_take_the_form_that_keeps_no_weights(pair, monkeypatch):
     ours, _ = pair
-    ids, lengths, calls = random_ids(1, 30)[0], [10, 20], []
-    real = model_module.attention_side_by_side
-    monkeypatch.setattr(
-        model_module, "attention_side_by_side", lambda *a: calls.append(1) or real(*a)
-    )
-    whole, _ = ours.model.forward_packed(ids, lengths)
+    ids, calls = random_ids(1, 30)[0], []
+    real = packed_module.padded_attention
+    monkeypatch.setattr(packed_module, "padded_attention", lambda *a: calls.append(1) or real(*a))
+    texts = [Text(ids[:10]), Text(ids[10:])]
+    whole, _ = forward_packed(ours, pack(ours, texts))
     assert len(calls) == len(ours.model.layers)
-    monkeypatch.setattr(model_module, "LARGEST_SEEN", 2 * 20 * 20 - 1)
-    h, _ = ours.model.forward_packed(ids, lengths)
+    monkeypatch.setattr(packed_module, "LARGEST_PADDED", 2 * 20 * 20 - 1)
+    h, _ = forward_packed(ours, pack(ours, texts))
     assert len(calls) == len(ours.model.layers)
     torch.testing.assert_close(h, whole, **FP32)
     with pytest.raises(ValueError, match="not both"):
-        ours.model.forward_packed(ids, lengths, past=[[]], shared_prefix=True)
+        pack(ours, texts, prefix=[[]], first_is_prefix=True)
 
 
 def test_streams_are_the_reference_hidden_states(reference):
@@ -365,7 +366,24 @@ def test_streams_are_the_reference_hidden_states(reference):
     ours, ids = load_model(directory), random_ids(1, 15)
     streams: list[torch.Tensor] = []
     with torch.no_grad():
-        h, _ = ours.model.forward_packed(ids[0], [15], streams=streams)
+        h, _ = forward_packed(ours, pack(ours, [Text(ids[0])]), streams)
         expected = theirs(ids, output_hidden_states=True).hidden_states
     for found, wanted in zip([*streams, h], expected, strict=True):
         torch.testing.assert_close(found, wanted[0], **FP32)
+
+
+@torch.no_grad()
+def test_the_definition_stops_at_a_layer(reference):
+    """0 is the embedding; the final norm belongs to the last layer."""
+    directory, theirs = reference
+    ours, ids = load_model(directory), random_ids(2, 15)
+    expected = theirs(ids, output_hidden_states=True).hidden_states
+    for layer, wanted in enumerate(expected):
+        torch.testing.assert_close(ours.model(ids, layer), wanted, **FP32)
+
+
+@torch.no_grad()
+def test_next_token_loss_equals_transformers(pair):
+    ours, reference = pair
+    ids = random_ids(3, 17)
+    torch.testing.assert_close(next_token_loss(ours, ids), reference(ids, labels=ids).loss, **FP32)

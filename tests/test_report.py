@@ -1,4 +1,4 @@
-"""The report: one table, seeds as one row, paired tests, refusals, and pictures without boxes."""
+"""The report: one table, seeds as one row, paired tests, errors, and pictures without boxes."""
 
 import contextlib
 import io
@@ -53,7 +53,7 @@ def evaluated(
 ) -> Path:
     """What evaluate.py leaves for a method of this skill: results, and predictions beside them.
 
-    `examples` stands for the file; `noise` for whatever is drawn at random in training.
+    `examples` seeds the labels, like another data file; `noise` seeds the scores.
     """
     directory.mkdir(parents=True, exist_ok=True)
     labels = labels_of(examples, len(words))
@@ -217,7 +217,7 @@ def test_seeds_are_one_row(seeds):
         assert lora["mean"][key] == pytest.approx(statistics.mean(values), rel=1e-12)
         assert lora["standard_deviation"][key] == pytest.approx(statistics.stdev(values), rel=1e-12)
     assert zero["standard_deviation"]["accuracy"] is None
-    # What has no seed is tested against each.
+    # An untrained method is tested against each seed.
     (pair,) = found["pairs"]
     assert [(test["seed_a"], test["seed_b"]) for test in pair["tests"]] == [(0, 0), (0, 1), (0, 2)]
     for test, row in zip(pair["tests"], lora["seeds"], strict=True):
@@ -259,7 +259,7 @@ def test_other_arguments_are_another_method(tmp_path):
 
 
 def test_the_run_tells_what_older_results_do_not(seeds):
-    """Results without training_arguments: run.json has them."""
+    """Results without training_arguments: they are read from run.json."""
     for run in seeds[1:]:
         path = run / "results-a.json"
         results = json.loads(path.read_text())
@@ -300,7 +300,7 @@ def test_chinese_names_stand_in_columns(tmp_path):
     ]
     table = command(*paths)[1].split("\n\n")[0].splitlines()
     assert len(table) == 3
-    # Everything from U+2E80 on that stands here is two columns wide: Chinese, and its punctuation.
+    # All characters here from U+2E80 on are two columns wide: Chinese and its punctuation.
     assert len({len(line) + sum(char > "\u2e7f" for char in line) for line in table}) == 1
     assert "template=评论" in table[1]
 
@@ -396,7 +396,7 @@ def test_a_mistake_gets_one_line(tmp_path, monkeypatch, arguments, part):
     damaged("short", lambda text: "".join(text.splitlines(keepends=True)[:-1]))
     damaged("swapped", lambda text: text.replace('"prediction": 1', '"prediction": 0', 1))
     damaged("nan", lambda text: re.sub(r"\[[^,]*,", "[NaN,", text, count=1))
-    if "relabelled/results.json" in arguments:  # two rows change places, the counts do not
+    if "relabelled/results.json" in arguments:  # two rows swap places; the counts stay
 
         def swap(text: str) -> str:
             rows = [json.loads(line) for line in text.splitlines()]
@@ -431,7 +431,7 @@ def test_plots_name_the_package_that_is_missing(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_boxes(monkeypatch):
-    """matplotlib warns where it draws a box in place of a character. Few pixels: seconds count."""
+    """matplotlib warns when it draws a box for a character. Few pixels, to save time."""
     monkeypatch.setattr(plots, "DPI", 40)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -518,7 +518,7 @@ def test_the_roc_curve_is_scikit_learns(ties):
 
 
 def test_what_the_pictures_say(seeds):
-    """Legends, axes with their units, and curves that differ in more than colour."""
+    """Legends, axis labels with units, and curves that differ in line style and marker."""
     methods = gather(read_all(seeds))
     scored = [(m.name, plots.scored_seeds(m)) for m in methods]
     (axes,) = plots.plot_roc(scored, [("neg", "neg"), ("pos", "pos")]).axes
@@ -531,11 +531,11 @@ def test_what_the_pictures_say(seeds):
     assert len(styles) == 3  # two methods and chance
 
     panels = plots.plot_reliability(scored).axes
-    assert len(panels) == 8  # four results: three and their counts below, then the fourth
-    assert sum(bar.get_height() for bar in panels[3].patches) == N
+    assert len(panels) == 8  # four results, each followed by its counts
+    assert sum(bar.get_height() for bar in panels[1].patches) == N
     # How far the points are from the diagonal, weighted by their counts, is the ECE.
     points = panels[0].lines[1]
-    counts = [bar.get_height() for bar in panels[3].patches if bar.get_height()]
+    counts = [bar.get_height() for bar in panels[1].patches if bar.get_height()]
     gaps = np.abs(np.array(points.get_ydata()) - points.get_xdata())
     ece = methods[0].first.results["ece"]
     assert np.dot(gaps, counts) / N == pytest.approx(ece, abs=1e-12)

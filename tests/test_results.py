@@ -1,9 +1,12 @@
-"""README's "Results": tables made from the kept files, and those by the commands that it shows."""
+"""The three READMEs: tables come from the kept files, kept files from the commands shown there."""
 
+import ast
+import inspect
 import json
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from qwen_min.files.hub import resolve_model
 from qwen_min.files.weights import load_model
 from qwen_min.metrics import auc_roc, paired_bootstrap
 from qwen_min.report.compare import read_result
+from qwen_min.scoring import score_label
 from qwen_min.tokenizer import Tokenizer
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -34,16 +38,60 @@ KEPT = sorted(RESULTS.glob("*/*.json"))
 ROWS = {(size, row.name): row for size in experiment.MODELS for row in experiment.all_rows(size)}
 
 
-def test_the_tables_in_the_readme_are_those_of_the_kept_files():
-    readme = (experiment.REPO / "README.md").read_text(encoding="utf-8")
-    marked = tables.MARK.findall(readme)
-    assert marked and {name for _, name, _ in marked} <= set(tables.TABLES)
-    assert tables.written(readme) == readme, "run: python tests/results/tables.py --write"
+README, ENGLISH, CHINESE = (path.read_text(encoding="utf-8") for path in tables.FILES)
+WRITE = "run: python tests/results/tables.py --write"
+
+
+def test_the_tables_in_the_readmes_are_those_of_the_kept_files():
+    marked = []
+    for readme in (README, ENGLISH, CHINESE):
+        names = [name for _, name, _ in tables.MARK.findall(readme)]
+        assert names and readme.count("<!-- results:") == len(names)
+        assert tables.written(readme) == readme, WRITE
+        marked += names
+    assert set(marked) == set(tables.TABLES)
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 16_000
+
+
+def test_the_links_in_the_readmes_lead_to_files():
+    for readme, path in zip((README, ENGLISH, CHINESE), tables.FILES, strict=True):
+        links = re.findall(r"\]\(([^)#]+)\)", readme)
+        assert links and all((path.parent / link).is_file() for link in links)
+
+
+def test_the_code_in_the_readme_is_score_label():
+    block = README[README.index("    @torch.inference_mode()") :]
+    block = re.match(r"(?: {4}.*\n)+", block)[0]
+    (printed,) = ast.parse(textwrap.dedent(block)).body
+    (defined,) = ast.parse(inspect.getsource(score_label)).body
+    if ast.get_docstring(defined):
+        defined.body.pop(0)
+    assert ast.dump(printed) == ast.dump(defined)
+
+
+def test_the_first_command_prints_what_the_readme_shows(capsys):
+    """Words and layout exactly; numbers within 0.02, since bf16 rounds otherwise elsewhere."""
+    block = README[README.index("    method        zero_shot") :]
+    shown = textwrap.dedent(block[: block.index("\nThe second line")]).split()
+    assert evaluate.main(["--method", "zero_shot"]) == 0
+    printed = capsys.readouterr().out.split()
+    at = shown.index("speed")  # its two figures depend on the machine
+    for words in (shown, printed):
+        words[at + 1] = words[at + 3] = "-"
+    assert len(shown) == len(printed)
+    for ours, theirs in zip(printed, shown, strict=True):
+        if re.fullmatch(r"0\.\d+", theirs):
+            assert float(ours) == pytest.approx(float(theirs), abs=0.02)
+        elif not re.fullmatch(r"\d+", theirs):
+            assert ours == theirs
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_kept_file_was_made_by_its_command(path):
-    """What the command says is what was recorded, and so are its defaults where it says nothing."""
+    """The recorded arguments are those of the command, and the defaults of all others."""
     size = path.parent.name
     *before, measuring = experiment.commands(ROWS[size, path.stem], size)
     results = json.loads(path.read_text(encoding="utf-8"))
@@ -70,7 +118,7 @@ def test_a_kept_file_fits_its_predictions(path):
     assert right.mean() == pytest.approx(result.results["accuracy"], abs=1e-12)
     if (scores := result.predictions.scores) is not None:
         chosen = scores[np.arange(len(scores)), result.predictions.predicted]
-        assert not chosen.any()  # they are kept less the largest
+        assert not chosen.any()  # scores are kept minus the largest of the row
         found = auc_roc(result.predictions.labels, scores)
         assert found == pytest.approx(result.results["auc_roc"], abs=1e-5)
 
@@ -80,18 +128,20 @@ def test_every_kept_file_is_about_the_same_rows():
     assert len({r["examples_hash"] for r in results}) == 1
     masks = {kept.clean(path).tobytes() for path in KEPT}
     assert len(masks) == 1
-    # What a method trained on all 3,000 calls clean is what the tests take as clean.
+    # The clean rows here are those that a method trained on all 3,000 rows reports.
     found = {r["clean"]["n"] for r in results if not (r["training_arguments"] or {}).get("limit")}
     assert found == {int(kept.clean(KEPT[0]).sum())}
 
 
 def test_the_pictures_were_drawn_from_the_kept_files():
-    readme = (experiment.REPO / "README.md").read_text(encoding="utf-8")
     for name in pictures.PICTURES:
         with Image.open(RESULTS / f"{name}.png") as picture:
             found = picture.text["Description"]
-        assert found == pictures.digest(), "run: python tests/results/tables.py --write"
-        assert f"(tests/results/{name}.png)" in readme
+        assert found == pictures.digest(), WRITE
+
+
+def test_every_picture_is_shown():
+    assert all(f"({name}.png)" in ENGLISH for name in pictures.PICTURES)
 
 
 def test_the_font_is_chosen_for_every_word_that_is_drawn():
@@ -118,7 +168,7 @@ def test_the_pictures_show_the_kept_accuracies():
 
 
 def test_the_interval_of_one_seed_is_that_of_the_paired_bootstrap():
-    a, b = (kept.right(kept.find(name)[None]) for name in ("head_only", "zero_shot"))
+    a, b = (kept.correct(kept.find(name)[None]) for name in ("head_only", "zero_shot"))
     difference, *interval = paired_bootstrap(a, b)
     assert kept.mean_interval(a.astype(int) - b) == pytest.approx(interval, abs=1e-12)
     assert difference == np.mean(a.astype(int) - b)
@@ -128,24 +178,24 @@ def test_several_seeds_are_compared_by_their_mean_on_the_clean_rows():
     one, other = kept.find("lora_label_scoring"), kept.find("lora_head")
     seeds = sorted(set(one) & set(other))
     rows = kept.clean(KEPT[0])
-    gains = [kept.right(one[s])[rows].mean() - kept.right(other[s])[rows].mean() for s in seeds]
+    gains = [kept.correct(one[s])[rows].mean() - kept.correct(other[s])[rows].mean() for s in seeds]
     test = kept.compared("lora_label_scoring", "lora_head")
     assert test.difference == pytest.approx(np.mean(gains))
     assert test.interval[0] < test.difference < test.interval[1]
     assert [(t["only_a"] - t["only_b"]) / rows.sum() for t in test.tests] == pytest.approx(gains)
-    # And what has no seed goes with each.
+    # A method without seeds is paired with every seed.
     assert len(kept.compared("lora_head", "head_only").tests) == len(other)
 
 
 def bootstrapped(labels, statistic):
-    """95 % percentile interval of statistic(rows), a thousand times."""
+    """95 % percentile interval of statistic(rows) over a thousand resamples."""
     rng = np.random.default_rng(0)
     draws = [statistic(rng.integers(len(labels), size=len(labels))) for _ in range(1000)]
     return np.quantile(draws, [0.025, 0.975])
 
 
 def test_the_interval_of_an_auc_is_about_that_of_a_bootstrap():
-    """Hanley and McNeil's assumes exponential scores: within a fifth of its length here."""
+    """Hanley and McNeil's interval assumes exponential scores: within a fifth of its length."""
     predictions = kept.find("zero_shot")[None].predictions
     labels, scores = predictions.labels, predictions.scores
     counts = int(labels.sum()), int((1 - labels).sum())
@@ -157,7 +207,7 @@ def test_the_interval_of_an_auc_is_about_that_of_a_bootstrap():
 
 
 def test_the_interval_of_a_difference_of_aucs_is_about_that_of_a_bootstrap():
-    """DeLong's assumes nothing but many rows: within a tenth of its length."""
+    """DeLong's interval only assumes many rows: within a tenth of its length."""
     a, b = (kept.find(name)[None] for name in ("head_only", "zero_shot"))
     labels, rankings = a.predictions.labels, [kept.ranking(r) for r in (a, b)]
     difference, low, high = kept.auc_difference(labels, [rankings])
@@ -169,7 +219,7 @@ def test_the_interval_of_a_difference_of_aucs_is_about_that_of_a_bootstrap():
         return one - other
 
     assert [low, high] == pytest.approx(bootstrapped(labels, drawn), abs=(high - low) / 10)
-    # Ties count by half: of (0, 1) against (1, 2) one pair of four is tied.
+    # A tie counts 1/2: one of the four pairs of (0, 1) and (1, 2) is tied.
     parts = kept.auc_components(np.array([0, 0, 1, 1]), np.array([0.0, 1.0, 1.0, 2.0]))
     assert [part.tolist() for part in parts] == [[1.0, 0.75], [0.75, 1.0]]
 
@@ -178,87 +228,95 @@ PLACEHOLDER = re.compile(r"\{([^}]+)\}")
 
 
 def test_answers_name_rows_and_pairs_that_exist():
-    """A dash stands for a row that is not computed yet, and must not hide a misspelt one."""
+    """A dash means that a row is not computed yet. It must not hide a wrong name."""
     rows = {(size, re.sub(r"-s\d$", "", name)) for size, name in ROWS}
     pairs = set(tables.PAIRS)
     for answers in (answered.ENGLISH, answered.CHINESE):
-        for kind, *names in (m.split() for _, text in answers for m in PLACEHOLDER.findall(text)):
+        texts = [text for _, *texts in answers for text in texts]
+        for kind, *names in (m.split() for text in texts for m in PLACEHOLDER.findall(text)):
             of_pair = kind in ("diff", "aucdiff")
             for name in names if of_pair else names[:1]:
                 size, _, bare = name.rpartition("/")
                 assert (size or "0.5b", bare) in rows, name
             assert not of_pair or tuple(names) in pairs, names
     for pair in pairs:
-        assert all(kept.shown(name) for name in pair)
-    with pytest.raises(ValueError, match="no such figure"):
+        assert all(kept.title(name) for name in pair)
+    with pytest.raises(ValueError, match="found figure"):
         tables.figure("bogus", "zero_shot")
 
 
 def test_both_languages_tell_the_same_figures():
-    for (_, english), (_, chinese) in zip(answered.ENGLISH, answered.CHINESE, strict=True):
+    for (_, short, english), (_, chinese) in zip(answered.ENGLISH, answered.CHINESE, strict=True):
         assert sorted(PLACEHOLDER.findall(english)) == sorted(PLACEHOLDER.findall(chinese))
+        assert set(PLACEHOLDER.findall(short)) <= set(PLACEHOLDER.findall(english))
 
 
 def test_no_figure_of_the_results_is_typed_by_hand():
-    readme = (experiment.REPO / "README.md").read_text(encoding="utf-8")
-    told = readme[readme.index("## Results") : readme.index("## Speed")]
-    rest = tables.MARK.sub("", told)
-    assert not re.findall(r"\b0\.\d{2,}", rest)
+    results = README[README.index("## Results") : README.index("## Limits")]
+    for told in (results, ENGLISH[: ENGLISH.index("## Speed")], CHINESE):
+        assert not re.findall(r"\b0\.\d{2,}", tables.MARK.sub("", told))
 
 
 def test_the_verdicts_of_the_answers_hold():
-    """The words around the figures of answers.py; where one fails, its answer must be reworded."""
+    """The words around the figures in answers.py. If one fails, reword its answer."""
     _, limit = tables.bound()
 
-    def shown(a, b):
+    def significant(a, b):
         return all(p < limit for p in kept.compared(a, b).p)
 
     def gain(a, b):
         return kept.compared(a, b).difference
 
-    # 1. A probe does not fail, a transplanted head loses, a head of few steps fails.
-    assert gain("head_only", "zero_shot") > 0 and shown("head_only", "zero_shot")
-    assert gain("transplanted_head", "lora_head") < 0 and shown("transplanted_head", "lora_head")
+    # 1. A probe does not fail; a transplanted head loses accuracy; a head with few steps fails.
+    assert gain("head_only", "zero_shot") > 0 and significant("head_only", "zero_shot")
+    assert gain("transplanted_head", "lora_head") < 0 and significant(
+        "transplanted_head", "lora_head"
+    )
     moved = [result.results for result in kept.find("transplanted_head").values()]
     assert moved[0]["accuracy"] > 0.8 and 0.5 < moved[2]["accuracy_interval"][0] < 0.52
     assert min(results["auc_roc"] for results in moved) > 0.8
-    assert shown("head_only-n50", "lora_head-n50") and gain("head_only-n50", "lora_head-n50") > 0.2
-    # 2. The head does not fit; a new probe does as well as it, and ranks better than the base's.
-    assert gain("transplanted_head", "head_only") < 0 and shown("transplanted_head", "head_only")
+    assert (
+        significant("head_only-n50", "lora_head-n50")
+        and gain("head_only-n50", "lora_head-n50") > 0.2
+    )
+    # 2. The head does not fit; a new probe is as good as it, and ranks better than the base's.
+    assert gain("transplanted_head", "head_only") < 0 and significant(
+        "transplanted_head", "head_only"
+    )
     assert kept.compared("probe-of-lora_head", "lora_head").interval[1] > 0
     for base in ("lora_head", "lora_label_scoring"):
         assert kept.compared(f"probe-of-{base}", "head_only").auc[1] > 0
-    # 3. Two points are outside the interval; with few rows neither has gone far.
+    # 3. Two points are outside the interval; with few rows label scoring stays near zero-shot.
     assert kept.compared("lora_label_scoring", "lora_head").interval[1] < 0.02
     for n in (50, 200):
         assert gain(f"lora_label_scoring-n{n}", f"lora_head-n{n}") > 0.2
         low, high = kept.compared(f"lora_label_scoring-n{n}", "zero_shot").interval
         assert low < 0 < high
-    assert shown("lora_label_scoring-n200", "head_only-n200")
+    assert significant("lora_label_scoring-n200", "head_only-n200")
     assert gain("lora_label_scoring-n200", "head_only-n200") < 0
-    # 4. Threshold and not ranking with one pair of words, both with the others; little is left.
+    # 4. One pair of words moves only the threshold; the others also rank worse.
     low, high = kept.compared("zero_shot-xiaoji", "zero_shot").auc[1:]
-    assert shown("zero_shot-xiaoji", "zero_shot") and -0.01 < low < 0 < high < 0.01
+    assert significant("zero_shot-xiaoji", "zero_shot") and -0.01 < low < 0 < high < 0.01
     for words in ("chahao", "xiang"):
         assert kept.compared(f"zero_shot-{words}", "zero_shot").auc[2] < 0
-    assert not shown("lora_label_scoring-xiang", "lora_label_scoring")
-    # 5. Nothing to revive; most of the gain is not in the label words' vectors.
-    assert not shown("embeddings-head", "head_only")
-    assert not shown("embeddings-words", "lora_label_scoring")
+    assert not significant("lora_label_scoring-xiang", "lora_label_scoring")
+    # 5. Nothing to repair; most of the gain does not depend on the label words' vectors.
+    assert not significant("embeddings-head", "head_only")
+    assert not significant("embeddings-words", "lora_label_scoring")
     assert gain("embeddings-words-others", "zero_shot") > 2 * gain(
         "embeddings-words-labels", "zero_shot"
     )
-    assert not shown("embeddings-words-others", "embeddings-words")
-    # 6. Most answers off track say the same in other words; the question costs accuracy.
+    assert not significant("embeddings-words-others", "embeddings-words")
+    # 6. Most answers off track use other sentiment words; the question costs accuracy.
     generated = kept.find("zero_shot_generate")[None].results
     assert generated["off_track"] > 0.9 * generated["n"]
     assert generated["off_track_words"]["消极,积极"] > 0.75 * generated["off_track"]
-    assert not shown("zero_shot_generate-chat", "zero_shot-chat")
-    assert shown("zero_shot-chat", "zero_shot") and gain("zero_shot-chat", "zero_shot") < 0
+    assert not significant("zero_shot_generate-chat", "zero_shot-chat")
+    assert significant("zero_shot-chat", "zero_shot") and gain("zero_shot-chat", "zero_shot") < 0
 
 
 def test_probes_on_adapted_bases_are_better_calibrated():
-    """What README says above the picture of reliability, of every seed."""
+    """What the README of results says above the picture of reliability, for every seed."""
     for base in ("lora_head", "lora_label_scoring"):
         probes, bases = kept.find(f"probe-of-{base}"), kept.find(base)
         for seed in probes:
@@ -266,7 +324,7 @@ def test_probes_on_adapted_bases_are_better_calibrated():
 
 
 def test_token_vectors_are_set_back(tmp_path):
-    """Of the label words' vectors and the others' one part stays as trained, to the bit."""
+    """One part of the vectors stays as trained, to the bit; the other part is the base's."""
     run = tmp_path / "run"
     line = "--method lora_label_scoring --train-embeddings --lora-targets none --model tiny"
     assert train.main([*line.split(), "--limit", "20", "--output", str(run)]) == 0
@@ -285,7 +343,7 @@ def test_token_vectors_are_set_back(tmp_path):
     assert moved[ids].all() and moved[rest].any()
     assert labels[ids].equal(after[ids]) and labels[rest].equal(base[rest])
     assert others[rest].equal(after[rest]) and others[ids].equal(base[ids])
-    # And evaluate.py takes it as the run that it is.
+    # evaluate.py accepts the copy as a run.
     assert evaluate.main(["--run", str(tmp_path / "labels"), "--limit", "10"]) == 0
     kept_parameters = json.loads((tmp_path / "labels" / "run.json").read_text(encoding="utf-8"))
     assert kept_parameters["trained_parameters"] == len(ids) * base.shape[1]

@@ -22,6 +22,7 @@ from conftest import REPO
 from safetensors.torch import save_file
 
 from qwen_min.errors import UserError
+from qwen_min.files.disk import new_directory, read_json
 from qwen_min.files.run import (
     MANIFEST,
     StopRequest,
@@ -646,7 +647,7 @@ def test_start_record(tmp_path):
     assert read_run(run) == record
     (tmp_path / "file").touch()
     for place in ("file", "file/run"):
-        with pytest.raises(UserError, match=f"--output .*{place}: .*name another directory"):
+        with pytest.raises(UserError, match=f"{place}: .*name another directory with --output"):
             start_record(tmp_path / place, record, resume=False)
 
 
@@ -695,3 +696,67 @@ def test_a_failure_at_any_moment_of_publishing_leaves_no_part(error, tmp_path, m
         assert names(root) == ["adapter", "new", "old"]
     assert 8 < failures < len(states)  # the last ones went through
     assert states.count({}) <= 1
+
+
+# Reading JSON
+
+
+def test_read_json_returns_an_object_with_the_fields_asked_for(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"词": ["负面"], "n": 1})
+    assert read_json(path, "a record", "write it", 词=list, n=int) == {"词": ["负面"], "n": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not a record (Expecting value"),
+        (b'{"n": 1', "not a record (Expecting"),
+        (b'{"\xff": 1}', "not a record ('utf-8' codec"),
+        (b"[1]", "not a record (found [1], expected an object)"),
+        (b"{}", "not a record (n is None, expected type int)"),
+        (b'{"n": "a\\nb"}', r"not a record (n is 'a\nb', expected type int)"),
+        (b"[" * 200_000, "not a record ("),
+        (None, "No such file or directory; expected a record"),
+    ],
+)
+def test_other_json_is_refused_in_one_line(content, reason, tmp_path):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_json(path, "a record", "write it", n=int)
+    assert str(error.value).startswith(f"{path}: {reason}")
+    assert str(error.value).endswith("write it") and "\n" not in str(error.value)
+
+
+def test_a_directory_takes_its_name_only_when_its_block_ends_well(tmp_path):
+    with pytest.raises(KeyError), new_directory(tmp_path / "a" / "new") as directory:
+        (directory / "file").write_bytes(b"half")
+        raise KeyError
+    assert names(tmp_path / "a") == []
+    with new_directory(tmp_path / "new", "try another") as directory:
+        (directory / "file").write_bytes(b"whole")
+        assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match=r"cannot be written .*; try another"):  # noqa: SIM117
+        with new_directory(tmp_path / "new", "try another") as directory:
+            (directory / "file").write_bytes(b"not asked to replace")
+    assert files(tmp_path) == {"new/file": b"whole"}
+
+
+def test_everything_in_a_new_directory_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        assert (tmp_path / "new").exists() == (len(synced) >= 4)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with new_directory(tmp_path / "new") as directory:
+        (directory / "adapter").mkdir()
+        for name in ("adapter/tensors", "state.json"):
+            (directory / name).write_bytes(b"whole")
+    new = tmp_path / "new"
+    expected = (new / "adapter", new / "adapter/tensors", new / "state.json", new)
+    assert sorted(synced[:4]) == sorted(path.stat().st_ino for path in expected)
+    assert synced[4:] == [tmp_path.stat().st_ino]

@@ -5,9 +5,10 @@ import pytest
 import torch
 from conftest import make_reference
 
+from qwen_min.fast.label_scores import label_tree, score_labels
 from qwen_min.files.weights import load_model
 from qwen_min.prompt import Prompt
-from qwen_min.scoring import label_mass, label_tree, score_label, score_labels
+from qwen_min.scoring import label_mass, score_label
 
 # fp32, small checkpoint, log-probabilities of up to a few tens.
 FP32 = 1e-5
@@ -101,9 +102,9 @@ def test_label_tree_runs_shared_tokens_once():
     tree = label_tree(LABELS)
     assert sorted(tree.tokens) == [8, 10, 12]  # 8 once; last tokens and one-token labels never
     node = {token: i for i, token in enumerate(tree.tokens)}
-    assert tree.visible[node[10], node[8]]  # 10 follows 8
-    assert not tree.visible[node[12], node[8]]
-    assert tree.visible.diagonal().all()
+    assert tree.mask[node[10], node[8]]  # 10 follows 8
+    assert not tree.mask[node[12], node[8]]
+    assert tree.mask.diagonal().all()
     assert tree.steps[0] == ((0, 7),)
     assert tree.steps[2] == ((0, 8), (1 + node[8], 10), (1 + node[10], 11))
     assert label_tree(((1,), (2,))).tokens == ()

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 import train
+from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.data import Example, read_examples
 from qwen_min.files.hub import TINY, resolve_model
 from qwen_min.files.overlap import fed_rows, text_hashes
 from qwen_min.files.weights import load_model
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_TEMPLATE, build_prompts
-from qwen_min.scoring import score_labels
 from qwen_min.tiny import pretrain
 from qwen_min.tokenizer import Tokenizer
 
@@ -29,7 +29,7 @@ SAMPLE = REPO / "qwen_min" / "sample"
 def test_it_is_a_small_qwen2_and_small_on_disk():
     files = {path.name: path.stat().st_size for path in TINY.iterdir() if path.is_file()}
     weights = {"config.json", "model.safetensors", "tokenizer.json", "fed.safetensors"}
-    assert files.keys() == {*weights, "pretrain.py"}
+    assert files.keys() == {*weights, "pretrain.py", "README.md"}
     assert sum(files.values()) < 5e6
     model = load_model(TINY)
     assert model.lm_head_weight.dtype == torch.bfloat16

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import train
 from lora import lora_parameters
+from qwen_min.command.compute import Compute
 from qwen_min.files.data import held_out_split, read_examples
 from qwen_min.files.run import checkpoints
 from qwen_min.files.weights import load_model
@@ -117,7 +118,7 @@ def test_evaluation_in_a_new_process_is_equal_to_the_bit(method, runs, data, cap
 
 
 def test_transplanted_head_is_the_same_head_on_the_bare_base(runs, base, data, capsys):
-    from qwen_min.head import pooled_features
+    from qwen_min.fast.features import pooled_features
     from qwen_min.prompt import build_prompts
     from qwen_min.tokenizer import Tokenizer
 
@@ -244,7 +245,7 @@ def test_a_probe_on_adapted_features(runs, base, data, tmp_path, capsys):
 def test_features_are_computed_once(base, data, tmp_path, monkeypatch):
     first = arguments("head_only", base, data, tmp_path / "a")
     assert train.main(first) == 0
-    monkeypatch.setattr("qwen_min.head.pooled_features", None)  # a forward would now raise
+    monkeypatch.setattr("qwen_min.fast.features.pooled_features", None)  # a forward would now raise
     cache = ["--feature-cache", tmp_path / "a" / "features"]
     assert train.main(arguments("head_only", base, data, tmp_path / "b", *cache)) == 0
 
@@ -367,13 +368,13 @@ def test_a_signal_saves_and_says_how_to_go_on(number, status, base, data, tmp_pa
 
 
 def test_non_finite_loss_stops_before_the_step(base, data, tmp_path, capsys, monkeypatch):
-    real, calls = train.label_loss, []
+    real, calls = Compute.label_loss, []
 
     def poisoned(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(train, "label_loss", poisoned)
+    monkeypatch.setattr(Compute, "label_loss", poisoned)
     run = tmp_path / "run"
     args = arguments("lora_label_scoring", base, data, run, "--save-every", 2)
     line = one_line(capsys, 1, *args, "--batch-tokens", 4096)  # one forward a step
@@ -567,20 +568,20 @@ def test_targets_by_name(base, data, tmp_path, capsys):
 def test_evaluation_leaves_train_mode_on_and_dropout_off(base, data, tmp_path, monkeypatch):
     """The held-out evaluation inside training must not disturb it, nor be disturbed."""
     modes = []
-    score, step = train.score_rows, train.head_loss
+    score, step = Compute.head_scores, Compute.head_loss
 
-    def noted_score(model, *args):
+    def noted_score(self, model, *args):
         modes.append(("evaluation", model.training))
-        first, second = score(model, *args), score(model, *args)
+        first, second = score(self, model, *args), score(self, model, *args)
         assert np.array_equal(first, second)
         return first
 
-    def noted_step(model, *args):
+    def noted_step(self, model, *args):
         modes.append(("step", model.training))
-        return step(model, *args)
+        return step(self, model, *args)
 
-    monkeypatch.setattr(train, "score_rows", noted_score)
-    monkeypatch.setattr(train, "head_loss", noted_step)
+    monkeypatch.setattr(Compute, "head_scores", noted_score)
+    monkeypatch.setattr(Compute, "head_loss", noted_step)
     args = arguments("lora_head", base, data, tmp_path / "run", "--dropout", 0.5, "--eval-every", 2)
     assert train.main(args) == 0
     assert set(modes) == {("evaluation", False), ("step", True)}
@@ -591,9 +592,9 @@ def test_only_lora_and_head_have_gradients(base, data, tmp_path, monkeypatch):
     seen = {}
     real = train.fit
 
-    def noted(run, parameters, *args):
-        found = real(run, parameters, *args)
-        seen["parameters"] = parameters
+    def noted(run, training, *args):
+        found = real(run, training, *args)
+        seen["parameters"] = training.parameters
         return found
 
     models = []

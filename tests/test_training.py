@@ -5,7 +5,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import qwen_min.training as training_module
+import qwen_min.command.fit as fit_module
 from lora import (
     ATTENTION,
     MLP,
@@ -25,15 +25,29 @@ from lora import (
     lora_parameters,
     save_adapter,
 )
+from qwen_min.command.fit import Stopped, Training, fit
+from qwen_min.fast.batching import token_budget_batches
+from qwen_min.fast.features import head_losses, pooled_features
+from qwen_min.fast.label_scores import label_losses, score_labels
+from qwen_min.files.probe import load_head, save_head
 from qwen_min.files.run import checkpoints
 from qwen_min.files.weights import fingerprint, load_model
-from qwen_min.head import LinearHead, head_loss, load_head, pooled_features, save_head
+from qwen_min.head import LinearHead
 from qwen_min.metrics import log_loss
 from qwen_min.prompt import Prompt
-from qwen_min.scoring import label_loss, score_labels
-from qwen_min.training import Plan, Stopped, TrainingFailed, best_step, fit, learning_rate
+from qwen_min.training import Plan, TrainingFailed, best_step, learning_rate
 
-PLAN = Plan(
+
+@dataclass(frozen=True)
+class Settings(Plan):
+    """A plan, with what else the tests change: tokens of a forward, when to evaluate and save."""
+
+    batch_tokens: int
+    eval_every: int | None
+    save_every: int
+
+
+PLAN = Settings(
     epochs=2,
     batch_size=4,
     batch_tokens=10_000,
@@ -92,6 +106,26 @@ def test_learning_rate_by_hand(steps, warmup, rates):
 # The loop, on a toy
 
 
+def make_training(settings: Settings, parameters: dict, lengths: list[int], process) -> Training:
+    """`process` brings loss, evaluate and write; rows are called 1, 2, …"""
+
+    def parts(rows: list[int]) -> list[list[int]]:
+        batches = token_budget_batches([lengths[row] for row in rows], settings.batch_tokens)
+        return [[rows[i] for i in batch] for batch in batches]
+
+    return Training(
+        parameters,
+        lengths,
+        range(1, len(lengths) + 1),
+        process.loss,
+        parts,
+        process.evaluate,
+        process.write,
+        settings.eval_every,
+        settings.save_every,
+    )
+
+
 class Toy:
     """Linear regression, one weight vector; a row's loss is a sum over its "tokens"."""
 
@@ -122,16 +156,8 @@ class Toy:
         if checkpoint:
             data = np.frombuffer((checkpoint / "weight").read_bytes())
             self.weight.data = torch.tensor(data)
-        return fit(
-            self.run,
-            {"weight": self.weight},
-            self.lengths,
-            self.plan,
-            self.loss,
-            self.evaluate,
-            self.write,
-            checkpoint,
-        )
+        training = make_training(self.plan, {"weight": self.weight}, self.lengths, self)
+        return fit(self.run, training, self.plan, checkpoint)
 
     def log(self) -> list[dict]:
         return [json.loads(line) for line in (self.run / "log.jsonl").read_text().splitlines()]
@@ -320,7 +346,7 @@ def test_a_signal_at_any_look_stops_after_a_checkpoint(tmp_path, monkeypatch):
         def restore(self) -> None:
             pass
 
-    monkeypatch.setattr(training_module, "StopRequest", Late)
+    monkeypatch.setattr(fit_module, "StopRequest", Late)
     stops = []
     for Late.late in range(30):
         toy = Toy(tmp_path / str(Late.late))
@@ -381,8 +407,8 @@ class Run:
         self.at_loss()
         batch, classes = [self.rows[row] for row in rows], [self.classes[row] for row in rows]
         if self.head is None:
-            return label_loss(self.model, batch, classes)
-        return head_loss(self.model, self.head, batch, classes)
+            return label_losses(self.model, batch, classes)
+        return head_losses(self.model, self.head, batch, classes)
 
     def evaluate(self) -> dict:
         self.at_evaluation()
@@ -402,19 +428,11 @@ class Run:
             save_head(directory / "head.safetensors", head)
         self.at_save()
 
-    def fit(self, plan: Plan = PLAN) -> dict:
+    def fit(self, plan: Settings = PLAN) -> dict:
         self.model.train()
         lengths = [len(prompt.ids) for prompt in self.rows]
-        return fit(
-            self.run,
-            self.parameters,
-            lengths,
-            plan,
-            self.loss,
-            self.evaluate,
-            self.write,
-            self.start,
-        )
+        training = make_training(plan, self.parameters, lengths, self)
+        return fit(self.run, training, plan, self.start)
 
 
 def outcome(run: Path) -> tuple[dict[str, bytes], list[dict], list[dict]]:

@@ -1,33 +1,171 @@
-"""Which arguments go together: a mistake among them is seen before anything is read or loaded."""
+"""The arguments of the two commands, and which of them fit together."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_min.config import QwenConfig
+from qwen_min.command.cli import option, positive_int
 from qwen_min.errors import UserError
+from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.files.run import read_run
-from qwen_min.head import LinearHead
+from qwen_min.files.weights import DTYPES
+from qwen_min.head import POOLINGS
+from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, DEFAULT_TEMPLATE
 
+SAMPLE = Path(__file__).parent.parent / "sample"  # reviews written for this project
 UNTRAINED = ("zero_shot", "zero_shot_generate")
 SCORE_LABELS = ("zero_shot", "lora_label_scoring")
-# What an evaluation takes from a run where nothing else is typed.
+# What an evaluation takes from a run, unless it is given on the command line.
 RESTORED = ("model", "labels", "template", "max_text_tokens", "dtype", "chat", "system")
 
 
-def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, dict | None]:
-    """The arguments, a run's own in place of defaults, and the run's record (None without --run).
+def add_data_arguments(parser: argparse.ArgumentParser, sample: str) -> None:
+    """Which model, which texts (by default the sample's file `sample`), how many tokens at once."""
+    parser.add_argument(
+        "--model",
+        default="tiny",
+        help="tiny (comes with the project), a directory, or a hub name: Qwen/Qwen2.5-1.5B[@REV]",
+    )
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        metavar="FILE",
+        default=str(SAMPLE / sample),
+        help=".tsv (label, text_a), .csv or .jsonl (label, text); labels are 0, 1, … or the words",
+    )
+    group.add_argument("--encoding", default="utf-8", help="of the data file")
+    group.add_argument("--limit", type=positive_int, metavar="N", help="only the first N rows")
+    group.add_argument(
+        "--batch-tokens",
+        type=positive_int,
+        metavar="N",
+        default=DEFAULT_BATCH_TOKENS,
+        help="at most this many tokens in one forward pass",
+    )
 
-    Raises UserError for methods, runs and adapters that do not go together.
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """What makes two methods comparable: the same prompt, truncation and label words."""
+    group = parser.add_argument_group("prompt")
+    group.add_argument(
+        "--labels",
+        metavar="WORD,WORD",
+        default=",".join(DEFAULT_LABELS),
+        help="the word for each class, in class order (0 first); two or more",
+    )
+    group.add_argument(
+        "--template",
+        default=DEFAULT_TEMPLATE.replace("\n", "\\n"),
+        help="what surrounds a text; {text} is replaced by it, \\n means a newline",
+    )
+    group.add_argument(
+        "--max-text-tokens",
+        type=positive_int,
+        metavar="N",
+        default=DEFAULT_MAX_TEXT_TOKENS,
+        help="longer texts are cut to their first N tokens; the template is never cut",
+    )
+    group.add_argument(
+        "--chat", action="store_true", help="the template as the user's message in Qwen's markup"
+    )
+    group.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="with --chat: the system message (default: the checkpoint's own, if it has one)",
+    )
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where, in what precision and in which form to compute."""
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="precision of the base weights; auto is the checkpoint's own",
+    )
+    group.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda", "mps"],
+        default="auto",
+        help="auto takes a GPU if there is one",
+    )
+    group.add_argument(
+        "--plain",
+        action="store_true",
+        help="compute by the definitions (model.py, scoring.py, head.py): slow, for breakpoints",
+    )
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """How each method is trained. The defaults suit a few hundred to a few thousand rows."""
+    head = parser.add_argument_group("head_only")
+    head.add_argument("--pooling", choices=POOLINGS, default="last", help="token(s) to read")
+    head.add_argument(
+        "--layer",
+        default="last",
+        help="last, best (chosen on the held-out part), or a number: 0 is the embedding",
+    )
+    head.add_argument("--adapter", metavar="DIR", help="probe the base adapted by this LoRA")
+    head.add_argument("--feature-cache", metavar="DIR", help="default: features/ in the run")
+    lora = parser.add_argument_group("lora_head, lora_label_scoring")
+    # Only attention, as in the paper: a quarter of the parameters of all seven in a 0.5B model.
+    lora.add_argument(
+        "--lora-targets",
+        metavar="NAMES",
+        default="attention",
+        help="attention (q, k, v, o), all (with gate, up, down), none, or names: q_proj,v_proj",
+    )
+    lora.add_argument(
+        "--train-embeddings",
+        action="store_true",
+        help="train the token vectors too (and the tied LM head): an ablation",
+    )
+    # A small rank is enough to move a decision; with alpha twice the rank, as is usual, 2e-4 is a
+    # safe learning rate.
+    lora.add_argument("--r", type=positive_int, default=8, help="rank of the LoRA")
+    lora.add_argument("--alpha", type=float, default=16.0, help="scale: the update is alpha/r · BA")
+    lora.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(r) instead")
+    # Some regularisation: two passes over little data already fit it closely.
+    lora.add_argument("--dropout", type=float, default=0.05, help="on the LoRA's input")
+    # Usual for a few thousand rows, not tuned here; the held-out part chooses the best step.
+    lora.add_argument("--epochs", type=positive_int, default=2, help="passes over the data")
+    lora.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
+    # Adam's second moments are poor estimates in the first steps, so these are small.
+    lora.add_argument("--warmup", type=float, default=0.1, help="share of steps with a rising rate")
+    # Few rows in a step: a few hundred rows would otherwise make only a handful of steps.
+    lora.add_argument("--batch-size", type=positive_int, default=8, help="rows in one step")
+    # One surprising row must not undo what the others taught.
+    lora.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    lora.add_argument(
+        "--eval-every", type=positive_int, metavar="STEPS", help="default: twice an epoch"
+    )
+    lora.add_argument(
+        "--save-every", type=positive_int, metavar="STEPS", default=50, help="at least"
+    )
+    lora.add_argument(
+        "--checkpointing", action="store_true", help="recompute activations: slower, less memory"
+    )
+
+
+def finished_run(directory: str | Path) -> dict:
+    """The record of a run. Raises UserError for other directories and unfinished runs."""
+    record = read_run(directory)
+    if not record.get("finished"):
+        raise UserError(
+            f"{directory}: training has not finished; continue it with: "
+            f"python train.py --resume --output {directory}"
+        )
+    return record
+
+
+def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, dict | None]:
+    """The arguments, with a run's own in place of defaults, and the run's record, if there is one.
+
+    Raises UserError for methods, runs and adapters that do not fit together.
     """
     record, changed = None, []
     if args.run:
-        record = read_run(args.run)
-        if not record.get("finished"):
-            raise UserError(
-                f"{args.run}: training has not finished; go on with: "
-                f"python train.py --resume --output {args.run}"
-            )
+        record = finished_run(args.run)
         fits = [record["method"]] + ["transplanted_head"] * (record["method"] == "lora_head")
         args.method = args.method or record["method"]
         if args.method not in fits:
@@ -50,17 +188,17 @@ def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace,
     if args.run and args.adapter:
         raise UserError("--run brings its own adapter; give --run or --adapter, not both")
     check_evaluation(args, given)
-    args.changed = changed  # where the run's own setting was not wanted
+    args.changed = changed  # settings other than the run's own
     return args, record
 
 
 def check_evaluation(args: argparse.Namespace, given: dict) -> None:
-    """Refuse additions that the method has no numbers for, and what --explain does not look at."""
+    """Refuse options that the method, or --explain, has no use for."""
     for name in ("label_sets", "calibrate"):
         if getattr(args, name) and args.method not in SCORE_LABELS:
             raise UserError(
-                f"--{name.replace('_', '-')} is about the scores of label words, which "
-                f"{args.method} has none of; expected --method {' or '.join(SCORE_LABELS)}"
+                f"{option(name)} is about the scores of label words, and {args.method} has none; "
+                f"expected --method {' or '.join(SCORE_LABELS)}"
             )
     if args.explain is None:
         return
@@ -68,18 +206,16 @@ def check_evaluation(args: argparse.Namespace, given: dict) -> None:
         raise UserError(f"--explain {args.explain!r}: no text; give the one to be explained")
     if args.method == "zero_shot_generate":
         raise UserError(
-            "--explain shows how scores come about, which zero_shot_generate has none of; take "
+            "--explain shows how scores come about, and zero_shot_generate has none; use "
             "--method zero_shot"
         )
-    aside = ("data", "limit", "train_data", "output", "predictions", "label_sets", "calibrate")
-    if unused := [f"--{name.replace('_', '-')}" for name in aside if name in given]:
-        raise UserError(
-            f"--explain looks at its one text and prints; leave out {', '.join(unused)}"
-        )
+    unused = ("data", "limit", "train_data", "output", "predictions", "label_sets", "calibrate")
+    if found := [option(name) for name in unused if name in given]:
+        raise UserError(f"--explain looks at one text and prints; leave out {', '.join(found)}")
 
 
 def check_training(args: argparse.Namespace) -> None:
-    """Refuse what would fail only after the model is loaded, or train nothing."""
+    """Refuse what would fail only after the model is loaded, or would train nothing."""
     nothing = args.lora_targets == "none" and not args.train_embeddings
     if args.merge and (args.method != "lora_label_scoring" or nothing):
         raise UserError(
@@ -94,6 +230,8 @@ def check_training(args: argparse.Namespace) -> None:
         )
     if args.adapter and args.method != "head_only":
         raise UserError(f"--adapter is for head_only, to probe an adapted base, not {args.method}")
+    if args.plain and args.checkpointing:
+        raise UserError("--checkpointing is not part of the definitions; leave out it or --plain")
     for name, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("dropout", 0, 1), ("clip", 0, 1e9)):
         value = getattr(args, name)
         if not low <= value < high or (name in ("lr", "clip") and value == 0):
@@ -102,28 +240,10 @@ def check_training(args: argparse.Namespace) -> None:
         raise UserError(f"--merge {args.merge} exists already; name a directory that does not")
 
 
-def check_head(
-    args: argparse.Namespace,
-    head: LinearHead,
-    config: QwenConfig,
-    labels: Sequence[str],
-    record: dict | None,
-) -> None:
-    """Refuse a head that is not for this model, or for other classes than those of --labels."""
-    fits = head.weight.shape[1] == config.hidden_size
-    if not (fits and 0 <= head.layer <= config.num_hidden_layers):
-        raise UserError(
-            f"the head is for layer {head.layer} of {head.weight.shape[1]} numbers, the model in "
-            f"{args.model} has {config.num_hidden_layers} layers of "
-            f"{config.hidden_size}; give the model that it was trained on"
-        )
-    if list(labels) != (record["labels"] if record else list(labels)):
-        raise UserError(
-            f"--labels {args.labels}: the head was trained for {','.join(record['labels'])}; "
-            "leave --labels out"
-        )
-    if len(head.weight) != len(labels):
-        raise UserError(
-            f"--labels names {len(labels)} classes, the trained head has {len(head.weight)}; "
-            "name as many"
-        )
+def candidate_layers(argument: str, last: int) -> list[int]:
+    """--layer: "last" → [L]; "best" → every layer from 0, the embedding, to L; a number → that."""
+    if argument in ("last", "best"):
+        return [last] if argument == "last" else list(range(last + 1))
+    if not argument.isdecimal() or int(argument) > last:
+        raise UserError(f"--layer {argument!r}: expected last, best or a number from 0 to {last}")
+    return [int(argument)]

@@ -1,12 +1,11 @@
-"""Parts of a layer as a run computes them: norm, SwiGLU and, in training, attention.
+"""Norm, SwiGLU and attention with hand-written gradients, for packed.py.
 
-model.py has their definitions, which autograd can differentiate as they stand. But it then keeps
-every intermediate result for the backward pass, several in fp32, and a processor spends longer on
-writing and reading those than on the arithmetic. Here norm and SwiGLU keep little more than their
-inputs and bring their own gradients, and the attention of several texts is a few large products
-instead of many small ones.
+Autograd can differentiate the definitions in model.py as they are. It then keeps every intermediate
+result for the backward pass, several of them in fp32, and a CPU spends more time on writing and
+reading those than on arithmetic. Here norm and SwiGLU keep little more than their inputs, and the
+attention of several texts is a few large products instead of many small ones.
 
-Notation of the gradients: L is the loss, and dx stands for ∂L/∂x. Shapes as in model.py.
+Notation of the gradients: L is the loss, and dx stands for ∂L/∂x. Shapes as in layout.py.
 """
 
 import math
@@ -26,7 +25,7 @@ class RMSNormFunction(torch.autograd.Function):
 
         dx = r·(g − n·mean(g·n)),    dw = Σ dy·n over tokens.
 
-    The second term takes out of g what only changes the length of x, which the norm undoes.
+    The second term removes the part of g that only changes the length of x: the norm undoes it.
     """
 
     @staticmethod
@@ -56,7 +55,7 @@ class SwiGLUFunction(torch.autograd.Function):
 
         d_gate = dy·up·silu'(gate),    silu'(g) = σ(g)·(1 + g·(1 − σ(g))),    d_up = dy·silu(gate)
 
-    silu(gate) is computed again for the backward pass.
+    The backward pass computes silu(gate) again instead of keeping it.
     """
 
     @staticmethod
@@ -73,7 +72,7 @@ class SwiGLUFunction(torch.autograd.Function):
 
 
 class PadFunction(torch.autograd.Function):
-    """x (N, ...), texts of these lengths end to end → (B, T, ...), shorter ones filled with 0."""
+    """x (N, ...), texts of these lengths end to end → (B, T, ...), shorter ones padded with 0."""
 
     @staticmethod
     def forward(ctx, x: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -87,9 +86,9 @@ class PadFunction(torch.autograd.Function):
 
 
 class UnpadFunction(torch.autograd.Function):
-    """The way back: x (B, T, ...) → (N, ...). Each is the other's gradient.
+    """The inverse: x (B, T, ...) → (N, ...). Each is the gradient of the other.
 
-    Autograd would make a whole zero tensor for each text's slice.
+    (Autograd's own gradient of slicing would make a zero tensor of full size for each text.)
     """
 
     @staticmethod
@@ -103,32 +102,29 @@ class UnpadFunction(torch.autograd.Function):
         return PadFunction.apply(dy, ctx.lengths), None
 
 
-def attention_side_by_side(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Sequence[int],
-    key_lengths: Sequence[int],
-    seen: Tensor,
+def padded_attention(
+    q: Tensor, keys_values: Sequence[tuple[Tensor, Tensor]], lengths: Sequence[int], mask: Tensor
 ) -> Tensor:
-    """softmax(q kᵀ / sqrt(Dh)) v of texts that lie end to end, for all of them at once.
+    """softmax(q kᵀ / sqrt(Dh)) v for all texts at once, padded to the longest; for training.
 
-    q (N, H, Dh), k and v (M, K, Dh): N and M are the sums of `lengths` and `key_lengths`, of B
-    texts. seen (B, T, S), for the longest T and S: which keys each query sees; none of them may be
-    blind. Returns (N, H, Dh). Padding costs little: attention is the smallest part of a layer.
+    On a CPU the backward pass of PyTorch's own attention, text by text, takes several times as
+    long; without gradients, or on a GPU, that form is faster. q (N, H, Dh), texts of `lengths` end
+    to end; keys and values of each text (S, K, Dh); mask (B, T, S) for the longest T and S: which
+    keys each query sees, at least one each. Returns (N, H, Dh).
     """
-    B, T, S = seen.shape
-    H, K, Dh = q.shape[1], k.shape[1], q.shape[2]
-    # dtype: q is divided, which is smaller than the scores that the definition divides. In bf16
-    # that rounds once more, unless sqrt(Dh) is a power of two: 8 for Dh = 64, but not for 128.
+    B, T, S = mask.shape
+    H, Dh = q.shape[1:]
+    K, sizes = keys_values[0][0].shape[1], [len(k) for k, _ in keys_values]
+    k, v = (PadFunction.apply(torch.cat(part), sizes) for part in zip(*keys_values, strict=True))
+    # dtype: q is divided, which has fewer elements than the scores that the definition divides. In
+    # bf16 that rounds once more, unless sqrt(Dh) is a power of two (8 for Dh = 64).
     q = PadFunction.apply(q / math.sqrt(Dh), lengths)  # (B, T, H, Dh)
-    k, v = PadFunction.apply(k, key_lengths), PadFunction.apply(v, key_lengths)  # (B, S, K, Dh)
-    # The H/K query heads that read one key/value head lie below each other: one product for all.
+    # The H/K query heads that read one key/value head are stacked along T: one product per KV head.
     q = q.view(B, T, K, H // K, Dh).permute(0, 2, 3, 1, 4).reshape(B * K, -1, Dh)
     k, v = k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)  # (B·K, S, Dh)
     scores = (q @ k.transpose(1, 2)).view(B, H, T, S)
-    with torch.no_grad():  # adding a constant leaves the gradient as it is: nothing to record
-        scores += torch.where(seen, 0.0, -math.inf).to(q.dtype)[:, None]
+    with torch.no_grad():  # adding a constant does not change the gradient: nothing to record
+        scores += torch.where(mask, 0.0, -math.inf).to(q.dtype)[:, None]
     # dtype: softmax of bf16 numbers sums in fp32 and rounds its result, as the definition does.
     weights = scores.softmax(dim=-1).view(B * K, -1, S)
     out = (weights @ v).view(B, K, H // K, T, Dh).permute(0, 3, 1, 2, 4).flatten(2, 3)

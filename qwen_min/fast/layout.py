@@ -1,110 +1,126 @@
-"""How several texts lie end to end in one forward pass, and which keys each token sees.
+"""Several texts laid end to end: which tokens there are, where they stand, what each attends to.
 
-Bookkeeping for `forward_packed` in model.py; shapes as there.
+The linear layers then see one long matrix and compute nothing for padding; only attention treats
+the texts separately. Shapes as in model.py, and N: tokens of all texts together; S: keys of a text,
+those of its prefix included.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-# Keys (rotated) and values of the tokens of one text, in one layer: two tensors (T, K, Dh).
+from qwen_min.model import Qwen, rotary_cos_sin
+
+# Keys (rotated) and values of one text in one layer: two tensors (S, K, Dh).
 KeysValues = tuple[Tensor, Tensor]
-# The key/value cache: [layer][text]. It is never changed in place: continuing a text makes a new
-# cache, so that one prompt can be continued by many candidates, in any order.
+# Keys and values of all layers and texts: [layer][text]. Never changed in place: continuing a text
+# makes a new cache, so many candidates can continue one prompt, in any order.
 Cache = list[list[KeysValues]]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How texts lie end to end, N tokens in all, and what each token sees."""
+class Text:
+    """One text of a batch."""
 
-    lengths: list[int]  # of each text; their sum is N
-    cos: Tensor  # (N, 1, Dh), of each token's position in its text
+    ids: Sequence[int]
+    # (T, T): which of the text's own tokens each token attends to; None: itself and those before.
+    # Another pattern makes a tree: several continuations of one prompt side by side.
+    mask: Tensor | None = None
+    queries: int | None = None  # how many of its last tokens need an output; None: all
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What `forward_packed` needs to know of the texts; made by `pack`."""
+
+    ids: Tensor  # (N,)
+    lengths: list[int]  # tokens of each text; their sum is N
+    cos: Tensor  # (N, 1, Dh), of each token's position in its text, prefix included
     sin: Tensor
-    # For each text, which keys each token sees (T, keys); None: those up to itself.
-    masks: list[Tensor | None]
-    shared_prefix: bool = False  # whether the first text is what every other one begins with
-    # Where only each text's last tokens are asked for: how many of each, and their places in N.
-    last: list[int] | None = None
-    places: Tensor | None = None
+    masks: list[Tensor | None]  # per text (query tokens, S); None: causal
+    query_counts: list[int]  # per text, the number of last tokens that need an output
+    prefix: Cache | None = None  # keys and values before each text
+    first_is_prefix: bool = False  # all other texts continue the first one
+    query_index: Tensor | None = None  # in the last layer: where the query tokens stand in N
 
     @property
-    def queries(self) -> list[int]:
-        """How many tokens of each text are answered for."""
-        return self.lengths if self.last is None else self.last
+    def all_queries(self) -> bool:
+        """Whether every token needs an output."""
+        return self.query_counts == self.lengths
 
     @property
-    def seen_size(self) -> int:
-        """Elements of `seen`, known without building it."""
+    def mask_size(self) -> int:
+        """Number of elements of `padded_mask`, known without building it."""
         keys = [
-            n if mask is None else mask.shape[1]
-            for mask, n in zip(self.masks, self.lengths, strict=True)
+            n if m is None else m.shape[1] for m, n in zip(self.masks, self.lengths, strict=True)
         ]
-        return len(keys) * max(self.queries) * max(keys)
+        queries = self.lengths if self.query_index is None else self.query_counts
+        return len(keys) * max(queries) * max(keys)
 
     @cached_property
-    def seen(self) -> Tensor:
-        """The masks as one (texts, T, keys), for the longest of both; made once for all layers.
-
-        On the CPU: for `attention_side_by_side`, which runs there alone.
-        """
-        counts = self.queries
+    def padded_mask(self) -> Tensor:
+        """All masks as one (texts, T, S), padded to the longest; on the CPU, made once a batch."""
+        queries = self.lengths if self.query_index is None else self.query_counts
         masks = [
             torch.ones(n, n, dtype=torch.bool).tril()[-count:] if mask is None else mask
-            for mask, n, count in zip(self.masks, self.lengths, counts, strict=True)
+            for mask, n, count in zip(self.masks, self.lengths, queries, strict=True)
         ]
         longest = [max(mask.shape[dim] for mask in masks) for dim in (0, 1)]
-        seen = torch.zeros(len(masks), *longest, dtype=torch.bool)
-        seen[:, :, 0] = True  # every token does; padding must not see nothing at all
-        for mask, into in zip(masks, seen, strict=True):
-            into[: mask.shape[0], : mask.shape[1]] = mask
-        return seen
+        padded = torch.zeros(len(masks), *longest, dtype=torch.bool)
+        padded[:, :, 0] = True  # rows of padding need one visible key, or softmax gives NaN
+        for mask, row in zip(masks, padded, strict=True):
+            row[: mask.shape[0], : mask.shape[1]] = mask
+        return padded
 
 
-def lay_out(
-    angles: Callable[[Tensor], tuple[Tensor, Tensor]],
-    device: torch.device,
-    lengths: Sequence[int],
-    past: Cache | None,
-    visible: Sequence[Tensor | None] | None,
-    shared_prefix: bool = False,
-) -> Layout:
-    """The layout for `QwenModel.forward_packed`, where the last four arguments are explained.
+def pack(
+    model: Qwen, texts: Sequence[Text], prefix: Cache | None = None, first_is_prefix: bool = False
+) -> Batch:
+    """Lay texts end to end for `forward_packed`, on the model's device.
 
-    angles: positions (T,) → cosine and sine of the rotary angles.
+    prefix: the cache of what stands before each text, from an earlier forward. first_is_prefix: the
+    first text is a prefix that the other texts continue; it is computed once, and gradients flow
+    through it as if each text had its own copy (LoRA's dropout draws once for all of them). Not
+    together with `prefix`.
     """
-    positions, masks = [], []
-    for i, length in enumerate(lengths):
-        start = 0 if past is None else len(past[0][i][0])
-        if shared_prefix and i:
-            start = lengths[0]
-        seen = None if visible is None else visible[i]
-        if seen is None and start == 0:
-            positions.append(torch.arange(length))
+    if first_is_prefix and prefix is not None:
+        raise ValueError("texts continue either a cached prefix or the first text, not both")
+    device, positions, masks = model.device, [], []
+    for i, text in enumerate(texts):
+        T = len(text.ids)
+        start = len(texts[0].ids) if first_is_prefix and i else 0
+        if prefix is not None:
+            start = len(prefix[0][i][0])
+        if text.mask is None and start == 0:
+            positions.append(torch.arange(T))
             masks.append(None)
             continue
-        seen = torch.ones(length, length, dtype=torch.bool).tril() if seen is None else seen
-        positions.append(start + seen.sum(dim=1) - 1)
-        # `is_causal` of scaled_dot_product_attention counts from the first key, not from the last,
-        # so tokens that continue a cache need a mask of their own (pytorch#108108).
-        before = torch.ones(length, start, dtype=torch.bool)
-        masks.append(torch.cat([before, seen], dim=1).to(device))
-    cos, sin = angles(torch.cat(positions).to(device))
-    return Layout(list(lengths), cos, sin, masks, shared_prefix)
+        own = torch.ones(T, T, dtype=torch.bool).tril() if text.mask is None else text.mask
+        # A token's position is the number of tokens that it attends to, minus one.
+        positions.append(start + own.sum(dim=1) - 1)
+        # scaled_dot_product_attention aligns is_causal with the first key, not with the last one,
+        # so texts that continue a prefix need an explicit mask (pytorch#108108).
+        before = torch.ones(T, start, dtype=torch.bool)
+        masks.append(torch.cat([before, own], dim=1).to(device))
+    config, ids = model.config, [token for text in texts for token in text.ids]
+    cos, sin = rotary_cos_sin(torch.cat(positions).to(device), config.head_dim, config.rope_theta)
+    lengths = [len(text.ids) for text in texts]
+    counts = [n if t.queries is None else t.queries for t, n in zip(texts, lengths, strict=True)]
+    ids = torch.tensor(ids, device=device)
+    return Batch(ids, lengths, cos, sin, masks, counts, prefix, first_is_prefix)
 
 
-def ask_for_last(layout: Layout, last: Sequence[int]) -> Layout:
-    """The layout of a layer that has to answer for the last `last[i]` tokens of text i alone."""
-    masks, places, end = [], [], 0
-    for mask, length, count in zip(layout.masks, layout.lengths, last, strict=True):
-        end += length
-        places += range(end - count, end)
+def select_queries(batch: Batch) -> Batch:
+    """The batch for the last layer, which computes outputs for the query tokens only."""
+    masks, index, end = [], [], 0
+    for mask, T, count in zip(batch.masks, batch.lengths, batch.query_counts, strict=True):
+        end += T
+        index += range(end - count, end)
         if mask is None and count > 1:
-            mask = torch.ones(length, length, dtype=torch.bool, device=layout.cos.device).tril()
-        # A text's very last token sees every key, unless a mask says otherwise.
+            mask = torch.ones(T, T, dtype=torch.bool, device=batch.cos.device).tril()
+        # A single query token, the text's last, sees every key: no mask needed.
         masks.append(None if mask is None else mask[-count:])
-    at = torch.tensor(places, device=layout.cos.device)
-    return replace(layout, masks=masks, last=list(last), places=at)
+    return replace(batch, masks=masks, query_index=torch.tensor(index, device=batch.cos.device))

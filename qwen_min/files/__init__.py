@@ -1,1 +1,1 @@
-"""Everything that reads or writes a file, and refuses what is wrong in it."""
+"""Everything that reads or writes files. A malformed file is refused in one line."""

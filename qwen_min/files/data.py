@@ -1,8 +1,8 @@
-"""Labelled texts from a file: read, validated, hashed, split.
+"""Labelled texts from a file: read, checked, hashed, split.
 
-Nothing is guessed or repaired: the encoding is stated by the caller and never the locale's, columns
-go by their names, and a row that does not fit is an error with its line number. A row dropped or
-merged in silence would shift every metric computed from the file.
+Texts are never altered: only a byte-order mark, the `\\r` that ends a line, and blank lines at the
+end of the file are dropped. A row that does not fit is an error with its line number, because a row
+skipped in silence would change every metric that is computed from the file.
 """
 
 import codecs
@@ -13,6 +13,7 @@ import json
 import os
 import reprlib
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +21,8 @@ from pathlib import Path
 
 from qwen_min.errors import UserError
 
-HELD_OUT = 0.1  # of the training rows; it alone chooses: penalty, layer, checkpoint, temperature
+# Share of the training rows. They alone choose penalty, layer, checkpoint and temperature.
+HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,18 @@ class Example:
 def read_examples(
     path: str | Path, labels: Sequence[str], encoding: str = "utf-8", limit: int | None = None
 ) -> list[Example]:
-    """The examples of a .tsv, .csv or .jsonl file, in file order, texts unaltered.
+    """The examples of a .tsv, .csv or .jsonl file, in file order.
 
-    .tsv: a header row; fields are separated by tabs and taken as they are, `"` is a character.
+    .tsv: a header row; fields are separated by tabs and not quoted, `"` is an ordinary character.
     .csv: a header row; quoted fields may contain commas, newlines and doubled quotes (RFC 4180).
     .jsonl: one object a line. In each, the names are `label` and `text_a` (or `text`); others are
-    ignored. Labels are the words in `labels` or the indices 0..C-1, one kind for the whole file;
-    where every label fits both (words that are digits), they are words.
+    ignored. Labels are the words in `labels` or the indices 0..C-1, one kind for the whole file.
+    If every label fits both (words that are digits), they are words.
 
-    With `limit`, the first `limit` rows alone are validated, and they alone decide which kind the
-    labels are; only the decoding covers the whole file.
+    With `limit`, only the first `limit` rows are checked, and only they decide which kind the
+    labels are; the encoding is checked for the whole file.
 
-    Raises UserError, one line that names the file and where possible the line in it.
+    Raises UserError, one line that names the file and if possible the line in it.
     """
     path = Path(path)
     if limit is not None and limit < 1:
@@ -54,11 +56,10 @@ def read_examples(
     suffix = path.suffix.lower()
     if os.path.isfile(path) and suffix not in (".tsv", ".csv", ".jsonl"):
         raise UserError(
-            f"{path}: found the extension {suffix!r}, expected .tsv, .csv or .jsonl: name the file "
-            "after its format"
+            f"{path}: extension is {suffix!r}, expected .tsv, .csv or .jsonl: rename it"
         )
     text = _decode(path, encoding)
-    # Not str.splitlines: it also breaks at U+2028, U+0085, \v and \f, which reviews contain.
+    # Not str.splitlines: it also splits at U+2028, U+0085, \v and \f, which reviews contain.
     lines = ((n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), start=1))
     if suffix == ".jsonl":
         records = _objects(path, _refuse_blank(path, ((n, [line]) for n, line in lines)))
@@ -66,20 +67,22 @@ def read_examples(
         records = _table(path, _refuse_blank(path, _csv_rows(path, text)))
     else:
         records = _table(path, _refuse_blank(path, ((n, line.split("\t")) for n, line in lines)))
-    rows = list(islice(records, limit and min(limit, sys.maxsize)))
+    # islice refuses numbers above sys.maxsize; --limit may be one.
+    rows = [
+        (line, record["label"], _checked_text(path, line, record))
+        for line, record in islice(records, limit and min(limit, sys.maxsize))
+    ]
     if not rows:
-        raise UserError(
-            f"{path}: found no rows, expected examples: check that this is the right file"
-        )
+        raise UserError(f"{path}: found no rows, expected examples: give the right file")
     classes = _class_indices(path, [(line, label) for line, label, _ in rows], labels)
-    return [Example(row[2], label, row[0]) for row, label in zip(rows, classes, strict=True)]
+    return [Example(text, y, line) for (line, _, text), y in zip(rows, classes, strict=True)]
 
 
 def examples_hash(examples: Sequence[Example]) -> str:
-    """SHA-256 in hex over the texts and labels in order; the same from any of the file formats.
+    """SHA-256 in hex over the texts and labels in order, the same for every file format.
 
-    Each example is one line of ASCII JSON, `[text, label]`: JSON escapes a newline inside a text,
-    so no other list of examples gives the same bytes.
+    Each example is hashed as one line of ASCII JSON, `[text, label]`. JSON escapes a newline inside
+    a text, so different examples always give different bytes.
     """
     digest = hashlib.sha256()
     for example in examples:
@@ -90,16 +93,15 @@ def examples_hash(examples: Sequence[Example]) -> str:
 def held_out_split(
     examples: Sequence[Example], fraction: float = HELD_OUT, seed: int = 0
 ) -> tuple[list[int], list[int]]:
-    """Indices of the rows to train on, and of about `fraction` of them held out; both ascending.
+    """Indices of the rows to train on, and of the share `fraction` held out; both ascending.
 
-    All rows with one text land on one side, whatever their labels: a copy in training would turn
-    the held-out part into a test of memory. The distinct texts are ranked by the SHA-256 of seed
-    and text and taken in that order until the share is full; one with more copies than still fit
-    is passed over. A text's rank depends on nothing else, so new rows move others across only near
-    the cut, whereas a shuffle would deal all of them again; nor does it depend on the version of
-    Python or the platform.
+    Rows with the same text stay on one side, whatever their labels: with a copy in training, the
+    held-out part would measure memory. The distinct texts are ranked by the SHA-256 of seed and
+    text, and held out in that order until the share is full; a text with more copies than still fit
+    is skipped. A text's rank depends on nothing else: not on Python's version, nor on other rows.
+    New rows therefore move few others across, whereas a shuffle would deal all of them again.
 
-    Raises UserError unless 0 < fraction < 1 and there are two distinct texts at least.
+    Raises UserError unless 0 < fraction < 1 and there are at least two distinct texts.
     """
     if not 0 < fraction < 1:
         raise UserError(f"held-out fraction is {fraction}, expected between 0 and 1: try 0.1")
@@ -107,32 +109,25 @@ def held_out_split(
     for index, example in enumerate(examples):
         rows_of.setdefault(example.text, []).append(index)
     if len(rows_of) < 2:
-        raise UserError(
-            f"number of distinct texts to split is {len(rows_of)}, expected at least 2, one to "
-            "train on and one to hold out: use more data"
-        )
+        raise UserError(f"found {len(rows_of)} distinct texts, at least 2 are needed: add data")
     ranked = sorted(rows_of, key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest())
     share = min(round(fraction * len(examples)), len(examples) - 1)
     held_out: list[int] = []
     for text in ranked:
         if len(held_out) + len(rows_of[text]) <= share:
             held_out += rows_of[text]
-    if not held_out:  # every text has more copies than the share has rows, which may be 0
+    if not held_out:  # no text fits: the share may be 0, or every text may have more copies
         held_out = rows_of[min(ranked, key=lambda text: len(rows_of[text]))]
     return sorted(set(range(len(examples))) - set(held_out)), sorted(held_out)
 
 
 def class_counts(examples: Sequence[Example], num_classes: int) -> list[int]:
     """Number of examples of each class, in class order: (C,)."""
-    counts = [0] * num_classes
-    for example in examples:
-        counts[example.label] += 1
-    return counts
+    counts = Counter(example.label for example in examples)
+    return [counts[label] for label in range(num_classes)]
 
 
 def _decode(path: Path, encoding: str) -> str:
-    if os.path.isdir(path):  # Path.is_dir raises where a name is too long or a parent is closed
-        raise UserError(f"{path}: found a directory, expected a file: name the file inside it")
     try:
         data = path.read_bytes()
         codec = codecs.lookup(encoding).name
@@ -142,14 +137,13 @@ def _decode(path: Path, encoding: str) -> str:
                 f"{path}: found a UTF-16 byte-order mark, expected {encoding}: "
                 "add --encoding utf-16"
             )
-        # Not utf-8-sig, which counts the offset of an error from after the mark.
+        # Not utf-8-sig: it counts the offset of an error from after the mark.
         return data.decode(encoding).removeprefix("\ufeff")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; check the path") from None
     except LookupError:
         raise UserError(
-            f"--encoding {encoding}: not a text encoding that Python knows, expected one such as "
-            "utf-8 or gb18030"
+            f"--encoding {encoding}: not a text encoding; try utf-8 or gb18030"
         ) from None
     except UnicodeDecodeError as error:
         line = data[: error.start].decode(encoding, errors="replace").count("\n") + 1
@@ -160,7 +154,7 @@ def _decode(path: Path, encoding: str) -> str:
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    # newline="\n" hands the reader lines as they are, so that line_num counts as an editor does.
+    # newline="\n" keeps each line as it is, so that line_num counts lines as an editor does.
     reader = csv.reader(io.StringIO(text, newline="\n"), strict=True)
     line = 1
     try:
@@ -177,7 +171,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
 def _refuse_blank(
     path: Path, rows: Iterable[tuple[int, list[str]]]
 ) -> Iterator[tuple[int, list[str]]]:
-    """The rows without the blank ones that end the file; a blank one before the end is an error."""
+    """The rows without the blank ones at the end of the file; any other blank row is an error."""
     blank = None
     for line, fields in rows:
         if not any(field.strip() for field in fields):
@@ -188,57 +182,51 @@ def _refuse_blank(
             yield line, fields
 
 
-def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, object, str]]:
-    """Line, label and text of each row below a header."""
+def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, dict]]:
+    """Line number and fields by name, of each row below the header."""
     for line, header in islice(rows, 1):
-        text_name = _text_name(path, line, header)
-        label_at, text_at = header.index("label"), header.index(text_name)
+        _check_names(path, line, header)
     for line, fields in rows:
         if len(fields) != len(header):
             raise UserError(
                 f"{path}, line {line}: found {len(fields)} fields, expected {len(header)} as in "
                 "the header: remove tabs from a .tsv text, quote a .csv text that has commas"
             )
-        yield line, fields[label_at], _checked_text(path, line, fields[text_at])
+        yield line, dict(zip(header, fields, strict=True))
 
 
-def _objects(
-    path: Path, rows: Iterator[tuple[int, list[str]]]
-) -> Iterator[tuple[int, object, str]]:
-    """Line, label and text of each row that is a JSON object."""
+def _objects(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, dict]]:
+    """Line number and JSON object of each row."""
     for line, (source,) in rows:
         try:
-            found = json.loads(source)
-            if not isinstance(found, dict):
+            record = json.loads(source)
+            if not isinstance(record, dict):
                 raise ValueError("a value of another kind")
         except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)  # str(JSONDecodeError) has a "line 1" of its own
+            reason = getattr(error, "msg", error)  # str(JSONDecodeError) adds a "line 1" of its own
             raise UserError(
                 f"{path}, line {line}: not a JSON object ({reason}), expected one on each line, "
                 'such as {"label": 1, "text": "..."}: correct the line'
             ) from None
-        text = found[_text_name(path, line, list(found))]
-        yield line, found["label"], _checked_text(path, line, text)
+        _check_names(path, line, list(record))
+        yield line, record
 
 
-def _text_name(path: Path, line: int, names: Sequence[str]) -> str:
-    """Which of the accepted names the text goes by. With both, either could be meant."""
-    text_names = {"text_a", "text"}.intersection(names)
-    if "label" not in names or len(text_names) != 1 or len(set(names)) < len(names):
+def _check_names(path: Path, line: int, names: Sequence[str]) -> None:
+    """Raise UserError unless there are a label and one text; two texts would be ambiguous."""
+    one_text = ("text" in names) != ("text_a" in names)
+    if "label" not in names or not one_text or len(set(names)) < len(names):
         raise UserError(
             f"{path}, line {line}: found the columns {', '.join(map(reprlib.repr, names))}, "
             "expected 'label' and either 'text_a' or 'text', no name twice: rename them"
         )
-    return text_names.pop()
 
 
-def _checked_text(path: Path, line: int, text: object) -> str:
+def _checked_text(path: Path, line: int, record: dict) -> str:
+    text = record["text_a" if "text_a" in record else "text"]
+    valid = isinstance(text, str) and text.strip()
     # JSON can escape half of a surrogate pair, which no tokenizer and no file can encode.
-    if (
-        not isinstance(text, str)
-        or not text.strip()
-        or any("\ud800" <= char <= "\udfff" for char in text)
-    ):
+    if not valid or any("\ud800" <= char <= "\udfff" for char in text):
         raise UserError(
             f"{path}, line {line}: found the text {reprlib.repr(text)}, expected a string of valid "
             "characters, not all of them spaces: fill it in or remove the row"
@@ -251,8 +239,7 @@ def _class_indices(
 ) -> list[int]:
     """One class index for each (line, label).
 
-    Words or indices is decided for all rows at once: a row alone could be read either way where
-    the words are digits.
+    All rows together decide between words and indices, because words that are digits fit both.
     """
     words = {word: i for i, word in enumerate(labels)}
     indices = {str(i): i for i in range(len(labels))}

@@ -1,19 +1,19 @@
-"""`--model NAME` to a local directory: the embedded one, one that is there, or the hub's."""
+"""`--model NAME` to a local directory: the embedded checkpoint, a given one, or one of the hub."""
 
-import json
 import os
 import re
 from pathlib import Path
 
 from qwen_min.errors import UserError
+from qwen_min.files.disk import read_json
 
 TINY = Path(__file__).parent.parent / "tiny"  # the checkpoint that comes with the project
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Where a checkpoint has them: its chat template, and the tokens that end its answers.
-SMALL = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-# A path's beginning, a backslash, a closing slash, or more slashes than a hub name has.
+# Optional files: the chat template, and the tokens that end an answer.
+OPTIONAL = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+# Starts like a path, holds a backslash, ends in a slash, or has more slashes than a hub name.
 PATH_LIKE = re.compile(r"^[./~]|\\|/$|^[^@]*/[^@]*/")
-# No hub name and no git ref holds "..", and in a path of the cache it would climb out.
+# ".." is in no hub name and no git ref; inside the cache it would lead to another directory.
 HUB_NAME = re.compile(r"(?!.*\.\.)[\w.-]+/[\w.-]+(@[^\s@]+)?", re.ASCII)
 WAYS_AROUND = (
     "ways around it: a local directory as --model, HF_ENDPOINT=URL of a mirror, HF_HUB_OFFLINE=1 "
@@ -22,14 +22,14 @@ WAYS_AROUND = (
 
 
 def resolve_model(name: str) -> Path:
-    """Directory with config.json, tokenizer.json and safetensors for what `--model` names; beside
-    them, where the model has any, the files in SMALL.
+    """The directory of the model that `--model` names: config.json, tokenizer.json, safetensors,
+    and those of the files in OPTIONAL that the model has.
 
-    `tiny` is the embedded checkpoint (`./tiny` is a directory of that name).
-    An existing directory is itself: no network, and huggingface_hub is not even imported.
-    `owner/name` and `owner/name@revision` are hub names: only the files above are downloaded, all
-    from one commit, by huggingface_hub, which itself reads HF_ENDPOINT, HF_HOME, HF_TOKEN and
-    HF_HUB_OFFLINE. Raises UserError for whatever stands in the way.
+    `tiny` is the embedded checkpoint (`./tiny` is a directory of that name). For an existing
+    directory there is no network access, and huggingface_hub is not imported.
+    `owner/name` and `owner/name@revision` are hub names: huggingface_hub downloads the files above,
+    all from one commit, and no others. It reads HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
+    Raises UserError if the name is neither, or a file cannot be had.
     """
     if name == "tiny":
         return TINY
@@ -43,25 +43,41 @@ def resolve_model(name: str) -> Path:
         raise UserError(f"--model {name!r}: no such directory; a hub name is owner/name[@revision]")
     if not HUB_NAME.fullmatch(name):
         raise UserError(
-            f"--model {name!r} is neither a directory nor a hub name; "
-            "expected a local directory or owner/name[@revision]"
+            f"--model {name!r}: neither a directory nor a hub name, owner/name[@revision]"
         )
     repo, _, revision = name.partition("@")
     return _download(repo, revision or "main")
 
 
-def _download(repo: str, revision: str) -> Path:
-    # Imported here: slow, and of no use to a local directory.
-    from huggingface_hub import constants, hf_hub_download, model_info, try_to_load_from_cache
+def read_index(path: Path) -> dict[str, str]:
+    """The weight_map of a sharded checkpoint: the file that holds each tensor.
 
-    # Both `except Exception`: depending on its version huggingface_hub passes on what requests,
-    # httpx, httpx2 or hf_xet raise, and these have no narrower class in common.
+    Raises UserError if there is none, or if it names anything but safetensors files beside it.
+    """
+    advice = "delete it and fetch it again"
+    index = read_json(path, "an index with a weight_map", advice, weight_map=dict)
+    # The index comes from outside, so a shard may not be a path to somewhere else.
+    for shard in index["weight_map"].values() or [None]:  # an empty map is refused as well
+        if not (isinstance(shard, str) and re.fullmatch(r"[\w.-]+\.safetensors", shard)):
+            raise UserError(
+                f"{path}: its weight_map names {shard!r}, expected a plain file name "
+                f"(NAME.safetensors); {advice}"
+            )
+    return index["weight_map"]
+
+
+def _download(repo: str, revision: str) -> Path:
+    # Imported here: it is slow, and a local directory does not need it.
+    from huggingface_hub import constants, hf_hub_download, model_info
+
+    # `except Exception`, twice: depending on its version huggingface_hub raises errors of requests,
+    # httpx, httpx2 or hf_xet, which have no narrower class in common.
     failure = None
     try:
-        # One question with a short timeout: hf_hub_download retries a silent endpoint for minutes.
+        # Ask once, with a short timeout: hf_hub_download retries a silent endpoint for minutes.
         info = model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:
-        failure = error  # the cache may hold all that is needed
+        failure = error  # the cache may hold all files that are needed
 
     def fetch(file: str, at: str) -> Path:
         cached_only = failure is not None
@@ -75,43 +91,25 @@ def _download(repo: str, revision: str) -> Path:
 
     config = fetch("config.json", revision)
     commit = config.parent.name  # the cache's layout: snapshots/COMMIT/config.json
-    fetch("tokenizer.json", commit)
     if failure is None:
-        there = {sibling.rfilename for sibling in info.siblings or ()}
+        available = {sibling.rfilename for sibling in info.siblings or ()}
     else:
-        optional = (INDEX, *SMALL)
-        cached = {name: try_to_load_from_cache(repo, name, revision=commit) for name in optional}
-        there = {name for name, path in cached.items() if isinstance(path, str)}
-    for file in SMALL:
-        if file in there:
-            fetch(file, commit)
-    for file in _shards(fetch(INDEX, commit)) if INDEX in there else [SINGLE]:
+        available = set(os.listdir(config.parent))
+    for file in ("tokenizer.json", *sorted(available.intersection(OPTIONAL))):
+        fetch(file, commit)
+    sharded = INDEX in available
+    for file in set(read_index(fetch(INDEX, commit)).values()) if sharded else [SINGLE]:
         fetch(file, commit)
     return config.parent
-
-
-def _shards(index: Path) -> list[str]:
-    """The shards that an index maps; each must be a safetensors file beside it."""
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        usable = shards and all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        usable = False
-    if not usable:
-        raise UserError(
-            f"{index}: its weight_map names no *.safetensors files, or others as well; "
-            "delete it to download it again, or take another model"
-        )
-    return shards
 
 
 def _reason(error: Exception) -> str:
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__  # the wrapper says only that something went wrong
+        error = error.__cause__  # the wrapper only says that something failed
     cache = constants.HF_HUB_CACHE
-    known = (  # a class before its parents
+    known = (  # a subclass stands above its parent class
         (errors.OfflineModeIsEnabled, f"HF_HUB_OFFLINE is set, and the cache {cache} lacks it"),
         (errors.GatedRepoError, "gated: accept its terms on its page there, then set HF_TOKEN"),
         (errors.RepositoryNotFoundError, "no such model, or a private one that needs HF_TOKEN"),

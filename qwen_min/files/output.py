@@ -1,4 +1,4 @@
-"""Result files that are opened before the work starts, and lose nothing when it ends badly."""
+"""Result files that are opened before the work starts, so that no computed result is lost."""
 
 import contextlib
 import errno
@@ -6,84 +6,69 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from qwen_min.errors import UserError
+from qwen_min.files.disk import one_line_error
 
 STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 
 class Output:
-    """A result file that is opened before the work starts and appears, whole, at its end.
+    """A result file that is opened before the work starts and appears, complete, at its end.
 
-    A path that cannot be written is so known at once and not after an hour. The text is written
-    aside and renamed; if even that fails (a full disk) it goes to the temporary directory, and the
-    error says where. Without `commit` nothing is left behind.
+    An unwritable path fails immediately and not after an hour. The text is written under another
+    name, which is then renamed. If even that fails (a full disk), the text goes to the temporary
+    directory and the error says where. Without `commit` nothing is left behind.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._target = Path(os.path.realpath(path))  # a link stays; what it points to is replaced
+        # A link stays a link: the file that it points to is replaced.
+        self._target = Path(os.path.realpath(path))
         self._aside: Path | None = None
-        try:
+        with one_line_error(self.path, "name a file in a directory that exists and is yours"):
             if str(path) in STREAMS:
-                # Opened by its name, a stream that the shell sends to a file would empty that file.
-                opened: Path | int = STREAMS[str(path)]
+                # Opening the name would empty a file to which the shell redirects the stream.
+                opened: Path | int = os.dup(STREAMS[str(path)])
             elif self.path.exists() and not self.path.is_file():
-                opened = self.path  # a device or a pipe is written through, never replaced
+                opened = self.path  # a device or a pipe is written to, never replaced
             elif self.path.exists() and not os.access(self.path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             else:
-                opened = self._target.parent / f".{self._target.name}.{os.getpid()}.partial"
+                opened = self._target.with_name(f".{self._target.name}.{os.getpid()}.partial")
                 self._aside = opened
-            # A file's name may hold half of a surrogate pair, which has no UTF-8: JSON's escape for
-            # it, as in "\udcff", is what backslashreplace writes.
-            self._file = open(  # noqa: SIM115
-                opened,
-                "w",
-                encoding="utf-8",
-                errors="backslashreplace",
-                newline="\n",
-                closefd=not isinstance(opened, int),
-            )
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); name a file in a directory "
-                "that exists and is yours"
-            ) from None
+            self._file = open(opened, "wb")  # noqa: SIM115
 
     def commit(self, text: str) -> None:
-        """Write `text` and put the file in its place."""
+        """Write `text` and give the file its name. Raises UserError if that fails."""
+        # A file name in `text` may hold half of a surrogate pair, which UTF-8 cannot encode.
+        # backslashreplace writes it as JSON's own escape, such as "\\udcff".
+        data = text.encode("utf-8", "backslashreplace")
         try:
             with self._file as file:
-                file.write(text)
+                file.write(data)
             if self._aside:
                 os.replace(self._aside, self._target)
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); {self._rescue(text)}"
+                f"{self.path}: cannot be written ({error.strerror}); {self._rescue(data)}"
             ) from None
 
-    def _rescue(self, text: str) -> str:
-        """Write `text` to the temporary directory; says where, and what to do."""
+    def _rescue(self, data: bytes) -> str:
+        """Write `data` to the temporary directory; returns where it is and what to do."""
         try:
             with tempfile.NamedTemporaryFile(
-                "wb", prefix="qwen_min-", suffix=self.path.suffix, delete=False
+                prefix="qwen_min-", suffix=self.path.suffix, delete=False
             ) as file:
-                file.write(text.encode("utf-8", "backslashreplace"))
+                file.write(data)
         except OSError as error:
             return f"nor can a temporary file ({error.strerror}); make room and run again"
-        return f"what was for it is in {file.name}: move that where there is room"
+        return f"its content is in {file.name}: move that to a disk with room"
 
     def __enter__(self) -> "Output":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
             self._file.close()
         if self._aside:
@@ -93,23 +78,21 @@ class Output:
 def open_outputs(
     paths: Sequence[str | None], stack: contextlib.ExitStack, inputs: Sequence[str]
 ) -> list[Output | None]:
-    """An Output for each path that is given; `stack` removes what is never committed.
+    """An Output for each path that is not None; `stack` removes those that are never committed.
 
-    Raises UserError where one would replace another or one of the files `inputs`.
+    Raises UserError if one would replace another or one of the files `inputs`.
     """
     taken = {os.path.realpath(path) for path in inputs}
-    for path in paths:
-        if path is not None and os.path.realpath(path) in taken:
-            raise UserError(
-                f"{path}: this file is already the data or another output; give each its own"
-            )
-        if path is not None:
-            taken.add(os.path.realpath(path))
+    for path in (path for path in paths if path is not None):
+        real = os.path.realpath(path)
+        if real in taken:
+            raise UserError(f"{path}: is already the data or another output; give each its own")
+        taken.add(real)
     return [None if path is None else stack.enter_context(Output(path)) for path in paths]
 
 
 def commit_outputs(texts: Sequence[tuple[Output | None, str]]) -> None:
-    """Commit every output that is given, even where another fails. Raises UserError if one did."""
+    """Commit every output, even if another one fails. Raises UserError if any did."""
     failures = []
     for output, text in texts:
         try:

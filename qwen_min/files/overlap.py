@@ -1,7 +1,7 @@
-"""Texts that an evaluation shares with the data that a model was trained on.
+"""Find the evaluated texts that are also in training data.
 
-A text that is also in the training data is one that a trained method may have memorised.
-"Normalised" texts are equal up to the width of characters, white space and punctuation.
+A trained method may have memorised such a text. "Normalised" texts are compared without
+punctuation, white space and differences in character width.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from qwen_min.files.data import Example, examples_hash, read_examples
 from qwen_min.metrics import wilson_interval
 from qwen_min.prompt import parse_labels
 
-FED = "fed.safetensors"  # in a model's directory: `text_hashes` of what it was made from
+FED = "fed.safetensors"  # in a model's directory: `text_hashes` of its own training texts
 
 
 class _Dropped(dict):
-    """For str.translate: None (to be removed) for punctuation, white space and the invisible."""
+    """A table for str.translate that removes punctuation, white space and invisible characters."""
 
     def __missing__(self, code: int) -> int | None:
         # Unicode's categories P, Z and C; tabs and newlines are Cc, a zero-width space is Cf.
@@ -34,9 +34,9 @@ _DROPPED = _Dropped()
 
 
 def normalised(text: str) -> str:
-    """The key by which two texts count as one: NFKC, without white space and punctuation.
+    """The form in which two texts are compared: NFKC, without white space and punctuation.
 
-    A text that has nothing else ("？！") keeps its punctuation: it is not every such text's copy.
+    A text of punctuation alone ("？！") keeps it; otherwise all such texts would be equal.
     """
     whole = normalize("NFKC", text)
     return whole.translate(_DROPPED) or "".join(whole.split())
@@ -51,10 +51,10 @@ def stand_in(texts: Iterable[str], known: Iterable[str]) -> list[int]:
 def training_examples(
     file: str | None, encoding: str, labels: Sequence[str], record: dict | None
 ) -> tuple[str, list[Example]] | None:
-    """The file that holds the training data, and its rows; None where there is none to read.
+    """The name of the training file, and its examples; None if there is none.
 
-    file: as the user names it; without it the one that a run, `record`, says it was trained on. If
-    that is gone or has changed, stderr says so: the evaluation goes on without.
+    file: named by the user; None: the file in `record`, the run.json of the evaluated run. If that
+    file is missing or has changed, stderr gets a note and the result is None.
     """
     if file is not None:
         return file, read_examples(file, labels, encoding)
@@ -69,8 +69,8 @@ def training_examples(
             raise UserError(f"{file}: has changed since the run was trained on it")
     except UserError as error:
         print(
-            f"note: no accuracy on the part that is not in the training data: {error} "
-            "(--train-data FILE names it)",
+            f"note: accuracy on texts outside the training data is not computed: {error} "
+            "(name the training data with --train-data FILE)",
             file=sys.stderr,
         )
         return None
@@ -78,19 +78,19 @@ def training_examples(
 
 
 def text_hashes(texts: Iterable[str]) -> np.ndarray:
-    """Eight bytes of SHA-256 of each normalised text, (distinct texts,) int64, in ascending order.
+    """Eight bytes of SHA-256 of each normalised text: (distinct texts,) int64, ascending.
 
-    Enough to recognise a text, and nothing that it could be read from.
+    Enough to recognise a text, but not to reconstruct it.
     """
     digests = (hashlib.sha256(normalised(text).encode()).digest()[:8] for text in texts)
     return np.unique(np.frombuffer(b"".join(digests), dtype="<i8"))
 
 
 def fed_rows(directory: Path, examples: Sequence[Example]) -> list[int]:
-    """Indices of the examples that the model in `directory` was itself made from.
+    """Indices of the examples that are in the training data of the model in `directory` itself.
 
-    By the hashes in its file FED: a model without the file does not say, and none are found. If
-    there are any, stderr says how many.
+    The model's file FED has their hashes; without this file the result is empty. If any example is
+    found, stderr gets a warning.
     """
     if not (path := directory / FED).exists():
         return []
@@ -98,8 +98,8 @@ def fed_rows(directory: Path, examples: Sequence[Example]) -> list[int]:
     fed = [i for i, e in enumerate(examples) if np.isin(text_hashes([e.text]), known).all()]
     if fed:
         print(
-            f"warning: {len(fed)} of these {len(examples)} texts are among those that the model "
-            f"in {directory} was itself made from; figures on them say nothing about new texts",
+            f"warning: {len(fed)} of these {len(examples)} texts are in the training data of the "
+            f"model in {directory} itself; metrics on them say nothing about new texts",
             file=sys.stderr,
         )
     return fed
@@ -111,28 +111,28 @@ def clean_part(
     predictions: Sequence[int],
     fed: Sequence[int] = (),
 ) -> dict | None:
-    """Accuracy on the examples that neither training nor the model's own making has seen.
+    """Accuracy on the examples that are in no training data.
 
-    training: see `training_examples`; a text counts as seen exact or normalised. fed: as `fed_rows`
-    finds them. None without either. predictions: (n,), class numbers. Accuracy and interval are
-    None where no row is clean.
+    training: from `training_examples`; its texts are compared normalised. predictions: (n,), class
+    numbers. fed: from `fed_rows`. The result is None if both are empty. Accuracy and interval are
+    None if no example is left.
     """
-    sources, seen = [], set(fed)
-    if training is not None:
-        sources.append(training[0])
-        # Texts that are equal are equal normalised.
-        known = (normalised(row.text) for row in training[1])
-        seen.update(stand_in((normalised(e.text) for e in examples), known))
-    if fed:
-        sources.append("what the model itself was made from")
+    sources = [] if training is None else [training[0]]
+    sources += ["what the model itself was made from"] * bool(fed)
     if not sources:
         return None
-    right = [e.label == p for e, p in zip(examples, predictions, strict=True)]
-    clean = [hit for i, hit in enumerate(right) if i not in seen]
-    correct, n = sum(map(int, clean)), len(clean)
+    # Texts that are equal are also equal when normalised.
+    known = {normalised(row.text) for row in training[1]} if training else set()
+    fed = set(fed)
+    correct = [
+        example.label == prediction
+        for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True))
+        if i not in fed and normalised(example.text) not in known
+    ]
+    n, hits = len(correct), sum(map(int, correct))
     return {
         "train_data": " or ".join(sources),
         "n": n,
-        "accuracy": correct / n if n else None,
-        "accuracy_interval": list(wilson_interval(correct, n)) if n else None,
+        "accuracy": hits / n if n else None,
+        "accuracy_interval": list(wilson_interval(hits, n)) if n else None,
     }

@@ -1,4 +1,4 @@
-"""The results of one evaluation: a table for a person, a line of JSON for each row."""
+"""What one evaluation writes: names of its files, and a line of JSON for each row."""
 
 import argparse
 import hashlib
@@ -8,98 +8,30 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_min.command.terminal import pad
 from qwen_min.files.data import Example
 from qwen_min.metrics import OFF_TRACK
-
-
-def format_results(results: dict) -> str:
-    """The results as a table for a person."""
-
-    def number(value: float | None) -> str:
-        return "undefined" if value is None else f"{value:.4f}"
-
-    low, high = results["accuracy_interval"]
-    mass = []
-    if results["label_mass"] is not None:
-        share = number(results["label_mass"])
-        mass = [f"label mass    {share}   probability that the label words hold"]
-    # Generated text has no scores, hence nothing that is computed from them.
-    scored = [
-        f"AUC-ROC       {number(results['auc_roc'])}",
-        f"Brier         {number(results['brier'])}   {results['brier_kind']}",
-        f"ECE           {number(results['ece'])}   15 bins",
-    ]
-    if results["brier"] is None:
-        scored = off_track_lines(results)
-    shortened = f"{results['truncated_rows']} of {results['n']} texts shortened"
-    lines = [
-        f"method        {results['method']}",
-        f"examples      {results['n']}   ({shortened})",
-        f"accuracy      {number(results['accuracy'])}   95 % interval {low:.4f} to {high:.4f}",
-        *clean_line(results.get("clean")),
-        *scored,
-        *mass,
-        f"speed         {results['examples_per_second']:.1f} examples/s, "
-        f"{results['seconds']:.1f} s, {results['dtype']} on {results['device']}",
-        "",
-        "class          precision   recall       F1   examples",
-    ]
-    rows = [*results["per_class"], {"name": "macro", **results["macro"], "support": results["n"]}]
-    lines += [
-        f"{pad(row['name'], 14)} {row['precision']:9.4f} {row['recall']:8.4f} {row['f1']:8.4f} "
-        f"{row['support']:10d}"
-        for row in rows
-    ]
-    names = [row["name"] for row in results["per_class"]]
-    heads = names + ["off track"] * bool(results["off_track"])
-    lines += ["", "true \\ predicted" + "".join("  " + pad(name, 8, left=True) for name in heads)]
-    lines += [
-        pad(name, 16) + "".join(f"  {count:8d}" for count in counts)
-        for name, counts in zip(names, results["confusion_matrix"], strict=True)
-    ]
-    return "\n".join(lines)
 
 
 def off_track_examples(
     examples: Sequence[Example], predictions: Sequence[int], answers: Sequence[str]
 ) -> list[dict]:
-    """The first five answers without a label word, and the lines of the file that they are to."""
+    """The first five answers without a label word, each with the line number of its text."""
     rows = zip(examples, predictions, answers, strict=True)
-    astray = [{"line": e.line, "answer": answer} for e, y, answer in rows if y == OFF_TRACK]
-    return astray[:5]
-
-
-def off_track_lines(results: dict) -> list[str]:
-    """How many answers held no label word, and what some of them said instead."""
-    count, n = results["off_track"], results["n"]
-    lines = [f"off track     {count / n:.4f}   {count} of {n} answers hold no label word"]
-    for example in results["off_track_examples"]:
-        lines.append(f"              line {example['line']}: {example['answer']!r}")
-    return lines
-
-
-def clean_line(clean: dict | None) -> list[str]:
-    """The line on the rows that are not in the training data; none where these are unknown."""
-    if clean is None:
-        return []
-    if not clean["n"]:
-        return [f"  clean part  undefined   every text stands in {clean['train_data']}"]
-    low, high = clean["accuracy_interval"]
-    return [
-        f"  clean part  {clean['accuracy']:.4f}   95 % interval {low:.4f} to {high:.4f}   "
-        f"{clean['n']} texts that are not in {clean['train_data']}"
-    ]
+    found = [{"line": e.line, "answer": answer} for e, y, answer in rows if y == OFF_TRACK]
+    return found[:5]
 
 
 def name_outputs(args: argparse.Namespace, record: dict, data_hash: str) -> None:
-    """Put files in the run's directory where the arguments name none.
+    """Set --output and --predictions, where not given, to files in the run's directory.
 
-    Settings other than the run's own, in `args.changed`, make another result, in another file.
+    The name depends on the data, and on settings that differ from the run's (`args.changed`), so
+    that different results never replace each other.
     """
-    other = hashlib.sha256(" ".join(args.changed).encode()).hexdigest()[:8]
-    transplanted = args.method != record["method"]
-    parts = [args.method] * transplanted + [data_hash[:12]] + [other] * bool(args.changed)
+    parts = [data_hash[:12]]
+    if args.method != record["method"]:
+        parts.insert(0, args.method)
+    if args.changed:
+        parts.append(hashlib.sha256(" ".join(args.changed).encode()).hexdigest()[:8])
     ending = "-".join(parts)
     args.output = args.output or str(Path(args.run) / f"results-{ending}.json")
     args.predictions = args.predictions or str(Path(args.run) / f"predictions-{ending}.jsonl")
@@ -111,9 +43,9 @@ def prediction_lines(
     scores: np.ndarray | None,
     answers: Sequence[str] | None = None,
 ) -> str:
-    """JSON lines: index (from 0), label, prediction, scores in class order.
+    """JSON lines: index (from 0), label, prediction, scores (C numbers, in class order).
 
-    Where the prediction was read out of an answer: that answer, and null for the scores.
+    If the predictions come from generated answers, the scores are null and the answer is added.
     """
     lines = []
     for index, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):

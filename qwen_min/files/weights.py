@@ -1,11 +1,11 @@
-"""Safetensors into the model, strictly: a tensor missing, left over or misshapen is an error."""
+"""Safetensors into the model, strictly: a tensor that is missing, unexpected or of another shape is
+an error. The one exception is an lm_head in a tied checkpoint, which is dropped.
+"""
 
 import hashlib
-import json
 import os
-import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from qwen_min.config import QwenConfig
 from qwen_min.errors import UserError
+from qwen_min.files.disk import new_directory, read_json, write_json
+from qwen_min.files.hub import INDEX, SINGLE, read_index
 from qwen_min.model import Qwen
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What a merged checkpoint takes over from its base; the last says what that was made from.
+# A merged checkpoint copies these from its base. The last holds hashes of the texts that the base
+# was trained on.
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "fed.safetensors")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,7 +31,7 @@ def load_model(directory: str | Path, dtype: str = "auto", device: str = "cpu") 
 
     dtype: "auto" (the checkpoint's own) or a name in DTYPES. On the CPU and in the checkpoint's own
     dtype the weights stay mapped from the file: nothing is copied, pages are read when first used.
-    Raises UserError for anything in the directory that does not fit together.
+    Raises UserError if config.json or the weights are missing, malformed or do not fit together.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -41,10 +43,16 @@ def load_model(directory: str | Path, dtype: str = "auto", device: str = "cpu") 
 
     tensors = read_tensors(directory)
     if config.tie_word_embeddings:
-        # Some tied checkpoints list the head as well; the embedding is the one that counts.
+        # Some tied checkpoints also store the head. The model uses the embedding in its place.
         tensors.pop("lm_head.weight", None)
-    _check_names_and_shapes(tensors, shapes, directory)
-    wanted = checkpoint_dtype(config, tensors) if dtype == "auto" else DTYPES[dtype]
+    _check_tensors(tensors, shapes, directory)
+    found = {tensor.dtype for tensor in tensors.values()}
+    if dtype != "auto":
+        wanted = DTYPES[dtype]
+    elif len(found) == 1:
+        (wanted,) = found
+    else:
+        wanted = DTYPES.get(config.torch_dtype, torch.float32)
     model.load_state_dict(
         {name: tensor.to(device=device, dtype=wanted) for name, tensor in tensors.items()},
         assign=True,
@@ -52,46 +60,24 @@ def load_model(directory: str | Path, dtype: str = "auto", device: str = "cpu") 
     return model.requires_grad_(False).eval()
 
 
-def checkpoint_dtype(config: QwenConfig, tensors: dict[str, Tensor]) -> torch.dtype:
-    """The dtype that the checkpoint was saved in: its tensors' if they agree, else config's."""
-    found = {tensor.dtype for tensor in tensors.values()}
-    return found.pop() if len(found) == 1 else DTYPES.get(config.torch_dtype, torch.float32)
-
-
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors or, without it, of the shards in the index; mapped."""
+    """All tensors of model.safetensors or, if it is missing, of the index's shards; mapped."""
     if (directory / SINGLE).is_file() or not (directory / INDEX).exists():
         return _read_file(directory / SINGLE)
-    weight_map = _read_index(directory / INDEX)
+    index = directory / INDEX
+    weight_map = read_index(index)
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
         for name, tensor in _read_file(directory / shard).items():
             if name in tensors or weight_map.get(name, shard) != shard:
                 raise UserError(
-                    f"{directory / INDEX}: {name!r} is in {shard}, where the index does not have "
-                    "it, or in two shards; fetch the checkpoint again"
+                    f"{index}: {name!r} is in {shard}, but the index names another shard, or it is "
+                    "in two shards; fetch it again"
                 )
             tensors[name] = tensor
-    if absent := sorted(weight_map.keys() - tensors.keys()):
-        raise UserError(
-            f"{directory / INDEX}: {_some(absent)} not in the shard that it names; fetch it again"
-        )
+    if absent := weight_map.keys() - tensors.keys():
+        raise UserError(f"{index}: {_some(absent)} not in the shard named; fetch it again")
     return tensors
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards = set(weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: no usable weight_map ({type(error).__name__}: {error}); fetch it again"
-        ) from None
-    for shard in shards:
-        # An index comes from outside: it may name files beside itself, nothing else.
-        if not (isinstance(shard, str) and re.fullmatch(r"[\w.-]+\.safetensors", shard)):
-            raise UserError(f"{path}: shard {shard!r} is not a plain file name (NAME.safetensors)")
-    return weight_map
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -107,64 +93,58 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _check_names_and_shapes(
+def _check_tensors(
     tensors: dict[str, Tensor], shapes: dict[str, torch.Size], directory: Path
 ) -> None:
-    if missing := sorted(shapes.keys() - tensors.keys()):
-        raise UserError(
-            f"{directory}: the weights lack {_some(missing)} that config.json calls for"
-        )
-    if extra := sorted(tensors.keys() - shapes.keys()):
-        raise UserError(
-            f"{directory}: the weights hold {_some(extra)} unknown to this architecture"
-        )
-    if wrong := sorted(name for name in shapes if tensors[name].shape != shapes[name]):
-        name = wrong[0]
-        raise UserError(
-            f"{directory}: {len(wrong)} tensor(s) of the wrong shape: {name} is "
-            f"{list(tensors[name].shape)}, config.json makes it {list(shapes[name])}"
-        )
-    if odd := sorted(name for name in tensors if tensors[name].dtype not in DTYPES.values()):
-        raise UserError(
-            f"{directory}: {_some(odd)} of dtype {tensors[odd[0]].dtype}, expected one of "
-            f"{', '.join(DTYPES)}; use unquantised weights"
-        )
+    both = tensors.keys() & shapes.keys()
+    problems = {
+        "missing": shapes.keys() - tensors.keys(),
+        "unknown to this architecture": tensors.keys() - shapes.keys(),
+        "of the wrong shape": {name for name in both if tensors[name].shape != shapes[name]},
+        f"of a dtype other than {', '.join(DTYPES)}": {
+            name for name in both if tensors[name].dtype not in DTYPES.values()
+        },
+    }
+    for problem, names in problems.items():
+        if names:
+            first = min(names)
+            tensor, shape = tensors.get(first), shapes.get(first)
+            found = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise UserError(
+                f"{directory}: {_some(names)} {problem} (first: found {found}, expected "
+                f"{'nothing' if shape is None else list(shape)}); take config.json and unquantised "
+                "weights from one checkpoint"
+            )
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(map(repr, sorted(names)[:3])) + (", …" if len(names) > 3 else "")
     return f"{len(names)} tensor(s) ({shown})"
 
 
 def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
     """Write `model` as a plain checkpoint, with config and tokenizer copied from `source`.
 
-    `out` must not exist; it appears whole. Raises UserError where it cannot be written.
+    `out` must not exist; it appears complete or not at all. Raises UserError if it cannot be
+    written.
     """
     source, out = Path(source), Path(out)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        if out.exists():
-            raise FileExistsError(17, "it exists already")
-        aside.mkdir(parents=True)
+    if os.path.exists(out):
+        raise UserError(f"{out}: cannot be written (it exists already); name another")
+    with new_directory(out, "name another, or make room") as directory:
         for name in COPIED:
             if (source / name).exists():
-                shutil.copyfile(source / name, aside / name)
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+                shutil.copyfile(source / name, directory / name)
+        config = read_json(source / "config.json", "a model's config", "fetch it again")
         config["torch_dtype"] = str(model.lm_head_weight.dtype).removeprefix("torch.")
         config.pop("dtype", None)
-        (aside / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        write_json(directory / "config.json", config)
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(tensors, aside / SINGLE, metadata={"format": "pt"})
-        os.replace(aside, out)
-    except (OSError, SafetensorError) as error:  # a full disk is either, by who notices it
-        shutil.rmtree(aside, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{out}: cannot be written ({reason}); name another") from None
+        save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
 
 
 def tensor_hashes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """SHA-256 of each tensor: dtype, shape and bytes. Equal hashes: the tensor is untouched."""
+    """SHA-256 of each tensor's dtype, shape and bytes."""
     hashes = {}
     for name, tensor in tensors:
         digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -174,15 +154,14 @@ def tensor_hashes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """One SHA-256 over the names and hashes of tensors, in any order: which weights are these?"""
-    hashes = sorted(tensor_hashes(tensors).items())
-    lines = [f"{name} {digest}\n" for name, digest in hashes]
+    """One SHA-256 over the names and hashes of all tensors, in whatever order they come."""
+    lines = [f"{name} {digest}\n" for name, digest in sorted(tensor_hashes(tensors).items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def checkpoint_fingerprint(directory: str | Path) -> str:
-    """A checkpoint's fingerprint: its tensors as they are in the files, whatever dtype runs, and
-    those fields of config.json that the forward pass depends on."""
+    """One SHA-256 that identifies a checkpoint, whatever dtype it is loaded in: over its tensors as
+    stored, and the fields of config.json that the forward pass depends on."""
     config = asdict(QwenConfig.from_json(Path(directory) / "config.json"))
     for field in ("torch_dtype", "max_position_embeddings"):
         del config[field]

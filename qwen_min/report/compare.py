@@ -1,14 +1,14 @@
-"""Results of evaluate.py put side by side: read, seeds gathered, methods tested in pairs.
+"""Read results of evaluate.py, group the seeds of each method, and test methods in pairs.
 
-Two results are compared only where they are about the same examples, by hash. Seeds of one method
-are one method: same arguments, other random numbers.
+Two results are compared only if their example hashes agree. Results that differ in the seed alone
+belong to one method.
 """
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,14 @@ from qwen_min.metrics import confusion_matrix, mcnemar_exact, paired_bootstrap
 
 NEEDED = ("method", "n", "accuracy", "accuracy_interval", "per_class", "macro", "auc_roc", "brier")
 NEEDED += ("ece", "confusion_matrix", "examples_hash", "seconds", "arguments")
-# What may differ between two seeds of one method. The examples are told apart by their hash.
-ASIDE = {*FREE, "method", "seed", "run", "predictions", "train_data", "data", "limit", "encoding"}
-ASIDE |= {"label_sets", "calibrate", "explain"}
+# Arguments that do not make another method. The examples are identified by their hash instead.
+IGNORED = {*FREE, "method", "seed", "run", "predictions", "train_data", "data", "limit", "encoding"}
+IGNORED |= {"label_sets", "calibrate", "explain"}
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a method said of each row: classes (n,), scores (n, C), None where it gives none."""
+    """Labels (n,), predicted classes (n,) and scores (n, C) of all rows; scores may be None."""
 
     labels: np.ndarray
     predicted: np.ndarray
@@ -35,22 +35,21 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Result:
-    """One evaluation: its file, what is in it, its rows, and the run that it is of."""
+    """One evaluation: its results file, its predictions and its run."""
 
     path: Path
-    results: dict
-    settings: dict  # every argument, of training too, that makes the method what it is
-    seed: int  # of training; of the evaluation where nothing was trained
+    results: dict  # the content of the file
+    identity: dict  # examples, method and arguments, also of training: equal for all its seeds
+    seed: int  # of training; of the evaluation if nothing was trained
     trained: bool
-    predictions: Predictions | None  # None where the file is missing
+    predictions: Predictions | None  # None if the file is missing
     run: Path | None
 
     @property
     def measures(self) -> dict[str, float | None]:
-        """The numbers of one row of the table; None where one is undefined."""
+        """The numbers of one row of the table; None if undefined."""
         results = self.results
-        two = len(results["per_class"]) == 2
-        headline = results if two else results["macro"]
+        headline = results if len(results["per_class"]) == 2 else results["macro"]
         return {
             "accuracy": results["accuracy"],
             **{key: headline[key] for key in ("precision", "recall", "f1")},
@@ -60,80 +59,103 @@ class Result:
             "seconds": results["seconds"],
         }
 
+    @property
+    def row(self) -> dict[str, float | list[float] | None]:
+        """The measures and the 95 % interval of the accuracy."""
+        return {**self.measures, "accuracy_interval": self.results["accuracy_interval"]}
+
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: the results of one method, one for each seed, seeds ascending."""
+    """One row of the table: the results of one method by seed, in ascending order."""
 
     name: str
     seeds: dict[int, Result]
 
     @property
     def first(self) -> Result:
+        """The result with the smallest seed."""
         return next(iter(self.seeds.values()))
 
+    @property
+    def classes(self) -> list[str]:
+        """The word for each class."""
+        return [row["name"] for row in self.first.results["per_class"]]
+
     def summary(self) -> tuple[dict, dict]:
-        """Mean and sample standard deviation over the seeds, by measure; None where undefined."""
-        columns = {
-            key: [r.measures[key] for r in self.seeds.values()] for key in self.first.measures
-        }
-        whole = {key: None not in values for key, values in columns.items()}
-        mean = {k: statistics.fmean(v) if whole[k] else None for k, v in columns.items()}
-        several = len(self.seeds) > 1
-        sd = {k: statistics.stdev(v) if whole[k] and several else None for k, v in columns.items()}
+        """Mean and sample standard deviation of each measure over the seeds; None if undefined."""
+        mean, sd = {}, {}
+        for key in self.first.measures:
+            values = [result.measures[key] for result in self.seeds.values()]
+            defined = None not in values
+            mean[key] = statistics.fmean(values) if defined else None
+            sd[key] = statistics.stdev(values) if defined and len(values) > 1 else None
         return mean, sd
 
 
+@contextmanager
+def reading(path: Path, what: str, advice: str) -> Iterator[None]:
+    """Turn an error of the block into one line: `path` cannot be read, or is not `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; {advice}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"without {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(f"{path}: not {what} ({reason}); {advice}") from None
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a JSON Lines file. Not str.splitlines: JSON strings may contain U+2028."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
 def read_all(arguments: Sequence[str]) -> list[Result]:
-    """The results in files and run directories, in the order given, each file once."""
+    """The results in files and run directories, in the order given; each file is read once."""
     paths: dict[Path, Path] = {}
     for argument in map(Path, arguments):
-        found = [argument]
-        if argument.is_dir():
-            found = sorted(argument.glob("results-*.json"))
-            if not found:
-                raise UserError(
-                    f"{argument}: holds no results-*.json; make one with: "
-                    f"python evaluate.py --run {argument} --data FILE"
-                )
+        found = sorted(argument.glob("results-*.json")) if argument.is_dir() else [argument]
+        if not found:
+            raise UserError(
+                f"{argument}: holds no results-*.json; make one with: "
+                f"python evaluate.py --run {argument} --data FILE"
+            )
         for path in found:
             paths.setdefault(path.resolve(), path)
     return [read_result(path) for path in paths.values()]
 
 
 def read_result(path: Path) -> Result:
-    """One results file with its predictions. Raises UserError for what is none of evaluate.py."""
-    try:
+    """Read a results file and its predictions. Raises UserError for any other file."""
+    advice = "expected the file that evaluate.py writes as --output, or a run directory"
+    with reading(path, "results of evaluate.py", advice):
         results = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in NEEDED if key not in results]
-        if missing:
+        if missing := [key for key in NEEDED if key not in results]:
             raise ValueError(f"without {', '.join(missing)}")
         arguments = dict(results["arguments"])
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read: {error.strerror}; expected the results of evaluate.py or a "
-            "run directory"
-        ) from None
-    except (ValueError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: not results of evaluate.py ({reason}); expected the file that it writes as "
-            "--output"
-        ) from None
-    run = find_run(path, arguments)
+    run = None
+    if arguments.get("run") is not None:
+        # The run directory may have been moved since, with the results in it.
+        places = (path.parent, Path(arguments["run"]))
+        run = next((place for place in places if (place / "run.json").exists()), None)
     training = results.get("training_arguments")
-    if training is None and arguments.get("run") and run:
+    if training is None and run:
         training = read_run(run)["arguments"]
-    settings = {k: v for k, v in arguments.items() if k not in ASIDE}
+    settings = {name: value for name, value in arguments.items() if name not in IGNORED}
     for name, value in (training or {}).items():
-        # What both have, and alike, is said once. The rows trained on are no seed's affair.
-        if name in ASIDE - {"data", "limit"} or (name in settings and settings[name] == value):
+        # data and limit stay: training rows must match between seeds. Equal values: listed once.
+        if name in IGNORED - {"data", "limit"} or (name, value) in settings.items():
             continue
         settings[f"train_{name}" if name in arguments else name] = value
     return Result(
         path=path,
         results=results,
-        settings={k: v for k, v in settings.items() if v is not None and v is not False},
+        identity={
+            "examples": results["examples_hash"][:8],
+            **{k: v for k, v in settings.items() if v is not None and v is not False},
+            "method": results["method"],
+        },
         seed=(training or arguments).get("seed", 0),
         trained=training is not None,
         predictions=read_predictions(path, results),
@@ -141,108 +163,71 @@ def read_result(path: Path) -> Result:
     )
 
 
-def find_run(path: Path, arguments: dict) -> Path | None:
-    """The run directory that a results file belongs to: where it stands, or where it was then."""
-    if arguments.get("run") is None:
-        return None
-    places = (path.parent, Path(arguments["run"]))
-    return next((place for place in places if (place / "run.json").exists()), None)
-
-
 def read_predictions(path: Path, results: dict) -> Predictions | None:
-    """The predictions beside a results file; None where there are none.
+    """The predictions beside a results file; None if there is no such file.
 
-    Raises UserError for a file that is not of these results: their counts must come out of it.
+    Raises UserError unless they give the confusion matrix of the results.
     """
     named = Path(results["arguments"].get("predictions") or path)
-    ending = path.name.replace("results", "predictions")
-    places = (path.with_name(ending).with_suffix(".jsonl"), path.parent / named.name, named)
+    usual = path.with_name(path.name.replace("results", "predictions")).with_suffix(".jsonl")
+    places = (usual, path.parent / named.name, named)
     place = next((p for p in places if p.exists() and p.resolve() != path.resolve()), None)
     if place is None:
         return None
-    classes = len(results["per_class"])
-    try:
-        # Not splitlines: an answer may hold U+2028, which JSON leaves as it is.
-        lines = place.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        rows = [json.loads(line) for line in lines]
-        if [row["index"] for row in rows] != list(range(results["n"])):
-            raise ValueError(f"rows are not numbered 0 to {results['n'] - 1}")
+    n, classes = results["n"], len(results["per_class"])
+    advice = "evaluate again, or move it away to do without"
+    with reading(place, f"the predictions of {path.name}", advice):
+        rows = read_lines(place)
+        if [row["index"] for row in rows] != list(range(n)):
+            raise ValueError(f"rows are not numbered 0 to {n - 1}")
         labels = np.array([row["label"] for row in rows])
         predicted = np.array([row["prediction"] for row in rows])
         scores = None
         if all(row["scores"] is not None for row in rows):
             scores = np.array([row["scores"] for row in rows], dtype=np.float64)
-            if scores.shape != (len(rows), classes) or not np.isfinite(scores).all():
+            if scores.shape != (n, classes) or not np.isfinite(scores).all():
                 raise ValueError(f"scores are not {classes} numbers for each row")
         matrix = confusion_matrix(labels, predicted, classes).tolist()
         if matrix != results["confusion_matrix"]:
             raise ValueError(f"they make another confusion matrix than {path.name} has")
-    except OSError as error:
-        raise UserError(f"{place}: cannot be read: {error.strerror}; check the file") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{place}: not the predictions of {path.name} ({error}); evaluate again, or move it "
-            "away to do without"
-        ) from None
     return Predictions(labels, predicted, scores)
 
 
 def gather(results: Sequence[Result]) -> list[Method]:
-    """Seeds of one method together, in the order of their first; names that tell methods apart."""
-    groups: list[dict[int, Result]] = []
+    """Group the seeds of each method, in the order given, and give each method a unique name."""
+    groups: list[list[Result]] = []
     for result in results:
         for group in groups:
-            if same_method(result, next(iter(group.values()))) and result.seed not in group:
-                group[result.seed] = result
+            seeds = [other.seed for other in group]
+            if group[0].identity == result.identity and result.seed not in seeds:
+                group.append(result)
                 break
         else:
-            groups.append({result.seed: result})
-    firsts = [next(iter(group.values())) for group in groups]
+            groups.append([result])
+    firsts = [group[0] for group in groups]
     names = [method_name(first, firsts) for first in firsts]
-    # The same evaluation twice, or values that look alike once shortened.
-    names = [
-        f"{name} ({first.path})" if names.count(name) > 1 else name
-        for name, first in zip(names, firsts, strict=True)
-    ]
-    return [
-        Method(name, dict(sorted(group.items()))) for name, group in zip(names, groups, strict=True)
-    ]
-
-
-def same_method(a: Result, b: Result) -> bool:
-    """Whether two results differ in their seed alone."""
-    return identity(a) == identity(b)
-
-
-def identity(result: Result) -> dict:
-    """What is the same for every seed of a method."""
-    results = result.results
-    return {
-        "examples": results["examples_hash"][:8],
-        **result.settings,
-        "method": results["method"],
-    }
+    methods = []
+    for name, group in zip(names, groups, strict=True):
+        # The same evaluation twice, or values that look alike once shortened.
+        path = f" ({group[0].path})" if names.count(name) > 1 else ""
+        seeds = {result.seed: result for result in sorted(group, key=lambda result: result.seed)}
+        methods.append(Method(name + path, seeds))
+    return methods
 
 
 def method_name(result: Result, among: Sequence[Result]) -> str:
-    """The method, and those arguments in which it differs from others of the same method."""
-    own = identity(result)
-    others = [identity(r) for r in among if identity(r)["method"] == own["method"]]
-    keys = [key for key in own if any(other.get(key) != own[key] for other in others)]
-    # What another has and this one has not.
-    keys += sorted({key for other in others for key in other} - own.keys())
-    return " ".join([own["method"], *(f"{key}={short(own.get(key))}" for key in keys)])
+    """The method, and the arguments in which it differs from results of the same method."""
+    own = result.identity
+    others = [r.identity for r in among if r.identity["method"] == own["method"]]
+    keys = dict.fromkeys([*own, *sorted(key for other in others for key in other)])
+    differing = [key for key in keys if any(o.get(key) != own.get(key) for o in others)]
+    return " ".join([own["method"], *(f"{key}={short(own.get(key))}" for key in differing)])
 
 
 def short(value: object, characters: int = 24) -> str:
-    """A value in a name: of a long one the end, where paths and templates differ."""
+    """A value as part of a name. A long value keeps its end, where paths and templates differ."""
     text = str(value).replace("\n", "\\n")
     return text if len(text) <= characters else "…" + text[1 - characters :]
-
-
-def compare_all(methods: Sequence[Method]) -> list[dict]:
-    """`compare` for each pair of methods, in the order of the table."""
-    return [compare(a, b) for a, b in combinations(methods, 2)]
 
 
 def compare(a: Method, b: Method) -> dict:
@@ -259,9 +244,9 @@ def compare(a: Method, b: Method) -> dict:
             for m in (a, b)
         )
         return pair | {"not_compared": f"evaluated on different examples: {about}"}
-    bare = [r for m in (a, b) for r in m.seeds.values() if r.predictions is None]
-    if bare:
-        return pair | {"not_compared": f"no predictions beside {bare[0].path}"}
+    for result in [*a.seeds.values(), *b.seeds.values()]:
+        if result.predictions is None:
+            return pair | {"not_compared": f"no predictions beside {result.path}"}
     seeds = paired_seeds(a, b)
     if not seeds:
         found = " and ".join(", ".join(map(str, m.seeds)) for m in (a, b))
@@ -270,17 +255,18 @@ def compare(a: Method, b: Method) -> dict:
 
 
 def paired_seeds(a: Method, b: Method) -> list[tuple[int, int]]:
-    """Which seed of A goes with which of B: the same one; what has no seed goes with each."""
+    """Pairs (seed of A, seed of B) to test: equal seeds; every seed with an untrained method."""
     if len(a.seeds) == len(b.seeds) == 1:
         return [(a.first.seed, b.first.seed)]
-    for one, many, turn in ((a, b, 1), (b, a, -1)):
-        if len(one.seeds) == 1 and not one.first.trained:
-            return [(one.first.seed, seed)[::turn] for seed in many.seeds]
+    if len(a.seeds) == 1 and not a.first.trained:
+        return [(a.first.seed, seed) for seed in b.seeds]
+    if len(b.seeds) == 1 and not b.first.trained:
+        return [(seed, b.first.seed) for seed in a.seeds]
     return [(seed, seed) for seed in a.seeds if seed in b.seeds]
 
 
 def paired_test(a: Result, b: Result) -> dict:
-    """One paired test of two results on the same examples."""
+    """One paired test of two results on the same examples; its keys as in `compare`."""
     if not np.array_equal(a.predictions.labels, b.predictions.labels):
         raise UserError(
             f"{b.path}: its predictions have other labels than those of {a.path}, although both "
@@ -288,10 +274,5 @@ def paired_test(a: Result, b: Result) -> dict:
         )
     correct = [r.predictions.predicted == r.predictions.labels for r in (a, b)]
     difference, low, high = paired_bootstrap(*correct)
-    return {
-        "seed_a": a.seed,
-        "seed_b": b.seed,
-        "difference": difference,
-        "interval": [low, high],
-        **mcnemar_exact(*correct),
-    }
+    test = {"seed_a": a.seed, "seed_b": b.seed, "difference": difference, "interval": [low, high]}
+    return test | mcnemar_exact(*correct)

@@ -30,15 +30,14 @@ from torch import Tensor
 from qwen_min.command.cli import make_parser, run_command, seed
 from qwen_min.config import QwenConfig
 from qwen_min.errors import UserError
-from qwen_min.fast.batching import shuffled_batches
+from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.data import Example, read_examples
 from qwen_min.files.overlap import FED, text_hashes
 from qwen_min.metrics import evaluate_predictions
 from qwen_min.model import Qwen
 from qwen_min.prompt import DEFAULT_LABELS, build_prompts, shorten
-from qwen_min.scoring import score_labels
 from qwen_min.tokenizer import Tokenizer
-from qwen_min.training import learning_rate
+from qwen_min.training import learning_rate, shuffled_batches
 
 FRAMES = ["评论：{}\n", "文本：{}\n", "用户说：{}\n", "点评：{}\n", "内容：{}\n", "中文评论：{}\n"]
 FRAMES += ["顾客留言：{}\n", "“{}”\n", "{}\n"]

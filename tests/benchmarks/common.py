@@ -1,15 +1,16 @@
-"""What the benchmarks share: rows, the floor, a process for each program, tables and JSON.
+"""Code that all benchmarks use: rows, the floor, one process per program, tables and JSON.
 
-The floor is the time that the products alone would take that a task cannot do without, at the rate
-that this machine reaches for products of the model's own shapes and dtype:
+The floor is a lower bound on the time of a task: the time of the necessary matrix products alone,
+at the rate that this machine reaches for products of the model's shapes and dtype. It counts
 
-- reading: 2·N FLOPs for each token, N the weights outside embedding and LM head, where a prefix
-  that several sequences share counts once, be it that of all prompts or one prompt's text;
+- reading: 2·N FLOPs for each token, where N is the number of weights outside embedding and LM head.
+  A prefix that several sequences share counts once;
 - scoring: 2·V·D FLOPs for each position whose next token is predicted;
-- training LoRA: 4·N FLOPs for each token of a step (forward, and gradients of the inputs), where a
-  beginning that the step's rows share counts once.
+- training LoRA: 4·N FLOPs for each token of a step (forward, and gradients of the inputs). A prefix
+  that the rows of a step share counts once.
 
-Attention's own products, norms and everything else are left out, so no program reaches 100 %.
+The products inside attention, the norms and everything else are not counted. So no program reaches
+100 %.
 """
 
 import argparse
@@ -37,29 +38,34 @@ from qwen_min.prompt import DEFAULT_LABELS, Prompt, build_prompts
 from qwen_min.tokenizer import Tokenizer
 
 TEMPLATE = "以下是一条中文评论，请判断它的情感倾向。\n评论：{text}\n情感倾向："
-CHARACTERS = 256  # of a text; the cut comes before everything else, so it is every program's
-UNCUT = 100_000  # tokens of a text: nothing is cut a second time
+CHARACTERS = 256  # of a text; every program gets the text after this cut
+UNCUT = 100_000  # tokens of a text: no text is cut again
 
 
 def make_parser(doc: str, rows: int) -> argparse.ArgumentParser:
-    """The arguments that every benchmark takes."""
+    """A parser with the arguments of every benchmark."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, metavar="DIR")
     parser.add_argument("--data", required=True, metavar="FILE")
     parser.add_argument(
-        "--rows", type=positive_int, default=rows, help=f"the first N of the file (default {rows})"
+        "--rows",
+        type=positive_int,
+        default=rows,
+        help=f"use the first N rows of the file (default {rows})",
     )
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
-    parser.add_argument("--quick", action="store_true", help="a minute's run: does it work?")
-    parser.add_argument("--output", metavar="FILE", help="JSON")
+    parser.add_argument(
+        "--quick", action="store_true", help="a short run that only checks that the benchmark works"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write the results as JSON")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # the program that this process runs
     return parser
 
 
 def read_rows(args: argparse.Namespace) -> list[Example]:
-    """The first rows of the file, their texts cut."""
+    """The first rows of the file, with their texts cut."""
     examples = read_examples(args.data, DEFAULT_LABELS, limit=args.rows)
     return [Example(e.text[:CHARACTERS], e.label, e.line) for e in examples]
 
@@ -74,22 +80,22 @@ def read_prompts(
 
 
 def score_bound(dtype: str, tokens: int = 1) -> float:
-    """How far apart two programs' scores of a label of so many tokens may be.
+    """Largest allowed difference between two programs' scores of a label with `tokens` tokens.
 
-    fp32: rounding alone, in 24 layers. bf16 has 8 bits: a logit from 16 to 32 is a multiple of 1/8,
-    two programs may well round it to neighbours, and lm-eval rounds the log-probability once more;
-    so two steps for each token.
+    fp32: rounding in 24 layers. bf16 has 8 significant bits, so a logit from 16 to 32 is a multiple
+    of 1/8. Two programs may round it to neighbouring values, and lm-eval rounds the log-probability
+    once more: two steps of 1/8 for each token.
     """
     return 1e-4 if dtype == "float32" else 0.25 * tokens
 
 
 def hf_dtype(args: argparse.Namespace) -> str | torch.dtype:
-    """What transformers calls --dtype."""
+    """--dtype as transformers expects it."""
     return "auto" if args.dtype == "auto" else DTYPES[args.dtype]
 
 
 def in_process(*flags: str) -> dict:
-    """Run this script again with `flags` added, for peak memory of its own; what it answers."""
+    """Run this script again with `flags` added, in a new process with its own peak memory."""
     quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     out = subprocess.run(
         [sys.executable, *sys.argv, *flags],
@@ -98,12 +104,12 @@ def in_process(*flags: str) -> dict:
         env={**os.environ, **quiet},
     )
     if out.returncode:
-        sys.exit(f"error: {' '.join(flags)} ended with status {out.returncode}")
+        sys.exit(f"error: {' '.join(flags)} ended with exit status {out.returncode}")
     return json.loads(out.stdout.splitlines()[-1])
 
 
 def answer(found: dict) -> None:
-    """The last line of a process that `in_process` started, with the peak of its memory."""
+    """Print the result of a process that `in_process` started, with its peak memory."""
     # Linux counts kilobytes, macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
@@ -112,7 +118,7 @@ def answer(found: dict) -> None:
 
 @dataclass(frozen=True)
 class Floor:
-    """Seconds that a task's products take at `rate`."""
+    """The seconds that a task's matrix products take at `rate`."""
 
     rate: float  # FLOP/s
     dtype: str
@@ -123,7 +129,7 @@ class Floor:
         return 2 * self.weights * distinct_tokens(sequences) / self.rate
 
     def scoring(self, prompts: Sequence[Prompt]) -> float:
-        """All labels of all prompts: what must be read, and a prediction at the end of each."""
+        """All labels of all prompts: read each context once, and predict its next token."""
         contexts = {
             (*p.ids, *label[:t]) for p in prompts for label in p.labels for t in range(len(label))
         }
@@ -135,7 +141,7 @@ class Floor:
 
 
 def measure_floor(args: argparse.Namespace) -> Floor:
-    """N and V·D from the config, the rate measured now, in a process of its own."""
+    """N and V·D from the config, and the rate measured now in a new process."""
     config = QwenConfig.from_json(Path(args.model) / "config.json")
     with torch.device("meta"):
         sizes = {name: p.numel() for name, p in Qwen(config).named_parameters()}
@@ -152,10 +158,10 @@ def measure_floor(args: argparse.Namespace) -> Floor:
 
 
 def gemm_rate(args: argparse.Namespace) -> dict:
-    """The best rate of x Wᵀ over a few numbers of tokens, W all of four layers' matrices.
+    """The best rate of x Wᵀ over several numbers of tokens, with all matrices of four layers.
 
-    Four layers, since one would stay in a large cache as it never does in a whole model; their
-    outputs in memory that is kept, so that no page faults are counted.
+    One layer alone could stay in a large cache; a whole model does not. Freed memory is kept, so
+    that page faults are not measured.
     """
     keep_freed_memory()
     model = load_model(args.model, args.dtype)
@@ -179,10 +185,10 @@ def gemm_rate(args: argparse.Namespace) -> dict:
 
 
 def distinct_tokens(sequences: Sequence[tuple[int, ...]]) -> int:
-    """Nodes of the trie of all sequences: tokens, where a shared beginning counts once."""
+    """Tokens of all sequences, where a shared prefix counts once: the nodes of their trie."""
     count, before = 0, ()
     for sequence in sorted(sequences):
-        # In lexical order, what a sequence shares with any earlier one it shares with the last.
+        # In sorted order, the previous sequence shares the longest prefix.
         pairs = zip(sequence, before, strict=False)
         shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         count += len(sequence) - (min(len(sequence), len(before)) if shared is None else shared)
@@ -191,7 +197,7 @@ def distinct_tokens(sequences: Sequence[tuple[int, ...]]) -> int:
 
 
 def figures(rows: int, seconds: float, least: float) -> dict[str, float]:
-    """A program's speed beside the floor's, where the floor takes `least` seconds."""
+    """A program's speed and the floor's; the floor takes `least` seconds."""
     return {
         "rows_per_s": rows / seconds,
         "floor_rows_per_s": rows / least,
@@ -200,7 +206,7 @@ def figures(rows: int, seconds: float, least: float) -> dict[str, float]:
 
 
 def print_table(rows: Sequence[dict], columns: dict[str, str]) -> None:
-    """The rows' fields that `columns` names, each with its format; words left, figures right."""
+    """Print the fields in `columns`, each with its format; text aligned left, numbers right."""
     cells = [[key.replace("_", " ") for key in columns]]
     cells += [[format(row[key], how) for key, how in columns.items()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -211,7 +217,7 @@ def print_table(rows: Sequence[dict], columns: dict[str, str]) -> None:
 
 
 def write_json(args: argparse.Namespace, floor: Floor, results: object) -> None:
-    """--output: the results, the floor's ingredients, the machine and every argument."""
+    """Write --output: results, floor, machine and arguments."""
     if not args.output:
         return
     machine = {

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""How zero_shot grows: with text length, number of labels and batch budget; memory with rows.
+"""How zero_shot scales with text length, number of labels and batch budget; memory with rows.
 
     python tests/benchmarks/growth.py --model DIR --data FILE --output growth.json
 
-Each line is our own program alone, timed from prompts to scores after one warm-up. Texts of a given
-length are the file's rows joined and cut after that many tokens. Peak memory is that of a process
-of its own for each number of rows; it should not grow with them.
+Each line measures this project alone, from prompts to scores, after one warm-up. Texts of a given
+length are rows of the file, joined and cut to that many tokens. Peak memory is measured in a new
+process for each number of rows. It should not grow with the number of rows.
 """
 
 import argparse
@@ -28,16 +28,16 @@ from common import (
 )
 
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
+from qwen_min.fast.label_scores import score_labels
 from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.files.weights import load_model
 from qwen_min.model import Qwen
 from qwen_min.prompt import DEFAULT_LABELS, Prompt, build_prompts
-from qwen_min.scoring import score_labels
 from qwen_min.tokenizer import Tokenizer
 
 LENGTHS = (32, 64, 128, 256, 512, 1024)  # tokens of a text
 NUMBERS = (2, 5, 10, 20, 50)  # of labels
-BUDGETS = (256, 512, 1024, 2048, 4096, 8192)  # tokens of a forward
+BUDGETS = (256, 512, 1024, 2048, 4096, 8192)  # tokens in one forward
 ROWS = (50, 200, 800)
 DEGREES = ("很", "非常", "十分", "相当", "比较", "有点", "特别", "极其", "稍微", "不太")
 FEELINGS = ("满意", "失望", "喜欢", "讨厌", "开心")
@@ -46,7 +46,7 @@ COLUMNS = {"value": "", "rows_per_s": ".2f", "floor_rows_per_s": ".2f", "share":
 
 
 def long_prompts(args: argparse.Namespace, tokens: int, rows: int) -> list[Prompt]:
-    """Prompts whose texts have `tokens` tokens each: the file's rows in turn, from row i on."""
+    """Prompts whose texts have `tokens` tokens each: text i joins the rows from row i on."""
     texts = [row.text for row in read_rows(args)]
     count = min(rows, len(texts))
     while sum(map(len, texts)) < 4 * tokens:  # a token is rarely more than two characters
@@ -66,7 +66,7 @@ def measure(
 
 
 def speeds(args: argparse.Namespace, floor: Floor) -> dict[str, list[dict]]:
-    """For each thing that grows, a line for each of its values."""
+    """For each quantity that grows, one line for each value."""
     model = load_model(args.model, args.dtype)
     rows, prompts = read_prompts(args)
     score_labels(model, prompts[:2])
@@ -76,7 +76,7 @@ def speeds(args: argparse.Namespace, floor: Floor) -> dict[str, list[dict]]:
         results[grows].append({"value": str(value), **measure(model, floor, prompts, *budget)})
 
     for tokens in LENGTHS[:2] if args.quick else LENGTHS:
-        # About the same work for each length.
+        # Fewer rows for longer texts, so that each length takes about the same time.
         add("text tokens", tokens, long_prompts(args, tokens, max(4, args.rows * 128 // tokens)))
     for number in NUMBERS[:2] if args.quick else NUMBERS:
         texts = [row.text for row in rows]
@@ -88,7 +88,7 @@ def speeds(args: argparse.Namespace, floor: Floor) -> dict[str, list[dict]]:
 
 
 def memory(args: argparse.Namespace) -> dict:
-    """Score all rows; the peak is the answer's."""
+    """Score all rows; `answer` adds the peak memory."""
     _, prompts = read_prompts(args)
     score_labels(load_model(args.model, args.dtype), prompts)
     return {"rows": len(prompts), "text_tokens": max(len(prompt.ids) for prompt in prompts)}
@@ -96,7 +96,7 @@ def memory(args: argparse.Namespace) -> dict:
 
 def main() -> None:
     args = make_parser(__doc__, rows=100).parse_args()
-    keep_freed_memory()  # as the commands do
+    keep_freed_memory()  # like the commands
     if args.only:
         return answer(gemm_rate(args) if args.only == "gemm" else memory(args))
     if args.quick:

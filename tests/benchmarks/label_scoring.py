@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""Label scoring against lm-evaluation-harness, a plain transformers loop, and our definition.
+"""Compare label scoring with lm-evaluation-harness, a transformers loop, and the definition.
 
     python tests/benchmarks/label_scoring.py --model DIR --data FILE --output scoring.json
     python tests/benchmarks/label_scoring.py --model DIR --data FILE --rows 8 --dtype float32
 
-Every program gets the same prompts and labels, in a process of its own, and is timed from texts to
-scores, tokenising included, loading and one first forward not. Before each peer's run stands one of
-ours; its figure is the median. A peer's tokens must be ours and its scores agree with ours before
-speed is compared: otherwise the status is 1.
+Every program gets the same prompts and labels and runs in its own process. The time from texts to
+scores is measured. It includes tokenising, but not loading and a first forward. One run of this
+project precedes each peer's run, and the median of these runs is reported. A peer must have the
+same tokens, and scores within rounding, before speed is compared. Otherwise the exit status is 1.
 
-zero_shot       `score_labels`, what a run uses
-definition      `score_label`: one forward for each candidate, from this project
-transformers    the same loop around AutoModelForCausalLM
-lm-eval N       lm-evaluation-harness, model `hf`, a multiple-choice task, batches of N rows;
-                `auto` first looks for a batch that fits (five forwards of 64 longest rows), and a
-                user waits for that, so it counts
+zero_shot       `score_labels`, the default form of this project
+definition      `score_label` of this project: one forward for each candidate
+transformers    the same loop with AutoModelForCausalLM
+lm-eval N       lm-evaluation-harness, model `hf`, a multiple-choice task, batches of N rows. `auto`
+                first searches for a batch size that fits (five forwards of the 64 longest rows).
+                This search is part of the time, because a user waits for it.
 """
 
 import argparse
@@ -42,10 +42,11 @@ from common import (
     write_json,
 )
 
+from qwen_min.fast.label_scores import score_labels
 from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.files.weights import load_model
 from qwen_min.prompt import Prompt, build_prompts
-from qwen_min.scoring import score_label, score_labels
+from qwen_min.scoring import score_label
 from qwen_min.tokenizer import Tokenizer
 
 LABELS = (
@@ -53,7 +54,7 @@ LABELS = (
     "负向,正向",
     "非常满意,十分满意,相当满意,比较满意,基本满意,有点不满意,不太满意,很不满意,非常不满意,极其不满意",
 )
-# What each program makes of texts: scores [row][label], and each row's tokens (prompt, labels).
+# A program returns scores [row][label] and the tokens of each row: (prompt, labels).
 Tokens = list[tuple[list[int], list[list[int]]]]
 Score = Callable[[list[str]], tuple[list, Tokens]]
 
@@ -63,7 +64,7 @@ def tokens_of(prompts: list[Prompt]) -> Tokens:
 
 
 def zero_shot(args: argparse.Namespace, labels: list[str]) -> Score:
-    keep_freed_memory()  # as the commands do
+    keep_freed_memory()  # like the commands
     model, tokenizer = load_model(args.model, args.dtype), Tokenizer(args.model)
 
     def score(texts: list[str]) -> tuple[list, Tokens]:
@@ -172,22 +173,28 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def disagreement(ours: dict, peer: dict, dtype: str) -> tuple[str, bool]:
-    """How far a peer's scores are from ours, in words; whether that is within bounds."""
+    """A message about how a peer's scores differ from ours, and whether the bound is kept."""
     if ours["tokens"] != peer["tokens"]:
         pairs = zip(ours["tokens"], peer["tokens"], strict=True)
         row = next(i for i, (a, b) in enumerate(pairs) if a != b)
-        return f"reads other tokens than ours from row {row + 1} on", False
+        return f"different tokens; the first difference is in row {row + 1}", False
     a, b = np.array(ours["scores"]), np.array(peer["scores"])
     bounds = [[score_bound(dtype, len(x)) for x in labels] for _, labels in ours["tokens"]]
     flips = int((a.argmax(axis=1) != b.argmax(axis=1)).sum())
-    message = f"scores differ by at most {abs(a - b).max():.1e}; {flips} of {len(a)} decisions flip"
+    message = (
+        f"scores differ by at most {abs(a - b).max():.1e}; {flips} of {len(a)} decisions differ"
+    )
     return message, bool((abs(a - b) <= np.array(bounds)).all())
 
 
 def main() -> None:
     parser = make_parser(__doc__, rows=100)
-    parser.add_argument("--labels", metavar="WORD,WORD", help="default: the three sets in turn")
-    parser.add_argument("--peers", metavar="NAME,NAME", help=f"of {', '.join(PEERS)} (default all)")
+    parser.add_argument(
+        "--labels", metavar="WORD,WORD", help="default: three sets, one after the other"
+    )
+    parser.add_argument(
+        "--peers", metavar="NAME,NAME", help=f"some of {', '.join(PEERS)} (default: all)"
+    )
     args = parser.parse_args()
     if args.only:
         return answer(gemm_rate(args) if args.only == "gemm" else run(args))
@@ -197,7 +204,7 @@ def main() -> None:
     if unknown := set(peers) - set(PEERS):
         parser.error(f"--peers: found {', '.join(unknown)}, expected some of {', '.join(PEERS)}")
     if not args.peers and (args.quick or args.dtype == "float32"):
-        peers.remove("lm-eval auto")  # its search takes minutes, in fp32 tens of GB
+        peers.remove("lm-eval auto")  # its search takes minutes, and tens of GB in fp32
     floor, results, agreed = measure_floor(args), [], True
     sets = [args.labels] if args.labels else LABELS[1:2] if args.quick else LABELS
     for labels in sets:
@@ -231,7 +238,7 @@ def main() -> None:
         results += table
     write_json(args, floor, results)
     if not agreed:
-        sys.exit("error: scores do not agree; speed says nothing")
+        sys.exit("error: the scores do not agree, so the speeds cannot be compared")
 
 
 if __name__ == "__main__":

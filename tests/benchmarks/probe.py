@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""head_only against three epochs of a linear head on a frozen base, as with transformers' Trainer.
+"""Compare head_only with training a linear head for three epochs on a frozen base, in transformers.
 
     python tests/benchmarks/probe.py --model DIR --data FILE --output probe.json
 
-Ours runs the base once over all rows and solves a logistic regression on the states, its penalty
-chosen on the held-out tenth. The peer, from transformers, runs the frozen base anew in each of
-three epochs, without gradients, on shuffled batches of 8 rows padded to the longest, trains the
-head by AdamW, and runs the held-out rows once at the end.
+This project runs the base once over all rows and solves a logistic regression on the hidden states.
+The penalty is chosen on the held-out tenth. The peer works like transformers' Trainer. In each of
+three epochs it runs the frozen base again, without gradients, on shuffled batches of 8 rows padded
+to the longest row. It trains the head with AdamW, and runs the held-out rows once at the end.
 
-So the two fits differ: one is solved to its optimum, with a penalty, the other takes a few hundred
-steps. Held-out accuracy is printed for both. What must agree before speed is compared is what both
-fit on, the last token's states of the held-out rows: otherwise the status is 1. The floor is for
-reading each row once.
+The two heads therefore differ: one is solved numerically with a penalty, the other takes a few
+hundred steps. Held-out accuracy is printed for both. The hidden states of the held-out rows (last
+token) must agree before speed is compared. Otherwise the exit status is 1. The floor is the time to
+read each row once.
 """
 
 import argparse
@@ -35,15 +35,16 @@ from common import (
 )
 
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
+from qwen_min.fast.features import pooled_features
 from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.files.data import held_out_split
 from qwen_min.files.weights import load_model
-from qwen_min.head import fit_layers, pooled_features
+from qwen_min.head import fit_layers
 
 HELD_OUT, EPOCHS, BATCH, CLASSES = 0.1, 3, 8, 2
-RATE = 1e-3  # Trainer's own 5e-5 is for whole models and would leave a head where it started
-# How far states may be apart, relative to their length. fp32: rounding alone, in 24 layers (6e-7
-# measured). bf16: a step of 1/128 at each of 24 sums into the residual stream (1.2e-2 measured).
+RATE = 1e-3  # Trainer's default of 5e-5 is for whole models; a head would hardly move
+# Largest allowed difference of states, relative to their length. fp32: rounding in 24 layers (6e-7
+# measured). bf16: a step of 1/128 at each of 24 additions to the residual (1.2e-2 measured).
 FP32_BOUND, BF16_BOUND = 1e-5, 0.05
 COLUMNS = {
     "program": "",
@@ -58,7 +59,7 @@ COLUMNS = {
 
 
 def ours(args: argparse.Namespace) -> dict:
-    keep_freed_memory()  # as the commands do
+    keep_freed_memory()  # like the commands
     model = load_model(args.model, args.dtype)
     rows, prompts = read_prompts(args)
     training, held_out = held_out_split(rows, HELD_OUT, seed=0)
@@ -143,7 +144,7 @@ def main() -> None:
     print_table(results, COLUMNS)
     write_json(args, floor, results)
     if worst > (FP32_BOUND if floor.dtype == "float32" else BF16_BOUND):
-        sys.exit("error: the states do not agree; speed says nothing")
+        sys.exit("error: the states do not agree, so the speeds cannot be compared")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Process start to first score, and the time to load, against transformers.
+"""Compare the time to load, and from process start to first score, with transformers.
 
     python tests/benchmarks/startup.py --model DIR --data FILE --output startup.json
 
-Two programs, the least code that gives the scores of two labels for one text, and a third that only
-imports torch. They run in turn, several times; printed are medians, the first round left out, since
-it may read files that later rounds find in memory. Scores must agree: otherwise the status is 1.
-The floor is the import of torch and the products for one text.
+Two programs have the least code that scores two labels for one text; a third program only imports
+torch. They run in turn, several times. Medians are printed without the first round, which may read
+files from disk that later rounds find in memory. The scores must agree; otherwise the exit status
+is 1. The floor is the time to import torch plus the matrix products for one text.
 """
 
 import json
@@ -40,8 +40,8 @@ COLUMNS = {
     "share": ".0%",
     "ours_of_it": ".2f",
 }
-# Each gets a directory, a dtype, a template, a text and two labels, and answers with the seconds of
-# loading, the clock at the first score, and the scores.
+# Arguments: directory, dtype, template, text and two labels. Output: seconds of loading, clock time
+# at the first score, and the scores.
 OURS = f"""
 import json, sys, time
 from qwen_min.files.weights import load_model
@@ -87,8 +87,8 @@ PROGRAMS = {"zero_shot": OURS, "transformers": TRANSFORMERS, "import torch": IMP
 
 
 def run(program: str, arguments: list[str]) -> dict:
-    """Start a process, and stop the watch when it says that it has a score."""
-    started = time.monotonic()  # the same clock in every process
+    """Start a process; measure until it reports its first score."""
+    started = time.monotonic()  # this clock is the same in all processes
     command = [sys.executable, "-c", PROGRAMS[program], *arguments]
     out = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     load, at, scores = json.loads(out)
@@ -131,7 +131,7 @@ def main() -> None:
     print(f"import torch alone: {first['import torch']:.2f} s")
     write_json(args, floor, results)
     if worst > score_bound(floor.dtype):
-        sys.exit("error: scores do not agree; speed says nothing")
+        sys.exit("error: the scores do not agree, so the speeds cannot be compared")
 
 
 if __name__ == "__main__":

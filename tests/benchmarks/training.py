@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""LoRA training against transformers + PEFT: the same rows, weights, batches, initial A and head.
+"""Compare LoRA training with transformers + PEFT: same rows, weights, batches, initial A and head.
 
     python tests/benchmarks/training.py --model DIR --data FILE --output training.json
     python tests/benchmarks/training.py --model DIR --data FILE --dtype float32 --rows 32
 
-Both take the same steps on the same batches of 8 rows, each in a process of its own, without
-dropout. First the losses of ten steps in fp32 must agree: otherwise the status is 1, and speed says
-nothing. Speed is then that of --dtype; how far the losses lie apart there is printed too. The first
-step warms up and is not timed. Two orders of the rows:
+Both programs take the same steps on the same batches of 8 rows, without dropout, each in its own
+process. First, the losses of ten steps in fp32 must agree; otherwise the exit status is 1. Then
+speed is measured in --dtype, and the largest difference of the losses is printed. The first step is
+a warm-up and is not timed. There are two orders of the rows:
 
-sorted  as train.py draws batches: a batch's texts have nearly one length, which spares PEFT padding
-random  as transformers' Trainer draws them by default: any eight rows
+sorted  as in train.py: the texts of a batch have similar lengths, so PEFT needs little padding
+random  as in transformers' Trainer by default: any eight rows
 
-PEFT is used as its documentation shows: the batch padded to its longest row with an attention mask,
-the loss by transformers from logits at every position (lora_label_scoring), or from the state of
-the last token that is no padding (lora_head, AutoModelForSequenceClassification). The labels 负面
-and 正面 are one token each, so that transformers' mean over tokens is the mean over rows.
+PEFT is used as in its documentation: the batch is padded to its longest row, with an attention
+mask. transformers computes the loss from the logits at every position (lora_label_scoring), or from
+the state of the last token that is not padding (lora_head, AutoModelForSequenceClassification). The
+labels 负面 and 正面 have one token each, so transformers' mean over tokens is the mean over rows.
 """
 
 import argparse
@@ -40,17 +40,20 @@ from common import (
 )
 
 from lora import ATTENTION, inject_lora, lora_parameters
-from qwen_min.fast.batching import shuffled_batches, token_budget_batches
+from qwen_min.fast.batching import token_budget_batches
+from qwen_min.fast.features import head_losses
+from qwen_min.fast.label_scores import label_losses
 from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.files.weights import load_model
-from qwen_min.head import head_loss
 from qwen_min.prompt import Prompt
-from qwen_min.scoring import label_loss
+from qwen_min.training import shuffled_batches
 
 R, ALPHA, RATE, BATCH = 8, 16, 2e-4, 8
 METHODS, ORDERS = ("lora_label_scoring", "lora_head"), ("sorted", "random")
-BATCH_TOKENS = 1024  # of one forward; train.py's default
-COMPARED = 10  # steps whose losses must agree, in fp32: rounding alone, carried through the steps
+BATCH_TOKENS = 1024  # in one forward; the default of train.py
+COMPARED = (
+    10  # steps whose fp32 losses must agree; only rounding may differ, and it adds up over steps
+)
 BOUND = 1e-3
 
 COLUMNS = {
@@ -80,13 +83,13 @@ def batches(args: argparse.Namespace, order: str) -> list[list[tuple[Prompt, int
 
 
 def initial(name: str, shape: torch.Size) -> torch.Tensor:
-    """The same A and head for both, drawn from the parameter's name; B is zero."""
+    """Initial A or head, equal in both programs: the seed comes from the name. B is zero."""
     generator = torch.Generator().manual_seed(sum(name.encode()))
     return torch.randn(shape, generator=generator) / shape[1] ** 0.5
 
 
 def ours(args: argparse.Namespace) -> Step:
-    keep_freed_memory()  # as the commands do
+    keep_freed_memory()  # like the commands
     model = load_model(args.model, args.dtype)
     inject_lora(model, ATTENTION, R, ALPHA, 0.0)
     model.train()
@@ -105,9 +108,9 @@ def ours(args: argparse.Namespace) -> Step:
         for part in token_budget_batches([len(p.ids) for p, _ in rows], BATCH_TOKENS):
             prompts, classes = [rows[i][0] for i in part], [rows[i][1] for i in part]
             if head is None:
-                loss = label_loss(model, prompts, classes) / len(rows)
+                loss = label_losses(model, prompts, classes) / len(rows)
             else:
-                loss = head_loss(model, head, prompts, classes) / len(rows)
+                loss = head_losses(model, head, prompts, classes) / len(rows)
             loss.backward()
             total += loss.item()
         optimizer.step()
@@ -139,7 +142,7 @@ def peft(args: argparse.Namespace) -> Step:
         if "modules_to_save" in name:
             parameter.data = initial("score", parameter.shape)
     if kind == "SEQ_CLS":
-        # PEFT keeps the head in the base's dtype; fp32 as here needs the cast of its input.
+        # PEFT would run the head in the base's dtype. In fp32, as here, its input must be cast.
         head = model.base_model.model.score.modules_to_save["default"]
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -156,7 +159,7 @@ def peft(args: argparse.Namespace) -> Step:
                 labels[row, len(prompt.ids) : len(texts[row])] = torch.tensor(prompt.labels[y])
             loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         else:
-            # transformers looks for the last token that is not the pad id; 0 ends no prompt.
+            # transformers searches for the last token that is not the pad id; no prompt ends in 0.
             logits = model(input_ids=ids, attention_mask=mask).logits.float()
             loss = torch.nn.functional.cross_entropy(logits, torch.tensor([y for _, y in rows]))
         loss.backward()
@@ -178,12 +181,14 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def both(args: argparse.Namespace, method: str, order: str, rows: int, dtype: str) -> dict:
-    """What `run` found for either program, and how far apart their losses lie at most."""
+    """The results of both programs, and the largest difference of their losses."""
     flags = ["--rows", str(rows), "--method", method, "--order", order, "--dtype", dtype, "--only"]
     found = {name: in_process(*flags, name) for name in ("ours", "peft")}
     pairs = zip(found["ours"]["losses"], found["peft"]["losses"], strict=True)
     worst = max(abs(a - b) for a, b in pairs)
-    print(f"{method}, {order}, {dtype}, {rows} rows: losses within {worst:.1e}", flush=True)
+    print(
+        f"{method}, {order}, {dtype}, {rows} rows: losses differ by at most {worst:.1e}", flush=True
+    )
     return {**found, "worst": worst}
 
 
@@ -225,7 +230,9 @@ def main() -> None:
     for method in methods:
         steps = 2 if args.quick else COMPARED
         if both(args, method, orders[0], steps * BATCH, "float32")["worst"] > BOUND:
-            sys.exit(f"error: the losses differ by more than {BOUND:g}; speed says nothing")
+            sys.exit(
+                f"error: losses differ by more than {BOUND:g}, so the speeds cannot be compared"
+            )
         for order in orders:
             results += compare(args, floor, method, order)
     print_table(results, COLUMNS)

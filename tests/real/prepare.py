@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make real weights and real reviews, once, and say what to run on them.
+"""Make real weights and real reviews (once), and print the command to run with them.
 
 python tests/real/prepare.py
 python tests/real/prepare.py 1.5b --dtype float32
@@ -10,7 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
-# Run as a script, Python puts this file's folder on the path and not the repository.
+# For a script, Python adds the script's folder to the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from qwen_min.errors import UserError
 from tests.real.make_checkpoint import DTYPE_BYTES, FAMILIES, ensure, say

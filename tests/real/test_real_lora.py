@@ -7,16 +7,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lora import ATTENTION, LoRAConfig, inject_lora, load_adapter, lora_parameters, save_adapter
+from qwen_min.fast.features import pooled_features
+from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.data import read_examples
 from qwen_min.files.weights import load_model
-from qwen_min.head import pooled_features
 from qwen_min.prompt import Prompt, build_prompts
-from qwen_min.scoring import score_labels
 from qwen_min.tokenizer import Tokenizer
 from tests.real.test_real import SAMPLE, reference_score
 
 pytestmark = pytest.mark.real
-# The states of 24 layers in fp32, rounded in another order; as for the scores without LoRA.
+# fp32 rounding in another order over 24 layers: the same tolerance as for scores without LoRA.
 TOLERANCE = 1e-4
 
 
@@ -27,7 +27,7 @@ def prompts(checkpoint) -> list[Prompt]:
 
 
 def draw(parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Give A and B values that change the outputs clearly (B starts as zero)."""
+    """Set A and B to values that clearly change the outputs (B starts at zero)."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in parameters.values():

@@ -1,97 +1,119 @@
-"""What the numbers say of six claims, in English and Chinese; tables.py fills in every figure.
+"""Answers to the six claims, in English and Chinese. tables.py fills in every figure.
 
-{acc NAME}        accuracy with its interval; of several seeds the mean's
-{auc NAME}        likewise AUC, by DeLong
-{auc NAME WORDS}  AUC with other label words, from a row with --label-sets; Hanley and McNeil's
+{acc NAME}        accuracy with its interval; with several seeds their mean
+{auc NAME}        the same for the AUC (DeLong's interval)
+{auc NAME WORDS}  AUC with other label words, from a row with --label-sets (Hanley and McNeil's)
 {each NAME}       accuracy of each seed
-{diff A B}        accuracy of A minus that of B, clean rows: paired interval, McNemar's p by seed
-{aucdiff A B}     the same of AUC, without a test
+{diff A B}        accuracy of A minus accuracy of B on the clean rows: paired interval, McNemar's p
+                  of each seed
+{aucdiff A B}     the same for the AUC, without a test
 {off NAME}        share of generated answers without a label word
-{said NAME WORDS} share of those that hold these other words
-{steps NAME}      steps taken where it was measured (of two checkpoints the better one)
-{moved NAME WHAT} how far token vectors went, in parts of their length
+{said NAME WORDS} share of these answers that contain the words given here
+{steps NAME}      training steps of the checkpoint that was evaluated (the better of two)
+{moved NAME WHAT} how far token vectors moved, relative to their length
 """
 
-# Claim, then what the numbers show and what they do not.
+# Claim, short answer for README.md, full answer for README.md of this directory.
 ENGLISH = (
     (
         "A head on a frozen base fails (0.512).",
-        "No. A probe on the frozen base gets {acc head_only}, against zero-shot "
-        "{diff head_only zero_shot}; with the layer that the held-out part chose "
-        "{acc head_only-best}, with mean pooling {acc head_only-mean}, on 1.5B "
-        "{acc 1.5b/head_only}. The diary's row was another thing: `lora_head`'s head moved onto "
-        "the bare base. That loses here too, {diff transplanted_head lora_head}, and how much is a "
-        "matter of the seed: {each transplanted_head}, the last as near to chance as the diary's. "
-        "It is the threshold more than the ranking: AUC {auc transplanted_head}. What also fails "
-        "is a head that has taken few steps at this learning rate: `lora_head` on 50 rows, "
-        "{steps lora_head-n50} steps, gets {acc lora_head-n50}, a probe solved on the same rows "
-        "{acc head_only-n50}. Not tested: the diary's own model and head, whose AUC fell as well.",
+        "False: a linear probe on the frozen base reaches {acc head_only}. The diary's row "
+        "measured the head of `lora_head`, moved to the base without LoRA.",
+        "False. A linear probe on the frozen base reaches {acc head_only}; compared with "
+        "zero-shot: {diff head_only zero_shot}. With the layer chosen on the held-out part it "
+        "reaches {acc head_only-best}, with mean pooling {acc head_only-mean}, on the 1.5B model "
+        "{acc 1.5b/head_only}. The diary's row measured something else: the head of `lora_head`, "
+        "moved to the base without LoRA. This loses accuracy here too; compared with `lora_head`: "
+        "{diff transplanted_head lora_head}. How much depends on the seed: the three seeds reach "
+        "{each transplanted_head}; the last is as close to chance as the diary's. The threshold "
+        "suffers more than the ranking: the AUC is still {auc transplanted_head}. A head that "
+        "took too few steps at this learning rate also fails: `lora_head` trained on 50 rows "
+        "({steps lora_head-n50} steps) reaches {acc lora_head-n50}; a probe solved on the same "
+        "rows reaches {acc head_only-n50}. Not tested: the diary's own model and head, whose AUC "
+        "fell as well.",
     ),
     (
-        "LoRA changes the distribution of the hidden states, and head and LoRA cannot be taken "
-        "apart.",
-        "Half of it. The head trained with LoRA does not fit the bare base, where a head of its "
-        "own would do better: {diff transplanted_head head_only}. But LoRA's states need no head "
-        "of their own making: a probe solved anew on them gets {acc probe-of-lora_head}, against "
-        "the head that was trained with them {diff probe-of-lora_head lora_head}; on the base that "
-        "label scoring adapted, where no head was ever trained, {acc probe-of-lora_label_scoring}. "
-        "Either way LoRA's states rank better than the base's: AUC "
-        "{aucdiff probe-of-lora_head head_only} and "
+        "LoRA changes the distribution of the hidden states; head and LoRA cannot be separated.",
+        "Half true: a head trained with LoRA does not fit the base without it, but a new probe on "
+        "the hidden states after LoRA reaches {acc probe-of-lora_head}.",
+        "Half true. The head trained with LoRA does not fit the base without LoRA; compared with "
+        "a probe solved on that base: {diff transplanted_head head_only}. But the hidden states "
+        "after LoRA do not need this one head: a new probe solved on them reaches "
+        "{acc probe-of-lora_head}; compared with the head that was trained with LoRA: "
+        "{diff probe-of-lora_head lora_head}. With the LoRA that label scoring trained (no head "
+        "was trained with it), a probe reaches {acc probe-of-lora_label_scoring}. Both kinds of "
+        "adapted states rank better than the base's: compared with the probe on the frozen base, "
+        "the AUC differs by {aucdiff probe-of-lora_head head_only} and "
         "{aucdiff probe-of-lora_label_scoring head_only}. Not tested: how far the states moved; "
-        "only what a linear head can read in them.",
+        "this shows only what a linear head can read from them.",
     ),
     (
-        "Label scoring beats the head, by two points.",
-        "Not with 3,000 rows: {diff lora_label_scoring lora_head}, an interval that leaves two "
-        "points out. With 50 and 200 rows it beats `lora_head` by far, "
-        "{diff lora_label_scoring-n50 lora_head-n50} and "
-        "{diff lora_label_scoring-n200 lora_head-n200}, but that is a head which has hardly left "
-        "chance; label scoring has then hardly left zero-shot, "
-        "{diff lora_label_scoring-n50 zero_shot} and {diff lora_label_scoring-n200 zero_shot}, and "
-        "against a probe on the same 200 rows it is behind, "
-        "{diff lora_label_scoring-n200 head_only-n200}. What label scoring has is a "
-        "better start. Not tested: more than one epoch, where few rows would also give many steps.",
+        "Label scoring beats the head by two points.",
+        "False with 3,000 training rows: the difference from `lora_head` is "
+        "{diff lora_label_scoring lora_head}.",
+        "False with 3,000 training rows: compared with `lora_head` "
+        "{diff lora_label_scoring lora_head}; the interval excludes two points. With 50 and 200 "
+        "rows it is far better than `lora_head`: {diff lora_label_scoring-n50 lora_head-n50} and "
+        "{diff lora_label_scoring-n200 lora_head-n200}. But then the head is still close to "
+        "chance, and label scoring is still close to zero-shot: "
+        "{diff lora_label_scoring-n50 zero_shot} and {diff lora_label_scoring-n200 zero_shot}. "
+        "With the same 200 rows it is worse than a probe: "
+        "{diff lora_label_scoring-n200 head_only-n200}. The advantage of label scoring is a "
+        "better start. Not tested: more than one epoch; then even few rows give many steps.",
     ),
     (
-        "The choice of label words shifts zero-shot.",
-        "Yes. With 消极/积极 accuracy is {acc zero_shot-xiaoji}, against 负面/正面 "
-        "{diff zero_shot-xiaoji zero_shot}; that is the threshold alone and not the ranking, whose "
-        "AUC differs by {aucdiff zero_shot-xiaoji zero_shot}. 差/好, "
-        "{aucdiff zero_shot-chahao zero_shot}, and 负向/正向, {aucdiff zero_shot-xiang zero_shot}, "
-        "rank worse too. Training leaves little of that: `lora_label_scoring` with 负向/正向 gets "
-        "{acc lora_label_scoring-xiang}, against 负面/正面 "
-        "{diff lora_label_scoring-xiang lora_label_scoring}, which does not stand up to the number "
-        "of tests. Not tested: which words are best; these four pairs were fixed beforehand.",
+        "The choice of label words changes the zero-shot result.",
+        "True: with 消极/积极 accuracy is {acc zero_shot-xiaoji}, because the threshold moves, "
+        "not the ranking.",
+        "True. With 消极/积极 accuracy is {acc zero_shot-xiaoji}; compared with 负面/正面: "
+        "{diff zero_shot-xiaoji zero_shot}. Only the threshold moves; the ranking does not "
+        "change: the AUC differs by {aucdiff zero_shot-xiaoji zero_shot}. 差/好 and 负向/正向 "
+        "also rank worse: the AUC differs by {aucdiff zero_shot-chahao zero_shot} and "
+        "{aucdiff zero_shot-xiang zero_shot}. After training, little of the difference remains: "
+        "`lora_label_scoring` with 负向/正向 reaches {acc lora_label_scoring-xiang}; compared "
+        "with 负面/正面: {diff lora_label_scoring-xiang lora_label_scoring}, which is not "
+        "significant after correction for the number of tests. Not tested: which words are best; "
+        "these four pairs were fixed in advance.",
     ),
     (
-        "Training the embedding would revive even a bare head, by dragging the label's meaning "
-        "rather than by understanding.",
-        "There is nothing to revive: a head with the embedding trained under it, without LoRA, "
-        "gets {acc embeddings-head}, against the probe on the frozen base "
-        "{diff embeddings-head head_only}. Label scoring with the embedding alone trained gets "
-        "{acc embeddings-words}, against LoRA {diff embeddings-words lora_label_scoring} (both "
-        "trained together: {acc embeddings-lora-words}). The label words' vectors were dragged, by "
-        "{moved embeddings-words 负面} and {moved embeddings-words 正面} of their length (the "
-        "texts' own tokens by {moved embeddings-words others}), but little of the gain hangs on "
-        "them: set back to the base's they leave {acc embeddings-words-others}, against all "
-        "vectors {diff embeddings-words-others embeddings-words}; they alone, on the base, make "
-        "{acc embeddings-words-labels}, against zero-shot "
-        "{diff embeddings-words-labels zero_shot}. And words that were never "
-        "trained on rank far better as well: 负向/正向 from an AUC of {auc zero_shot 负向,正向} to "
-        "{auc embeddings-words 负向,正向}. Not tested: understanding, which no accuracy measures.",
+        "Training the embedding makes even a head without LoRA work, but by dragging the meaning "
+        "of the label words, not by understanding.",
+        "There is nothing to repair: with the embedding trained, a head without LoRA reaches "
+        "{acc embeddings-head}, no significant difference from the probe on the frozen base. "
+        "Label scoring keeps most of its gain when the label words' vectors are set back.",
+        "There is nothing to repair: with embedding and head trained, without LoRA, accuracy is "
+        "{acc embeddings-head}; compared with the probe on the frozen base: "
+        "{diff embeddings-head head_only}. Label scoring with only the embedding trained reaches "
+        "{acc embeddings-words}; compared with LoRA: {diff embeddings-words lora_label_scoring} "
+        "(both trained together: {acc embeddings-lora-words}). The label words' vectors did move: "
+        "by {moved embeddings-words 负面} and {moved embeddings-words 正面} of their length (the "
+        "other tokens of the training prompts by {moved embeddings-words others} on average). But "
+        "most of the gain does not depend on them. When only these two vectors are set back to "
+        "the base's, accuracy is still {acc embeddings-words-others}; compared with all trained "
+        "vectors: {diff embeddings-words-others embeddings-words}. When only these two vectors "
+        "are kept and all others are set back, accuracy is {acc embeddings-words-labels}; "
+        "compared with zero-shot: {diff embeddings-words-labels zero_shot}. Label words that were "
+        "not used in training also rank far better: the AUC of 负向/正向 rises from "
+        "{auc zero_shot 负向,正向} to {auc embeddings-words 负向,正向}. Not tested: whether the "
+        "model understands; accuracy cannot measure that.",
     ),
     (
         "Generating instead of scoring goes off track.",
-        "By the letter, with the plain prompt: {off zero_shot_generate} of the answers hold "
-        "neither 负面 nor 正面 in their first 16 tokens; but {said zero_shot_generate 消极,积极} "
-        "of those say 积极 or 消极 instead. Where a question in the model's own markup names the "
-        "two words, {off zero_shot_generate-chat} do, and accuracy is "
-        "{acc zero_shot_generate-chat}, as by scoring that prompt, "
-        "{diff zero_shot_generate-chat zero_shot-chat}, but worse than "
-        "by scoring the plain one: {diff zero_shot-chat zero_shot}. Not tested: whether the markup "
-        "or the question did it; sampled text, since decoding was greedy.",
+        "With the plain prompt, {off zero_shot_generate} of the answers contain no label word. "
+        "With a question in the model's chat markup the share is {off zero_shot_generate-chat}, "
+        "but accuracy is only {acc zero_shot_generate-chat}.",
+        "Literally true with the plain prompt: {off zero_shot_generate} of the answers contain "
+        "neither 负面 nor 正面 in their first 16 tokens. But {said zero_shot_generate 消极,积极} "
+        "of these answers say 积极 or 消极 instead. With a question in the model's own chat "
+        "markup that names the two words, the share off track is {off zero_shot_generate-chat}. "
+        "Accuracy is then {acc zero_shot_generate-chat}, about the same as when the same prompt "
+        "is scored: {diff zero_shot_generate-chat zero_shot-chat}. But scoring this prompt is "
+        "worse than scoring the plain prompt: {diff zero_shot-chat zero_shot}. Not tested: "
+        "whether the markup or the question made the difference; random sampling (decoding was "
+        "greedy).",
     ),
 )
+# Claim, full answer.
 CHINESE = (
     (
         "在冻结的底座上，分类头行不通（0.512）。",

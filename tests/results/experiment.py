@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
-"""The experiment behind README's "Results": every command, in order, and what is kept of each.
+"""Run the experiment of README.md in this directory: every command in order, and keep its results.
 
     python tests/real/prepare.py 0.5b          # prints the directory of the weights
     python tests/results/experiment.py 0.5b --model DIR --train train.tsv --dev dev.tsv
     python tests/results/experiment.py 0.5b --list
 
 --train and --dev are ChnSentiCorp's train.tsv and dev.tsv (label, text_a) as the Chinese-BERT-wwm
-project publishes them (data/chnsenticorp in github.com/ymcui/Chinese-BERT-wwm). Everything that is
-trained sees the first 3,000 rows of the one, a tenth of them held out, which alone decides what is
-chosen; the other is scored once for each row of the table. Works in runs/ and goes on where it was
-stopped. Kept in tests/results/0.5b/ are NAME.json, with the commits that trained and evaluated it,
-and NAME.jsonl, scores less the row's largest to five decimals, and whether the row's text stands in
-the 3,000. What is kept is not computed again; to do that, delete it, and NAME and NAME.* in
-runs/0.5b/.
+project publishes them (data/chnsenticorp in github.com/ymcui/Chinese-BERT-wwm). Methods train on
+the first 3,000 rows of train.tsv. A tenth of these rows is held out, and settings are chosen on
+this tenth alone. All rows of dev.tsv are scored once for each row of the table.
+
+The script works in runs/ and continues where it was stopped. For each row, tests/results/0.5b/
+keeps two files: NAME.json has the results and the commits that trained and evaluated it. NAME.jsonl
+has the scores (minus the largest one of the row, five decimals) and "clean": true where the text is
+not among the 3,000 rows. A kept row is not computed again. To compute it again, delete both files,
+and NAME and NAME.* in runs/0.5b/.
 """
 
 import argparse
@@ -35,15 +37,15 @@ REPO = Path(__file__).resolve().parents[2]
 KEPT = Path(__file__).resolve().parent
 MODELS = {"0.5b": "Qwen2.5-Coder-0.5B-Instruct", "1.5b": "Qwen2.5-Coder-1.5B-Instruct"}
 TRAINING_ROWS = 3000
-# SHA-256 of what is trained on and measured: other reviews would give other numbers.
+# SHA-256 of the training and evaluation data: other reviews would give other numbers.
 FILES = {
     "train-3000.tsv": "a04201f178cb868017e6217133a8cff4e853226524fd6e0f6d281f41064a65bd",
     "dev.tsv": "d129e443eac08ce7643013dad496a8edf282be39cac1a4f2ad080818b296b331",
 }
-CURVE = (50, 200, 800)  # and all
+CURVE = (50, 200, 800)  # training rows; the curve also has all 3,000
 SEEDS = (0, 1, 2)
 SETS = {"": "负面,正面", "-xiaoji": "消极,积极", "-chahao": "差,好", "-xiang": "负向,正向"}
-# In Qwen's markup a question is asked; the sentence stands where the markup's answer begins.
+# With the chat markup, the template asks a question, and the model's answer follows the markup.
 CHAT = "--chat --template '{text}\\n这条评论的情感倾向是正面还是负面？只回答“正面”或“负面”。'"
 WORDS, HEAD = "--method lora_label_scoring --epochs 1", "--method lora_head --epochs 1"
 PROBE = "--method head_only"
@@ -51,21 +53,21 @@ PROBE = "--method head_only"
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: how it is trained, if it is, and how it is measured."""
+    """One row of the table: how it is trained (if at all) and evaluated."""
 
     name: str
-    evaluate: str  # arguments of evaluate.py beside data and output
-    train: str | None = None  # arguments of train.py beside model, data and output
-    set_back: str | None = None  # instead: arguments of set_back.py beside output
+    evaluate: str  # arguments of evaluate.py, except data and output
+    train: str | None = None  # arguments of train.py, except model, data and output
+    set_back: str | None = None  # instead of train: arguments of set_back.py, except output
 
 
 def trained(name: str, train: str, run: str | None = None, evaluate: str = "") -> Row:
-    """A row measured on the run of its own name, or on that of another row."""
+    """A row that evaluates its own run, or the run of another row."""
     return Row(name, f"--run {{runs}}/{run or name}{evaluate}", train if run is None else None)
 
 
 def rows_of_seed(seed: int) -> list[Row]:
-    """The methods that draw at random, and what is made of what they learnt."""
+    """The methods that depend on the seed, and the rows that use their runs."""
     rows = []
     for name, train in (("lora_head", HEAD), ("lora_label_scoring", WORDS)):
         run = f"{name}-s{seed}"
@@ -78,7 +80,7 @@ def rows_of_seed(seed: int) -> list[Row]:
 
 
 def all_rows(size: str) -> list[Row]:
-    """In the order in which they run: one seed of everything first."""
+    """All rows, in the order in which they run: seed 0 of everything first."""
     untrained = "--model {model} --train-data {train}"
     zero_shot = f"--method zero_shot {untrained}"
     sets = f" --label-sets '{';'.join(SETS.values())}'"
@@ -101,14 +103,14 @@ def all_rows(size: str) -> list[Row]:
         *rows_of_seed(0),
         trained("lora_label_scoring-xiang", f"{WORDS} --seed 0 --labels 负向,正向"),
         trained("embeddings-head", f"{HEAD} --seed 0 --train-embeddings --lora-targets none"),
-        # The words that were trained on, and others: is it the task that was learnt, or a vector?
+        # Also score label words that were not used in training: was the task learnt, or the words?
         trained(
             "embeddings-words",
             f"{WORDS} --seed 0 --train-embeddings --lora-targets none",
             None,
             sets,
         ),
-        # And of the vectors: what do those of the two label words do, what all the others?
+        # Separate the effect of the two label words' vectors from the effect of all the others.
         *(
             Row(
                 f"embeddings-words-{kept}",
@@ -131,7 +133,7 @@ def all_rows(size: str) -> list[Row]:
 
 
 def commands(row: Row, size: str) -> list[str]:
-    """The lines that made the row, to be typed in the project's directory."""
+    """The commands that make the row, to run in the repository root."""
     places = {"runs": f"runs/{size}", "model": f"runs/{MODELS[size]}"}
     places["train"] = f"runs/train-{TRAINING_ROWS}.tsv"
     lines = []
@@ -149,14 +151,14 @@ def commands(row: Row, size: str) -> list[str]:
         f"python evaluate.py {row.evaluate} --data runs/dev.tsv --output {out}.json "
         f"--predictions {out}.jsonl"
     )
-    # Not str.format: a template has braces of its own.
+    # Not str.format: a template contains braces too.
     for name, place in places.items():
         lines = [line.replace(f"{{{name}}}", place) for line in lines]
     return lines
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Links in runs/, so that no command and no result names a place of one machine."""
+    """Link the inputs into runs/, so that no command or result contains a path of this machine."""
     runs = REPO / "runs"
     (runs / args.size).mkdir(parents=True, exist_ok=True)
     for name, target in ((MODELS[args.size], args.model), ("dev.tsv", args.dev)):
@@ -165,17 +167,17 @@ def prepare(args: argparse.Namespace) -> None:
             link.unlink(missing_ok=True)
             link.symlink_to(Path(target).resolve())
         if not link.exists():
-            sys.exit(f"error: {link} is missing; name what it stands for, see --help")
+            sys.exit(f"error: {link} is missing; give its file or directory, see --help")
     part = runs / f"train-{TRAINING_ROWS}.tsv"
     if args.train is not None:
-        # Lines end in \n alone, as qwen_min.files.data reads them.
+        # Only \n ends a line, as in qwen_min.files.data.
         with open(args.train, encoding="utf-8", newline="\n") as file:
             lines = [line for line, _ in zip(file, range(TRAINING_ROWS + 1), strict=False)]
         if len(lines) <= TRAINING_ROWS:
             sys.exit(f"error: {args.train} has {len(lines) - 1} rows, expected {TRAINING_ROWS}")
         part.write_text("".join(lines), encoding="utf-8", newline="")
     if not part.exists():
-        sys.exit(f"error: {part} is missing; give the whole file by --train")
+        sys.exit(f"error: {part} is missing; give the whole train.tsv with --train")
     for name, expected in FILES.items():
         if (found := hashlib.sha256((runs / name).read_bytes()).hexdigest()) != expected:
             sys.exit(
@@ -185,7 +187,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def commit() -> str:
-    """The code that runs, by its commit; `-dirty` where a .py file differs from that."""
+    """The commit of the code that runs; `-dirty` if a .py file has changed since."""
 
     def git(*words: str) -> str:
         line = ["git", *words]
@@ -196,14 +198,14 @@ def commit() -> str:
 
 
 def run(row: Row, size: str) -> None:
-    """Train unless that is done, evaluate, keep."""
+    """Train (unless finished), evaluate and keep one row."""
     directory = REPO / "runs" / size / row.name
     *before, evaluate = commands(row, size)
     started = (directory / "run.json").exists()
     if started and row.train is None:
         before = []
     elif started:
-        # A probe that was cut off would be timed from its cached features on: it starts anew.
+        # An interrupted probe starts again: its time would leave out the cached features.
         finished = json.loads((directory / "run.json").read_text(encoding="utf-8"))["finished"]
         if PROBE in row.train and not finished:
             shutil.rmtree(directory)
@@ -211,8 +213,10 @@ def run(row: Row, size: str) -> None:
         else:
             began = directory.with_suffix(".trained").read_text(encoding="utf-8")
             if not finished and began != commit():
-                sys.exit(f"error: {row.name} began at {began}; go on there, or delete {directory}")
-            before = [f"{before[0]} --resume"]  # which refuses to go on with other arguments
+                sys.exit(
+                    f"error: {row.name} began at {began}; continue there, or delete {directory}"
+                )
+            before = [f"{before[0]} --resume"]  # fails if the arguments differ
     if before and not started:
         directory.with_suffix(".trained").write_text(commit(), encoding="utf-8")
     for line in [*before, evaluate]:
@@ -225,16 +229,16 @@ def run(row: Row, size: str) -> None:
         try:
             status = process.wait()
         except KeyboardInterrupt:
-            process.wait()  # Ctrl-C reached it too: it saves first
+            process.wait()  # Ctrl-C also reached the command: let it save
             raise
         if status:
-            sys.exit(f"error: it ended with status {status}; see {directory.with_suffix('.log')}")
+            sys.exit(f"error: exit status {status}; see {directory.with_suffix('.log')}")
     keep(row, size)
 
 
 @cache
 def contaminated() -> set[int]:
-    """Rows of dev whose text stands in the training rows, exact or normalised."""
+    """Rows of dev whose text is also in the training rows, exactly or after normalisation."""
     dev, train = (
         [normalised(e.text) for e in read_examples(REPO / "runs" / name, DEFAULT_LABELS)]
         for name in ("dev.tsv", f"train-{TRAINING_ROWS}.tsv")
@@ -243,10 +247,10 @@ def contaminated() -> set[int]:
 
 
 def keep(row: Row, size: str) -> None:
-    """The results as they are, and the commit; of the scores what decisions and ranks need.
+    """Keep the results, the commits, and the score differences that decisions and ranks need.
 
-    Ties of bf16 scores are ties of differences: rounding the scores themselves would break them.
-    What was generated is left out: it repeats the reviews, which are not the project's.
+    Differences are rounded, not the scores: equal bf16 differences must stay equal. Generated text
+    is left out, because it repeats reviews that do not belong to this project.
     """
     made, kept = REPO / "runs" / size / f"{row.name}.json", KEPT / size / f"{row.name}.json"
     kept.parent.mkdir(exist_ok=True)
@@ -263,7 +267,7 @@ def keep(row: Row, size: str) -> None:
                 prediction["scores"] = [round(score - max(scores), 5) for score in scores]
             answer = prediction.pop("answer", None)
             if answer is not None and prediction["prediction"] == -1:
-                # Off track by the letter: does it say the same in other words?
+                # No label word in the answer: does it contain other sentiment words?
                 for words in SETS.values():
                     said = any(word in answer for word in words.split(","))
                     results["off_track_words"][words] += said
@@ -279,26 +283,26 @@ def keep(row: Row, size: str) -> None:
         for what in ("trained", "evaluated")
         if made.with_suffix(f".{what}").exists()
     }
-    # Last: what has it is done.
+    # Written last: a row with this file is complete.
     kept.write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     print(f"{row.name}: accuracy {results['accuracy']:.4f}", flush=True)
 
 
 def main() -> None:
-    """The command: run the rows that are asked for and not yet kept."""
+    """The command: run the selected rows that are not kept yet."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("size", choices=MODELS)
-    parser.add_argument("--model", metavar="DIR", help="the weights")
+    parser.add_argument("--model", metavar="DIR", help="directory of the weights")
     parser.add_argument("--train", metavar="FILE")
     parser.add_argument("--dev", metavar="FILE")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows, in this order")
-    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these rows, in this order")
+    parser.add_argument("--list", action="store_true", help="print the commands and exit")
     args = parser.parse_args()
     rows = {row.name: row for row in all_rows(args.size)}
     if unknown := set(args.only or ()) - set(rows):
-        parser.error(f"--only: no row {', '.join(sorted(unknown))}; see --list")
+        parser.error(f"--only: unknown row {', '.join(sorted(unknown))}; see --list")
     chosen = [rows[name] for name in args.only or rows]
     if args.list:
         for row in chosen:

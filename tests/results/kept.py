@@ -1,7 +1,8 @@
-"""The kept results, and the statistics that tables, pictures and answers take from them.
+"""Read the kept results, and compute the statistics that tables, pictures and answers show.
 
-A row is named as in experiment.py, without its seed; one of the larger model 1.5b/NAME. Pairs of
-methods are tested on the clean rows of dev: those whose text is not among the training rows.
+A row of the main table is named as in experiment.py, without its seed. A row of the 1.5B model is
+named 1.5b/NAME. Two methods are compared on the clean rows of dev: the rows whose text is not among
+the training rows.
 """
 
 import json
@@ -19,9 +20,9 @@ from experiment import CURVE, KEPT, MODELS, SEEDS
 from qwen_min.metrics import log_odds, mcnemar_exact
 from qwen_min.report.compare import Result, read_result
 
-LABELS_ALONE, OTHERS_ALONE = ", those of 负面/正面 alone", ", all but 负面/正面's"
+LABELS_KEPT, OTHERS_KEPT = ", only 负面/正面 kept as trained", ", all kept but 负面/正面"
 VECTORS = "`lora_label_scoring --train-embeddings --lora-targets none`"
-# Rows of the main table, and what the reader sees.
+# Rows of the main table, and the title of each.
 METHODS = {
     "zero_shot": "`zero_shot`",
     "zero_shot-xiaoji": "`zero_shot`, 消极/积极",
@@ -42,21 +43,21 @@ METHODS = {
     "probe-of-lora_label_scoring": "`head_only --adapter` (`lora_label_scoring`)",
     "embeddings-head": "`lora_head --train-embeddings --lora-targets none`",
     "embeddings-words": VECTORS,
-    "embeddings-words-labels": VECTORS + LABELS_ALONE,
-    "embeddings-words-others": VECTORS + OTHERS_ALONE,
+    "embeddings-words-labels": VECTORS + LABELS_KEPT,
+    "embeddings-words-others": VECTORS + OTHERS_KEPT,
     "embeddings-lora-words": "`lora_label_scoring --train-embeddings`",
 }
-TRAINED = ("head_only", "lora_head", "lora_label_scoring")  # those of the learning curve
+TRAINED = ("head_only", "lora_head", "lora_label_scoring")  # the methods of the learning curve
 
 
-def place(name: str) -> Path:
-    """Where the files of a row are kept, without what tells seed and kind."""
+def kept_path(name: str) -> Path:
+    """Path of a row's kept files, without the seed and the suffix."""
     size, _, bare = name.rpartition("/")
     return KEPT / (size or next(iter(MODELS))) / bare
 
 
-def shown(name: str) -> str:
-    """What the reader sees of a row: `1.5b/head_only-n50` is "1.5B: `head_only`, 50 rows"."""
+def title(name: str) -> str:
+    """The title of a row: `1.5b/head_only-n50` gives "1.5B: `head_only`, 50 rows"."""
     size, _, bare = name.rpartition("/")
     method, _, rows = bare.rpartition("-n")
     part = f", {rows} rows" if method and rows in map(str, CURVE) else ""
@@ -65,71 +66,71 @@ def shown(name: str) -> str:
 
 @cache
 def find(name: str) -> dict[int | None, Result]:
-    """The kept results of a row by seed; None for what draws nothing at random."""
-    path = place(name)
+    """The kept results of a row by seed; the key is None where nothing is random."""
+    path = kept_path(name)
     named = [(seed, path.with_name(f"{path.name}-s{seed}.json")) for seed in SEEDS]
     found = {seed: read_result(file) for seed, file in named if file.exists()}
     if (file := path.with_name(f"{path.name}.json")).exists():
         result = read_result(file)
         training = result.results["training_arguments"]
-        # A probe is solved, not drawn; the others that have no seed in their name were given 0.
-        solved = training is None or training["method"] == "head_only"
-        found[None if solved else training["seed"]] = result
+        # A probe is solved, so no seed matters. Other trained rows without -sN used one seed, 0.
+        unseeded = training is None or training["method"] == "head_only"
+        found[None if unseeded else training["seed"]] = result
     return found
 
 
 def first(name: str) -> Result | None:
-    """Seed 0, or the only result."""
+    """The result of seed 0, or the only result; None if nothing is kept."""
     found = find(name)
     return found.get(0, found.get(None))
 
 
 def with_rows(name: str, n: int) -> str:
-    """The row of a method that was trained on the first n rows."""
+    """Name of the row whose method was trained on the first n rows."""
     return f"{name}-n{n}" if n in CURVE else name
 
 
 @cache
 def clean(path: Path) -> np.ndarray:
-    """Which rows of dev are not among the training rows: (n,) of true and false."""
+    """Boolean mask (n,): True where the text of a dev row is not among the training rows."""
     lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
     return np.array([json.loads(line)["clean"] for line in lines])
 
 
-def right(result: Result) -> np.ndarray:
-    """Which rows a result has right: (n,) of true and false."""
+def correct(result: Result) -> np.ndarray:
+    """Boolean mask (n,): True where the prediction is correct."""
     return result.predictions.predicted == result.predictions.labels
 
 
 def ranking(result: Result) -> np.ndarray:
-    """What a result ranks its rows by: (n,)."""
+    """Log-odds of class 1, (n,): the AUC ranks the rows by them."""
     return log_odds(result.predictions.scores, 1)
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of the mean of (n,) numbers, rows drawn with replacement.
+    """95 % percentile bootstrap interval of the mean of (n,) numbers.
 
-    As `metrics.paired_bootstrap`, for numbers that are means over seeds: they take few levels, and
-    how often each level is drawn is one multinomial.
+    It equals `metrics.paired_bootstrap`, but also takes means over seeds. The numbers take few
+    distinct values, so one multinomial draw says how often each value occurs in a resample.
     """
-    levels, counts = np.unique(values, return_counts=True)
+    distinct, counts = np.unique(values, return_counts=True)
     draws = np.random.default_rng(0).multinomial(len(values), counts / len(values), size=10_000)
-    low, high = np.quantile(draws @ levels / len(values), [0.025, 0.975])
+    low, high = np.quantile(draws @ distinct / len(values), [0.025, 0.975])
     return float(low), float(high)
 
 
 def accuracy_interval(results: Sequence[Result]) -> tuple[float, float]:
-    """Wilson's interval of one result; of several seeds that of their mean, by rows drawn anew."""
+    """95 % interval: Wilson's for one result; a bootstrap of the mean for several seeds."""
     if len(results) == 1:
         return tuple(results[0].results["accuracy_interval"])
-    return mean_interval(np.mean([right(r) for r in results], axis=0))
+    return mean_interval(np.mean([correct(r) for r in results], axis=0))
 
 
 def auc_interval(auc: float, positive: int, negative: int) -> tuple[float, float]:
-    """95 % interval of an AUC from itself and the sizes of the classes (Hanley and McNeil 1982).
+    """95 % interval of an AUC, from its value and the class sizes alone (Hanley and McNeil 1982).
 
-    Q1: the chance that two positive rows both rank above a negative one, Q2: that one positive row
-    ranks above two negative ones, both as for exponential scores.
+    q1 is the probability that two positive rows both rank above one negative row; q2 that one
+    positive row ranks above two negative rows. Both assume exponentially distributed scores.
     """
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (positive - 1) * (q1 - auc**2) + (negative - 1) * (q2 - auc**2)
@@ -137,24 +138,24 @@ def auc_interval(auc: float, positive: int, negative: int) -> tuple[float, float
     return max(auc - half, 0.0), min(auc + half, 1.0)
 
 
-def auc_components(labels: np.ndarray, ranks_by: np.ndarray) -> list[np.ndarray]:
-    """What each row adds to the AUC: (negative,) and (positive,), both with the AUC as their mean.
+def auc_components(labels: np.ndarray, odds: np.ndarray) -> list[np.ndarray]:
+    """Each row's part of the AUC: (negatives,) and (positives,). The mean of each is the AUC.
 
-    Of a positive row the share of negative ones that rank below it, of a negative row the share of
-    positive ones above, ties by half (DeLong, DeLong and Clarke-Pearson 1988).
+    For a positive row: the fraction of negative rows that rank below it. For a negative row: the
+    fraction of positive rows that rank above it. A tie counts 1/2 (DeLong, DeLong and
+    Clarke-Pearson 1988).
     """
-    sides = [np.sort(ranks_by[labels == c]) for c in (0, 1)]
+    negatives, positives = (odds[labels == c] for c in (0, 1))
 
-    def below(values: np.ndarray, among: np.ndarray) -> np.ndarray:
-        ends = [np.searchsorted(among, values, side=side) for side in ("left", "right")]
-        return (ends[0] + ends[1]) / (2 * len(among))
+    def below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+        ends = [np.searchsorted(np.sort(others), values, side=side) for side in ("left", "right")]
+        return (ends[0] + ends[1]) / (2 * len(others))
 
-    negative = 1 - below(ranks_by[labels == 0], sides[1])
-    return [negative, below(ranks_by[labels == 1], sides[0])]
+    return [1 - below(negatives, positives), below(positives, negatives)]
 
 
 def auc_mean(parts: Sequence[Sequence[np.ndarray]]) -> tuple[float, ...]:
-    """Mean over seeds of what `auc_components` gave, and its 95 % interval by DeLong's variance."""
+    """Mean AUC over seeds, from `auc_components`, and its 95 % interval (DeLong's variance)."""
     sides = [np.mean([part[c] for part in parts], axis=0) for c in (0, 1)]
     auc = float(sides[0].mean())
     half = 1.96 * math.sqrt(sum(side.var(ddof=1) / len(side) for side in sides))
@@ -162,30 +163,33 @@ def auc_mean(parts: Sequence[Sequence[np.ndarray]]) -> tuple[float, ...]:
 
 
 def auc_difference(labels: np.ndarray, pairs: Sequence[Sequence[np.ndarray]]) -> tuple[float, ...]:
-    """AUC of A less that of B on the same rows, mean over pairs (one for each seed) of rankings
-    (n,): difference, and its 95 % interval by DeLong's variance."""
-    found = [[auc_components(labels, ranks_by) for ranks_by in pair] for pair in pairs]
+    """AUC of A minus AUC of B on the same rows, and its 95 % interval (DeLong's variance).
+
+    `pairs` has one pair for each seed: the log-odds (n,) of A and of B. The result is a mean over
+    the pairs.
+    """
+    found = [[auc_components(labels, odds) for odds in pair] for pair in pairs]
     return auc_mean([[a[c] - b[c] for c in (0, 1)] for a, b in found])
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A against B on the clean rows, seed by seed; what has no seed goes with every one."""
+    """A against B on the clean rows, by seed. A method without seeds is paired with every seed."""
 
-    difference: float  # accuracy of A minus that of B, mean over the seeds
-    interval: tuple[float, float]  # of that mean, rows drawn anew, these seeds
-    tests: list[dict]  # McNemar's, one for each seed
-    auc: tuple[float, ...] | None  # the same of AUC: difference and interval; None without scores
+    difference: float  # accuracy of A minus accuracy of B, mean over the seeds
+    interval: tuple[float, float]  # of that mean: a bootstrap over rows, seeds fixed
+    tests: list[dict]  # McNemar's test, one for each seed
+    auc: tuple[float, ...] | None  # difference and interval of the AUC; None without scores
 
     @property
     def p(self) -> list[float]:
-        """Of each seed."""
+        """McNemar's p of each seed."""
         return [test["p"] for test in self.tests]
 
 
 @cache
 def compared(a: str, b: str) -> Comparison | None:
-    """The comparison of two rows by name; None unless both are kept, with a seed in common."""
+    """Compare two rows by name; None unless both are kept and have a seed in common."""
     found_a, found_b = find(a), find(b)
     pairs = [
         (found_a.get(seed, found_a.get(None)), found_b.get(seed, found_b.get(None)))
@@ -196,11 +200,11 @@ def compared(a: str, b: str) -> Comparison | None:
         return None
     for one, other in pairs:
         if one.results["examples_hash"] != other.results["examples_hash"]:
-            sys.exit(f"error: {one.path} and {other.path} are about different rows")
-    # What is clean is so for every method, whatever it was trained on.
-    rights = [tuple(right(r)[clean(r.path)] for r in pair) for pair in pairs]
-    gain = np.mean([one.astype(int) - other for one, other in rights], axis=0)  # of each row
-    tests = [mcnemar_exact(*pair) for pair in rights]
+            sys.exit(f"error: {one.path} and {other.path} have different evaluation rows")
+    # The same rows are clean for every method: none of the 3,000 rows, even if fewer were used.
+    masks = [tuple(correct(r)[clean(r.path)] for r in pair) for pair in pairs]
+    gain = np.mean([one.astype(int) - other for one, other in masks], axis=0)  # (clean rows,)
+    tests = [mcnemar_exact(*pair) for pair in masks]
     auc = None
     if all(r.predictions.scores is not None for pair in pairs for r in pair):
         labels = pairs[0][0].predictions.labels[clean(pairs[0][0].path)]
@@ -210,5 +214,5 @@ def compared(a: str, b: str) -> Comparison | None:
 
 
 def mean(values: list[float | None]) -> float | None:
-    """The mean over seeds; None where one is undefined."""
+    """Mean over seeds; None if a value is undefined."""
     return None if None in values else statistics.fmean(values)

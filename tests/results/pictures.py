@@ -1,7 +1,7 @@
-"""The pictures of README's "Results", drawn from the kept files (needs matplotlib).
+"""Draw the pictures of README.md in this directory from the kept files (needs matplotlib).
 
-Drawn by `python tests/results/tables.py --write`. Each PNG carries the hash of the kept files and
-of this code, so that a test sees when they have parted.
+`python tests/results/tables.py --write` draws them. Each PNG stores a hash of the kept files and of
+the drawing code, so a test sees when a picture is out of date.
 """
 
 import hashlib
@@ -23,19 +23,19 @@ FONT, DRAWABLE = find_font(WORDS)
 
 
 def plain(name: str) -> str:
-    """What is drawn for a method: its name in the table, without Markdown."""
+    """Title of a method without Markdown, in characters that the font has."""
     return readable(METHODS[name].replace("`", ""), DRAWABLE)
 
 
 def error_bars(results: list[list[Result]]) -> dict[str, np.ndarray]:
-    """Mean accuracies of groups of seeds, and the lengths of their bars, (2, groups)."""
+    """Mean accuracy of each group of seeds, (groups,), and the lengths of its bar, (2, groups)."""
     accuracy = np.array([mean([r.results["accuracy"] for r in group]) for group in results])
     low, high = np.array([accuracy_interval(group) for group in results]).T
     return {"accuracy": accuracy, "bars": np.array([accuracy - low, high - accuracy])}
 
 
 def accuracies() -> Figure:
-    """Accuracy of every method with its interval: the whole scale, and its upper part."""
+    """Accuracy of every method with its interval: on the whole scale, and enlarged at the top."""
     names = [name for name in METHODS if find(name)]
     figure = Figure(figsize=(12, 0.34 * len(names) + 1.2), layout="constrained")
     whole, part = figure.subplots(1, 2, sharey=True, width_ratios=[1.2, 1.4])
@@ -72,16 +72,16 @@ def accuracies() -> Figure:
 
 
 def curve() -> Figure:
-    """Accuracy against rows of training: one epoch, seed 0."""
+    """Accuracy against the number of training rows: one epoch, seed 0."""
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
     untrained = first("zero_shot").results
     axes.axhspan(*untrained["accuracy_interval"], color="0.93")
-    axes.axhline(untrained["accuracy"], color="0.4", linewidth=1, label="zero_shot (no rows)")
+    axes.axhline(untrained["accuracy"], color="0.4", linewidth=1, label="zero_shot (untrained)")
     sizes = (*CURVE, TRAINING_ROWS)
     for i, name in enumerate(TRAINED):
         results = [first(with_rows(name, n)) for n in sizes]
-        # A little apart, so that no bar hides another.
+        # Shift the points a little, so that the bars do not overlap.
         x = [n * 1.04 ** (i - 1) for n, result in zip(sizes, results, strict=True) if result]
         drawn = error_bars([[result] for result in results if result])
         axes.errorbar(
@@ -91,14 +91,14 @@ def curve() -> Figure:
     axes.set_xscale("log")
     axes.set_xticks(sizes, map("{:,}".format, sizes))
     axes.minorticks_off()
-    axes.set(xlabel="rows of training (a tenth held out), one epoch", ylabel="accuracy on dev")
+    axes.set(xlabel="training rows (a tenth held out), one epoch", ylabel="accuracy on dev")
     axes.grid(color="0.9")
     axes.legend(fontsize="small")
     return figure
 
 
 def roc() -> Figure:
-    """ROC curves of the main methods, of every seed."""
+    """ROC curves of the main methods, every seed."""
     scored = [(name, {s: r.predictions for s, r in find(name).items()}) for name in RANKED]
     words = [readable(e["name"], DRAWABLE) for e in first("zero_shot").results["per_class"]]
     return plot_roc(scored, [(word, word) for word in words])
@@ -113,7 +113,7 @@ PICTURES = {"accuracies": accuracies, "curve": curve, "roc": roc, "reliability":
 
 
 def digest() -> str:
-    """SHA-256 of every kept file with its name, and of the code that draws."""
+    """SHA-256 over every kept file, its name, and the drawing code."""
     whole = hashlib.sha256()
     code = [KEPT / "pictures.py", KEPT / "kept.py", REPO / "qwen_min" / "report" / "plots.py"]
     for path in [*sorted(KEPT.glob("*/*.json*")), *code]:
@@ -123,7 +123,7 @@ def digest() -> str:
 
 
 def draw() -> None:
-    """All four, beside this file."""
+    """Write all pictures to this directory."""
     metadata = {"Description": digest(), "Software": None}
     with matplotlib.rc_context({"font.family": ["DejaVu Sans", *filter(None, [FONT])]}):
         for name, make in PICTURES.items():

@@ -1,23 +1,24 @@
 #!/usr/bin/env python3
-"""The tables and pictures of README's "Results", made from the files kept in this directory.
+"""Make the tables and pictures of three files from the kept results: the README.md of the project,
+and README.md and README.zh.md in this directory.
 
-    python tests/results/tables.py            # prints them
-    python tests/results/tables.py --write    # puts them between the marks in README.md, and draws
+    python tests/results/tables.py            # print the tables
+    python tests/results/tables.py --write    # write them into the files, and draw the pictures
 
-A table stands in README between <!-- results: NAME --> and <!-- end -->. Rows that have not been
-computed yet are left out.
+A table is written between the marks <!-- results: NAME --> and <!-- end -->. Rows without kept
+results are left out.
 """
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 
 from answers import CHINESE, ENGLISH
 from experiment import CURVE, KEPT, MODELS, REPO, SEEDS, SETS, TRAINING_ROWS, all_rows, commands
 from kept import (
-    LABELS_ALONE,
+    LABELS_KEPT,
     METHODS,
-    OTHERS_ALONE,
+    OTHERS_KEPT,
     TRAINED,
     accuracy_interval,
     auc_components,
@@ -28,13 +29,13 @@ from kept import (
     first,
     mean,
     ranking,
-    shown,
+    title,
     with_rows,
 )
 
 from qwen_min.lab.calibration import NAMES
 from qwen_min.metrics import wilson_interval
-from qwen_min.report.compare import Method
+from qwen_min.report.compare import Method, Result
 from qwen_min.report.tables import markdown_table, p_value
 
 ENGLISH_HEADS = ["method", "accuracy", "95 % interval", "precision", "F1", "recall 负面"]
@@ -43,7 +44,7 @@ CHINESE_HEADS = ["方法", "准确率", "95% 区间", "精确率", "F1", "负面
 CHINESE_HEADS += ["AUC", "ECE", "去重后准确率", "训练参数量", "训练秒数"]
 DIARY_HEADS = ["method", "diary, 1.5B", "here, 1.5B", "here, 0.5B"]
 DIARY_CHINESE_HEADS = ["方法", "日记（1.5B）", "这里，1.5B", "这里，0.5B"]
-# What the claims rest on: A against B.
+# The comparisons behind the answers: A against B.
 PAIRS = (
     ("head_only", "zero_shot"),
     ("head_only-best", "head_only"),
@@ -85,7 +86,8 @@ PAIRS = (
     ("1.5b/lora_label_scoring", "1.5b/head_only"),
     ("1.5b/lora_label_scoring", "lora_label_scoring"),
 )
-# What the diary reports of Qwen2.5-1.5B; its "head-only" is, by its own files, the third of these.
+# The diary's accuracies with Qwen2.5-1.5B. By its own files, its "head-only" row was measured with
+# the transplanted head.
 DIARY = {
     "zero_shot": 0.880,
     "head_only": None,
@@ -93,17 +95,17 @@ DIARY = {
     "lora_head": 0.938,
     "lora_label_scoring": 0.958,
 }
-# Temperature scaling changes no decision.
+# Temperature scaling is left out: it changes no decision.
 CALIBRATIONS = ("raw", "contextual", "domain_context", "pmi_dc", "batch")
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A value as text; - for none."""
+    """A value as text; "-" for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def with_sd(mean: float | None, sd: float | None, digits: int) -> str:
-    """A mean as text, ± the standard deviation over seeds where there are several."""
+    """A mean as text, with ± the standard deviation over seeds if there are several."""
     return number(mean, digits) + ("" if sd is None else f" ± {sd:.{digits}f}")
 
 
@@ -112,9 +114,22 @@ def signed(value: float) -> str:
     return f"{value:+.3f}"
 
 
-def between(interval: tuple[float, float], show: Callable[[float], str] = "{:.3f}".format) -> str:
+def between(interval: Sequence[float], show: Callable[[float], str] = "{:.3f}".format) -> str:
     """An interval as text."""
     return " to ".join(map(show, interval))
+
+
+def accuracy_cell(results: Sequence[Result], digits: int = 3) -> str:
+    """Accuracy (mean over seeds) with its interval; "-" without results."""
+    if not results:
+        return "-"
+    accuracy = mean([result.results["accuracy"] for result in results])
+    return f"{accuracy:.{digits}f} ({between(accuracy_interval(results))})"
+
+
+def share(part: int, whole: int) -> str:
+    """A share with its interval."""
+    return f"{part / whole:.3f} ({between(wilson_interval(part, whole))})"
 
 
 def methods(size: str, heads: list[str] = ENGLISH_HEADS) -> str:
@@ -142,10 +157,10 @@ def methods(size: str, heads: list[str] = ENGLISH_HEADS) -> str:
 
 
 def diary(heads: list[str] = DIARY_HEADS) -> str:
-    """The diary's accuracies beside those of here."""
+    """The diary's accuracies beside the ones measured here."""
     rows = []
     for name, reported in DIARY.items():
-        here = [figure("acc", f"{size}/{name}") for size in reversed(MODELS)]
+        here = [accuracy_cell([*find(f"{size}/{name}").values()]) for size in reversed(MODELS)]
         rows.append([METHODS[name], number(reported, 3), *here])
     return markdown_table(heads, rows)
 
@@ -156,44 +171,41 @@ def seeds() -> str:
     for name in METHODS:
         found = find(name)
         if len(found) == len(SEEDS):
-            results = [found[seed] for seed in SEEDS]
-            cells = [
-                f"{r.results['accuracy']:.4f} ({between(accuracy_interval([r]))})" for r in results
-            ]
-            rows.append([METHODS[name], *cells])
+            rows.append([METHODS[name], *(accuracy_cell([found[seed]], 4) for seed in SEEDS)])
     return markdown_table(["method", *(f"seed {seed}" for seed in SEEDS)], rows)
 
 
 def bound() -> tuple[int, float]:
-    """How many tests there are, and the p that stands up to so many (Bonferroni)."""
+    """The number of tests, and the largest p that is significant with so many (Bonferroni)."""
     count = sum(len(test.p) for a, b in PAIRS if (test := compared(a, b)))
     return count, 0.05 / max(count, 1)
 
 
 def pairs() -> str:
-    """The paired tests, and which of them stand up to their number."""
+    """The paired tests, and which of them are significant with so many tests."""
     rows = []
     count, limit = bound()
     for a, b in PAIRS:
         if not (test := compared(a, b)):
             continue
-        stand = sum(p < limit for p in test.p)
-        some = f"{stand} of {len(test.p)} seeds"
+        below = sum(p < limit for p in test.p)
+        some = f"{below} of {len(test.p)} seeds"
         rows.append(
             [
-                shown(a),
-                shown(b),
+                title(a),
+                title(b),
                 signed(test.difference),
                 between(test.interval, signed),
                 ", ".join(f"{t['only_a']} : {t['only_b']}" for t in test.tests),
                 ", ".join(map(p_value, test.p)),
-                {0: "no", len(test.p): "yes"}.get(stand, some),
+                {0: "no", len(test.p): "yes"}.get(below, some),
                 f"{signed(test.auc[0])} ({between(test.auc[1:], signed)})" if test.auc else "-",
             ]
         )
-    heads = ["A", "B", "A − B", "95 % interval", "only A : only B right", "McNemar p", "shown"]
-    note = f"{count} tests; shown: p < 0.05 / {count} = {limit:.2g}."
-    return f"{markdown_table([*heads, 'AUC: A − B'], rows, words=2)}\n\n{note}"
+    heads = ["A", "B", "A − B", "95 % interval", "only A : only B correct", "McNemar p"]
+    heads += ["significant", "AUC: A − B"]
+    note = f"{count} tests; significant: p < 0.05 / {count} = {limit:.2g}."
+    return f"{markdown_table(heads, rows, words=2)}\n\n{note}"
 
 
 def label_sets() -> str:
@@ -218,43 +230,28 @@ def label_sets() -> str:
                 number(entry["first_token"]["accuracy"]),
             ]
         )
-    heads = [
-        "label words",
-        "mass",
-        *(NAMES[key] for key in CALIBRATIONS),
-        "best threshold",
-        "ECE raw",
-    ]
-    heads += ["ECE temperature", "predicted positive", "AUC", "first token"]
+    heads = ["label words", "mass", *(NAMES[key] for key in CALIBRATIONS), "best threshold"]
+    heads += ["ECE raw", "ECE temperature", "predicted positive", "AUC", "first token"]
     return markdown_table(heads, rows)
 
 
 def curve() -> str:
-    """Accuracy against the number of training rows, one epoch of each."""
+    """Accuracy against training rows, one epoch each, and the steps of the evaluated checkpoint."""
     sizes = (*CURVE, TRAINING_ROWS)
-    rows = []
+    rows, steps = [], []
     for name in TRAINED:
-        cells = []
-        for n in sizes:
-            result = first(with_rows(name, n))
-            accuracy = result and f"{result.results['accuracy']:.4f}"
-            cells.append(f"{accuracy} ({between(accuracy_interval([result]))})" if result else "-")
-        rows.append([METHODS[name], *cells])
-    for name in TRAINED[1:]:
-        cells = [steps(with_rows(name, n)) for n in sizes]
-        rows.append([f"steps of {METHODS[name]}", *cells])
-    return markdown_table(["rows", *map(str, sizes)], rows)
-
-
-def steps(name: str) -> str:
-    """How many steps seed 0 had taken where it was measured, of how many."""
-    if not (found := find(name)):
-        return "-"
-    return f"{found[0].results['best_step']} of {found[0].results['steps']}"
+        found = [first(with_rows(name, n)) for n in sizes]
+        rows.append([METHODS[name], *(accuracy_cell([r] if r else [], 4) for r in found)])
+        if name != "head_only":
+            taken = [
+                f"{r.results['best_step']} of {r.results['steps']}" if r else "-" for r in found
+            ]
+            steps.append([f"steps of {METHODS[name]}", *taken])
+    return markdown_table(["rows", *map(str, sizes)], [*rows, *steps])
 
 
 def embeddings() -> str:
-    """How far token vectors moved that were trained, and what other label words make of it."""
+    """How far the trained token vectors moved, and results with other label words."""
     rows = []
     for name in ("embeddings-head", "embeddings-words", "embeddings-lora-words"):
         for result in find(name).values():
@@ -288,21 +285,21 @@ def generation() -> str:
     rows = []
     for name in ("zero_shot_generate", "zero_shot_generate-chat"):
         for result in find(name).values():
-            astray, n = result.results["off_track"], result.results["n"]
+            off, n = result.results["off_track"], result.results["n"]
             rows.append(
                 [
                     METHODS[name],
                     number(result.results["accuracy"]),
-                    f"{astray} of {n}",
-                    between(wilson_interval(astray, n)),
+                    f"{off} of {n}",
+                    between(wilson_interval(off, n)),
                     str(result.results["off_track_words"][SETS["-xiaoji"]]),
                 ]
             )
     return markdown_table(["", "accuracy", "off track", "95 % interval", "with 消极 or 积极"], rows)
 
 
-def typed() -> str:
-    """The commands of each kept row."""
+def command_lines() -> str:
+    """The commands of every kept row."""
     lines = []
     for size in MODELS:
         for row in all_rows(size):
@@ -312,52 +309,45 @@ def typed() -> str:
 
 
 def figure(kind: str, a: str, b: str = "") -> str:
-    """One figure of an answer (see answers.py); a dash for what has not been computed."""
+    """One figure of an answer (see answers.py); "-" if its results are not kept."""
     found = list(find(a).values())
-    if not found or (kind in ("diff", "aucdiff") and not compared(a, b)):
+    test = compared(a, b) if kind in ("diff", "aucdiff") and find(b) else None
+    if not found or (kind in ("diff", "aucdiff") and not test):
         return "-"
     results = found[0].results
-    if kind == "diff":
-        test = compared(a, b)
-        p = ", ".join(map(p_value, test.p))
-        return f"{signed(test.difference)} ({between(test.interval, signed)}; p = {p})"
-    if kind == "aucdiff":
-        difference, *interval = compared(a, b).auc
-        return f"{signed(difference)} ({between(interval, signed)})"
-    if kind == "off":
-        return share(results["off_track"], results["n"])
-    if kind == "said":
-        return share(results["off_track_words"][b], results["off_track"])
-    if kind == "each":
-        return ", ".join(number(result.results["accuracy"], 3) for result in found)
-    if kind == "steps":
-        return str(results["best_step"])
-    if kind == "moved":
-        (groups,) = results["embedding_movement"].values()
-        return number(next(g["change"] for g in groups if b in g["vectors"]), 3)
-    if kind == "acc":
-        accuracy = mean([result.results["accuracy"] for result in found])
-        return f"{accuracy:.3f} ({between(accuracy_interval(found))})"
-    if kind != "auc":
-        raise ValueError(f"answers.py: no such figure as {kind!r}")
-    if not b:
-        labels = found[0].predictions.labels
-        auc, *interval = auc_mean([auc_components(labels, ranking(r)) for r in found])
-        return f"{auc:.3f} ({between(interval)})"
-    # The scores of other label words are not kept.
-    sets = [entry for result in found for entry in result.results["label_sets"]]
-    auc = mean([entry["auc_roc"] for entry in sets if ",".join(entry["labels"]) == b])
-    negative, positive = (entry["support"] for entry in results["per_class"])
-    return f"{auc:.3f} ({between(auc_interval(auc, positive, negative))})"
+    match kind:
+        case "acc":
+            return accuracy_cell(found)
+        case "each":
+            return ", ".join(number(result.results["accuracy"], 3) for result in found)
+        case "auc" if not b:
+            labels = found[0].predictions.labels
+            auc, *interval = auc_mean([auc_components(labels, ranking(r)) for r in found])
+            return f"{auc:.3f} ({between(interval)})"
+        case "auc":  # The scores of other label words are not kept, only their AUC.
+            auc = next(e["auc_roc"] for e in results["label_sets"] if ",".join(e["labels"]) == b)
+            negative, positive = (entry["support"] for entry in results["per_class"])
+            return f"{auc:.3f} ({between(auc_interval(auc, positive, negative))})"
+        case "diff":
+            p = ", ".join(map(p_value, test.p))
+            return f"{signed(test.difference)} ({between(test.interval, signed)}; p = {p})"
+        case "aucdiff":
+            difference, *interval = test.auc
+            return f"{signed(difference)} ({between(interval, signed)})"
+        case "off":
+            return share(results["off_track"], results["n"])
+        case "said":
+            return share(results["off_track_words"][b], results["off_track"])
+        case "steps":
+            return str(results["best_step"])
+        case "moved":
+            (groups,) = results["embedding_movement"].values()
+            return number(next(g["change"] for g in groups if b in g["vectors"]), 3)
+    raise ValueError(f"answers.py: found figure {kind!r}, expected one listed at the top")
 
 
-def share(part: int, whole: int) -> str:
-    """A share with its interval."""
-    return f"{part / whole:.3f} ({between(wilson_interval(part, whole))})"
-
-
-def claims(answers: tuple[tuple[str, str], ...]) -> str:
-    """The six claims, each with its answer."""
+def claims(answers: Iterable[tuple[str, str]]) -> str:
+    """The claims, each with its answer."""
 
     def filled(text: str) -> str:
         return re.sub(r"\{([^}]+)\}", lambda m: figure(*m[1].split()), text)
@@ -366,11 +356,11 @@ def claims(answers: tuple[tuple[str, str], ...]) -> str:
 
 
 def chinese(text: str) -> str:
-    """Intervals, lists and names of rows as they are written in Chinese."""
+    """Write intervals, lists and row titles in the Chinese way."""
     text = re.sub(r"(?<=\d) to (?=[+-]?\d)", "～", text)
     text = re.sub(r"(?<=\d), (?=\d)", "、", text).replace("; p = ", "；p = ")
-    text = text.replace(LABELS_ALONE, "，只保留“负面/正面”训练后的向量")
-    return text.replace(OTHERS_ALONE, "，只还原“负面/正面”的向量").replace("`, ", "`，")
+    text = text.replace(LABELS_KEPT, "，只保留“负面/正面”训练后的向量")
+    return text.replace(OTHERS_KEPT, "，只还原“负面/正面”的向量").replace("`, ", "`，")
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -386,39 +376,32 @@ TABLES: dict[str, Callable[[], str]] = {
     "curve": curve,
     "embeddings": embeddings,
     "generation": generation,
-    "commands": typed,
-    "claims": lambda: claims(ENGLISH),
+    "commands": command_lines,
+    "claims": lambda: claims((claim, full) for claim, _, full in ENGLISH),
+    "claims short": lambda: claims((claim, short) for claim, short, _ in ENGLISH),
     "claims zh": lambda: chinese(claims(CHINESE)),
 }
 MARK = re.compile(r"(<!-- results: ([\w. ]+) -->).*?(<!-- end -->)", re.DOTALL)
+FILES = (REPO / "README.md", KEPT / "README.md", KEPT / "README.zh.md")
 
 
-def written(readme: str) -> str:
-    """README's text with every table made anew."""
-    return MARK.sub(lambda m: f"{m[1]}\n\n{TABLES[m[2]]()}\n\n{m[3]}", readme)
-
-
-def all_tables() -> Iterator[str]:
-    """Every table with its name."""
-    for name, make in TABLES.items():
-        yield f"{name}\n\n{make()}\n"
+def written(text: str) -> str:
+    """The text of one of FILES, with every table made again."""
+    return MARK.sub(lambda m: f"{m[1]}\n\n{TABLES[m[2]]()}\n\n{m[3]}", text)
 
 
 def main() -> None:
-    """The command: print the tables, or write them and draw."""
+    """The command: print the tables, or write them and draw the pictures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--write", action="store_true", help="into README.md, and the pictures beside"
-    )
-    args = parser.parse_args()
-    if not args.write:
-        return print("\n".join(all_tables()))
-    import pictures  # here: matplotlib is needed for nothing else
+    parser.add_argument("--write", action="store_true", help="write the files and the pictures")
+    if not parser.parse_args().write:
+        return print("\n".join(f"{name}\n\n{make()}\n" for name, make in TABLES.items()))
+    import pictures  # here, because only this needs matplotlib
 
-    path = REPO / "README.md"
-    path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in FILES:
+        path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
     pictures.draw()
 
 

@@ -1,0 +1,111 @@
+"""A training in a run directory: the loop of training.py with log, checkpoints and signals."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qwen_min.files.run import (
+    StopRequest,
+    append_log,
+    optimizer_bytes,
+    prune_checkpoints,
+    restore_optimizer,
+    save_checkpoint,
+    trim_log,
+    write_atomically,
+    write_json,
+)
+from qwen_min.training import Plan, TrainingFailed, best_step, make_optimizer, training_steps
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; it stopped after a step and saved a checkpoint."""
+
+    def __init__(self, signal: int, step: int):
+        super().__init__(f"stopped after step {step}, saved")
+        self.signal = signal
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and how it is measured and saved."""
+
+    parameters: dict[str, nn.Parameter]
+    lengths: Sequence[int]  # tokens of each row
+    row_names: Sequence[object]  # what an error calls each row, such as its line in a file
+    loss: Callable[[list[int]], Tensor]  # of rows: the sum of their losses, with gradient
+    parts: Callable[[list[int]], list[list[int]]]  # the rows of one step, cut into forwards
+    evaluate: Callable[[], dict]  # on held-out rows: held_out_log_loss at least
+    save: Callable[[Path], None]  # the parameters, into a directory
+    eval_every: int | None  # steps; None: twice an epoch
+    save_every: int  # steps; every evaluation saves too
+
+
+def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = None) -> dict:
+    """Train in `run`; returns step, seconds, history and best_step.
+
+    The step with the lowest held-out log-loss is the best. checkpoint: one of the same run to
+    continue from, whose parameters the caller has loaded already.
+
+    Raises TrainingFailed as `training_steps` does, and Stopped on SIGINT or SIGTERM, after the
+    current step and a checkpoint.
+    """
+    names, optimizer = list(training.parameters), make_optimizer(training.parameters.values())
+    state = {"step": 0, "seconds": 0.0, "history": []}
+    if checkpoint is not None:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        restore_optimizer(optimizer, names, checkpoint / "optimizer.safetensors")
+    per_epoch = plan.steps_per_epoch(len(training.lengths))
+    steps = plan.epochs * per_epoch
+    eval_every = training.eval_every or -(-per_epoch // 2)
+    before, started = state["seconds"], time.perf_counter()
+
+    def write(directory: Path) -> None:
+        training.save(directory)
+        write_atomically(directory / "optimizer.safetensors", optimizer_bytes(optimizer, names))
+        write_json(directory / "state.json", state)
+
+    log = run / "log.jsonl"
+    trim_log(log, state["step"])
+    stop = StopRequest()
+    bar = tqdm(total=steps, initial=state["step"], unit=" steps", disable=None)
+    try:
+        step_started = time.perf_counter()
+        for step in training_steps(
+            optimizer, training.lengths, plan, training.loss, training.parts, state["step"]
+        ):
+            state["step"] = step.number
+            tokens = sum(training.lengths[row] for row in step.rows)
+            speed = tokens / (time.perf_counter() - step_started)
+            numbers = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}
+            append_log(log, step=step.number, **numbers, tokens_per_s=speed)
+            bar.update()
+            bar.set_postfix(loss=f"{step.loss:.3f}", lr=f"{step.lr:.1e}", tok_s=f"{speed:.0f}")
+            last = step.number == steps
+            if evaluates := step.number % eval_every == 0 or last:
+                state["history"].append({"step": step.number, **training.evaluate()})
+            if evaluates or step.number % training.save_every == 0 or stop.signal is not None:
+                state["seconds"] = before + time.perf_counter() - started
+                save_checkpoint(run, step.number, write)
+                prune_checkpoints(run, [step.number, best_step(state["history"])])
+                if stop.signal is not None and not last:
+                    raise Stopped(stop.signal, step.number)
+            # A signal after a step that was not saved waits for the next one.
+            step_started = time.perf_counter()
+    except TrainingFailed as failure:
+        if not failure.rows:
+            raise
+        rows = [training.row_names[row] for row in failure.rows]
+        raise TrainingFailed(
+            f"{failure}, in rows {rows}; this step changed nothing, the last checkpoint is kept: "
+            "look at these rows, or lower --lr"
+        ) from None
+    finally:
+        bar.close()
+        stop.restore()
+    return {**state, "best_step": best_step(state["history"])}

@@ -1,0 +1,119 @@
+"""What --label-sets, --calibrate and --explain show: qwen_min.lab, put to one evaluation."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from tqdm import tqdm
+
+from qwen_min.command.classifier import Classifier
+from qwen_min.command.task import Task
+from qwen_min.command.trained import Source
+from qwen_min.files.data import Example
+from qwen_min.files.results import off_track_examples
+from qwen_min.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation: a loaded method, and the rows that it is to classify."""
+
+    source: Source
+    classifier: Classifier
+    examples: Sequence[Example]
+    candidates: Sequence[Prompt]  # with the words of --labels, then those of other label sets
+    training: tuple[str, list[Example]] | None  # file and rows of the training data, if known
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts with the words of --labels only."""
+        count = len(self.source.task.labels)
+        return [replace(p, labels=p.labels[:count]) for p in self.candidates]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The true class numbers (n,)."""
+        return np.array([example.label for example in self.examples])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method said of each row."""
+
+    predictions: np.ndarray  # (n,), class numbers
+    scores: np.ndarray | None  # (n, C); None: the predictions were read from answers
+    candidate_scores: np.ndarray | None  # (n, candidates)
+    answers: list[str] | None
+    seconds: float
+
+
+def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict:
+    """What the results gain by --label-sets and --calibrate, or by answers off track."""
+    inside, args = {}, evaluation.source.args
+    if args.label_sets:
+        from qwen_min.lab.label_sets import compare_sets, parse_label_sets
+
+        sets = parse_label_sets(args.label_sets, evaluation.source.task.labels)
+        inside["label_sets"] = compare_sets(
+            evaluation.labels, sets, evaluation.candidates, outcome.candidate_scores
+        )
+    if args.calibrate:
+        inside["calibration"] = calibrate(evaluation, outcome.scores)
+    if outcome.answers is not None:
+        inside["off_track_examples"] = off_track_examples(
+            evaluation.examples, outcome.predictions, outcome.answers
+        )
+    return inside
+
+
+def calibrate(evaluation: Evaluation, scores: np.ndarray) -> list[dict]:
+    """--calibrate: the scores (n, C) corrected in each way, and how the corrections do."""
+    from qwen_min.lab.calibration import calibrations
+    from qwen_min.lab.neutral import score_neutral
+
+    source, task = evaluation.source, evaluation.source.task
+
+    def prompts_of(texts: Sequence[str], template: str | None = None) -> list[Prompt]:
+        places = [f"--calibrate, input {text!r}" for text in texts]
+        return task.prompts(texts, places, template=template)
+
+    split = source.record["arguments"]["data_seed"] if source.record else 0
+    rows = evaluation.training and evaluation.training[1]
+    seeds = (source.args.seed, split)
+    with tqdm(unit=" rows", desc="calibration", disable=None) as bar:
+        score = partial(evaluation.classifier.scores, progress=bar.update)
+        neutral = score_neutral(prompts_of, task.template, evaluation.examples, rows, seeds, score)
+    lengths = np.array([[len(ids) for ids in prompt.labels] for prompt in evaluation.prompts])
+    return calibrations(evaluation.labels, scores, lengths, neutral)
+
+
+def print_inside(task: Task, results: dict) -> None:
+    """The tables of --label-sets and --calibrate."""
+    if "label_sets" in results:
+        from qwen_min.lab.label_sets import format_sets
+
+        print("\n" + format_sets(results["label_sets"], task.tokenizer))
+    if "calibration" in results:
+        from qwen_min.lab.calibration import format_calibrations
+
+        print("\n" + format_calibrations(results["calibration"], task.labels))
+
+
+def explain(source: Source, load: Callable[[Source], Classifier]) -> int:
+    """--explain: one text's computation, on the base and on what was trained from it."""
+    from qwen_min.lab.explain import explain_head, explain_labels
+
+    args, task = source.args, source.task
+    (prompt,) = task.prompts([args.explain], ["--explain"])
+    classifier = load(source)
+    models = {"the model": classifier.model}
+    if source.changes_base:
+        models = {"base": source.base(), "adapted": classifier.model}
+    print(f"{args.method}, {args.run or args.model}, {classifier.model.dtype_name}\n")
+    shown = (task.tokenizer, prompt, task.empty_prompt(), task.labels, models)
+    if classifier.by == "head":
+        print(explain_head(*shown, classifier.head))
+    else:
+        print(explain_labels(*shown))
+    return 0

@@ -1,0 +1,263 @@
+"""What each method trains on top of the base, and how that is saved and loaded.
+
+A run directory, and each of its checkpoints, holds what its method trains:
+
+    adapter/                 LoRA in PEFT's format; of lora_head with its head inside
+    head.safetensors         the head of head_only, and of lora_head without LoRA
+    embeddings.safetensors   the token vectors, with --train-embeddings
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import lora
+import torch
+from torch import Tensor, nn
+
+from qwen_min.command.arguments import UNTRAINED
+from qwen_min.command.classifier import Classifier, forms
+from qwen_min.command.task import Task
+from qwen_min.errors import UserError
+from qwen_min.files.disk import write_atomically
+from qwen_min.files.probe import load_head, save_head
+from qwen_min.files.run import publish
+from qwen_min.files.weights import checkpoint_fingerprint, load_model
+from qwen_min.head import LinearHead
+from qwen_min.model import Qwen
+from qwen_min.prompt import Prompt
+from qwen_min.tokenizer import Tokenizer
+
+TARGETS = {"attention": lora.ATTENTION, "all": (*lora.ATTENTION, *lora.MLP), "none": ()}
+ADAPTER, HEAD, VECTORS = "adapter", "head.safetensors", "embeddings.safetensors"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which parts a training adds to the base."""
+
+    lora: bool
+    head: Literal["adapter", "file"] | None  # where the head is kept; None: label words score
+    vectors: bool = False  # token vectors
+
+
+def parts_of(method: str, arguments: Mapping) -> Parts:
+    """The parts that a training of `method` with these command-line arguments adds."""
+    if method == "head_only":  # its LoRA was trained before; its head belongs to that LoRA's states
+        return Parts(bool(arguments["adapter"]), "file")
+    adapter = arguments["lora_targets"] != "none"
+    head = None if method == "lora_label_scoring" else "adapter" if adapter else "file"
+    return Parts(adapter, head, bool(arguments.get("train_embeddings")))  # older runs lack the last
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights of a command come from: a checkpoint, and what is trained on it."""
+
+    args: argparse.Namespace
+    task: Task
+    device: str
+    record: dict | None  # of the run, if there is one
+
+    def base(self) -> Qwen:
+        """The checkpoint's model, frozen, in eval mode."""
+        return load_model(self.task.directory, self.args.dtype, self.device)
+
+    @property
+    def parts(self) -> Parts:
+        """What is trained: by the run's record, or in the directory of --adapter."""
+        if self.record:
+            return parts_of(self.record["method"], self.record["arguments"])
+        return Parts(True, "adapter" if self.args.method == "lora_head" else None)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the method scores with another model than the base."""
+        untrained = self.args.method in (*UNTRAINED, "transplanted_head")
+        return not untrained and (self.parts.lora or self.parts.vectors)
+
+    def classifier(self, model: Qwen, by: str, head: LinearHead | None = None) -> Classifier:
+        """The model with what gives the scores, computing as the arguments say."""
+        return Classifier(model, by, head, forms(self.args.plain), self.args.batch_tokens)
+
+    def add_trained(self, model: Qwen) -> LinearHead | None:
+        """Put what was trained on a base, in place; returns the head, if there is one.
+
+        Raises UserError if something is missing, or does not fit this base or these labels.
+        """
+        args, labels = self.args, self.task.labels
+        base_hash = checkpoint_fingerprint(self.task.directory)
+        if self.record and self.record["base_fingerprint"] != base_hash:
+            raise UserError(
+                f"{args.run}: trained on other weights than those in {args.model} (their "
+                "fingerprints differ); give the checkpoint that it was trained on by --model"
+            )
+        directory = Path(args.run or args.adapter)
+        adapter = directory / ADAPTER if args.run else directory
+        head = load_parts(model, directory, adapter, self.parts, base_hash)
+        if head is None:
+            return None
+        D, L = model.config.hidden_size, model.config.num_hidden_layers
+        if head.weight.shape[1] != D or not 0 <= head.layer <= L:
+            raise UserError(
+                f"the head is for layer {head.layer} of {head.weight.shape[1]} numbers, the model "
+                f"in {args.model} has {L} layers of {D}; give the model that it was trained on"
+            )
+        if self.record and list(labels) != self.record["labels"]:
+            trained = ",".join(self.record["labels"])
+            raise UserError(f"--labels {args.labels}: the head is for {trained}; leave --labels out")
+        if len(head.weight) != len(labels):
+            raise UserError(
+                f"--labels names {len(labels)} classes, the trained head has {len(head.weight)}; "
+                "name as many"
+            )
+        return head
+
+
+def load_parts(
+    model: Qwen, directory: Path, adapter: Path, parts: Parts, base_hash: str
+) -> LinearHead | None:
+    """Put the parts in `directory` (LoRA: in `adapter`) on the model, in place; returns the head.
+
+    base_hash: the fingerprint of the model's checkpoint. Raises UserError if a part is missing,
+    unreadable, or was trained on other weights.
+    """
+    weight = None
+    if parts.lora:
+        weight = attach_adapter(model, adapter, base_hash, vectors=parts.vectors)
+        if parts.head != "file" and (weight is not None) != (parts.head == "adapter"):
+            found = "no head" if weight is None else "a classifier's head"
+            raise UserError(f"{adapter}: holds {found}; choose the --method that it was trained by")
+    if parts.vectors:
+        from qwen_min.lab import token_vectors
+
+        token_vectors.load(directory / VECTORS, model, parts.head is None, base_hash)
+    if parts.head == "file":
+        return load_head(directory / HEAD)
+    return final_head(model, weight) if parts.head else None
+
+
+def final_head(model: Qwen, weight: Tensor) -> LinearHead:
+    """The head that lora_head trains: on the last token's final state, without bias."""
+    return LinearHead(weight.float(), None, model.config.num_hidden_layers, "last")
+
+
+def attach_adapter(
+    model: Qwen,
+    directory: Path,
+    base_hash: str,
+    dropout: float | None = None,
+    vectors: bool = False,
+) -> Tensor | None:
+    """Put the LoRA in `directory` on the model, in place; returns its head (C, D), fp32, or None.
+
+    vectors: whether the caller also loads token vectors that were trained with it. Raises UserError
+    for an adapter that cannot be read, or that was trained on other weights. An adapter that PEFT
+    wrote does not say on which weights it was trained: that is not checked.
+    """
+    try:
+        _, head, metadata = lora.load_adapter(directory, model, dropout)
+    except lora.LoRAError as error:
+        raise UserError(str(error)) from None
+    if any(name.endswith("lm_head") for name in lora.lora_modules(model)):
+        raise UserError(f"{directory}: has a LoRA on lm_head, which stays frozen here; train anew")
+    if metadata.get("token_vectors") and not vectors:
+        raise UserError(
+            f"{directory}: was trained together with the token vectors in its run's "
+            f"{metadata['token_vectors']} and means nothing without them; give the run by --run"
+        )
+    if metadata.get("base_fingerprint", base_hash) != base_hash:
+        raise UserError(
+            f"{directory}: trained on another base (its fingerprint differs from the model's); "
+            "give the checkpoint that it was trained on by --model"
+        )
+    return head
+
+
+class Trainable:
+    """What lora_head or lora_label_scoring trains on a model, in place: LoRA, head, token vectors.
+
+    `parameters` are exactly these, by name; everything else of the model is frozen.
+    """
+
+    def __init__(self, source: Source, model: Qwen, base_hash: str, checkpoint: Path | None):
+        """checkpoint: one of the same run to continue from; None: start from the seed."""
+        self.source, self.model, self.base_hash = source, model, base_hash
+        args, self.parts = source.args, source.parts
+        torch.manual_seed(args.seed)
+        weight, words = None, self.parts.head is None
+        targets = TARGETS.get(args.lora_targets, tuple(args.lora_targets.split(",")))
+        numbers = (args.r, args.alpha, args.dropout)
+        try:
+            task_type = "CAUSAL_LM" if words else "SEQ_CLS"
+            self.config = lora.LoRAConfig(*numbers, targets, args.rslora, task_type, args.model)
+            if self.parts.lora and not checkpoint:
+                lora.inject_lora(model, targets, *numbers, args.rslora)
+        except lora.LoRAError as error:
+            raise UserError(str(error)) from None
+        if self.parts.lora and checkpoint:
+            adapter = checkpoint / ADAPTER
+            weight = attach_adapter(model, adapter, base_hash, args.dropout, self.parts.vectors)
+        self.parameters = lora.lora_parameters(model)
+        self.vectors, self.vectors_before = {}, {}
+        if self.parts.vectors:
+            from qwen_min.lab import token_vectors
+
+            self.vectors_before = token_vectors.token_vectors(model, words)
+            self.vectors = token_vectors.unfreeze(model, words)
+            if checkpoint:
+                token_vectors.load(checkpoint / VECTORS, model, words, base_hash)
+            self.parameters |= self.vectors
+        self.weight: nn.Parameter | None = None
+        if not words:
+            # Small random values, as transformers starts its classifiers; fp32 whatever the base's.
+            drawn = torch.randn(len(source.task.labels), model.config.hidden_size) * 0.02
+            if checkpoint and weight is None:
+                weight = load_head(checkpoint / HEAD).weight
+            self.weight = nn.Parameter((drawn if weight is None else weight).to(model.device))
+            self.parameters["score"] = self.weight
+
+    @property
+    def classifier(self) -> Classifier:
+        """What is trained, as it is now."""
+        if self.weight is None:
+            return self.source.classifier(self.model, "label words")
+        head = final_head(self.model, self.weight.detach())
+        return self.source.classifier(self.model, "head", head)
+
+    def save(self, directory: Path) -> None:
+        """Write all parts."""
+        if self.parts.lora:
+            metadata = {"base_fingerprint": self.base_hash}
+            metadata |= {"token_vectors": VECTORS} if self.vectors else {}
+            head = self.weight if self.parts.head == "adapter" else None
+            lora.save_adapter(directory / ADAPTER, self.model, self.config, head, metadata)
+        if self.parts.head == "file":
+            save_head(directory / HEAD, self.classifier.head)
+        if self.vectors:
+            from qwen_min.lab import token_vectors
+
+            token_vectors.write(directory / VECTORS, self.vectors, self.base_hash)
+
+    def publish(self, checkpoint: Path, run: Path) -> None:
+        """Copy the parts from a checkpoint into the run directory: they are the run's result."""
+        if self.parts.lora:
+            publish(checkpoint / ADAPTER, run / ADAPTER)
+        for name in [HEAD] * (self.parts.head == "file") + [VECTORS] * bool(self.vectors):
+            write_atomically(run / name, (checkpoint / name).read_bytes())
+
+    def movement(self, run: Path, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> dict | None:
+        """How far the published token vectors moved, printed as a table; None if none are trained.
+
+        prompts: those trained on.
+        """
+        if not self.vectors:
+            return None
+        from qwen_min.lab import token_vectors
+
+        token_vectors.load(run / VECTORS, self.model, self.parts.head is None, self.base_hash)
+        moved = token_vectors.movements(self.vectors_before, self.vectors, tokenizer, prompts)
+        print(token_vectors.format_movements(moved))
+        return moved

@@ -1,0 +1,62 @@
+"""Pooled hidden states of many prompts at once, and the loss of a head on them; see head.py."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen_min.fast.batching import token_budget_batches
+from qwen_min.fast.label_scores import last_states
+from qwen_min.fast.layout import Text, pack
+from qwen_min.fast.packed import forward_packed
+from qwen_min.model import Qwen
+from qwen_min.prompt import Prompt
+
+
+@torch.inference_mode()
+def pooled_features(
+    model: Qwen,
+    prompts: Sequence[Prompt],
+    pooling: str,
+    all_layers: bool,
+    batch_tokens: int,
+    progress: Callable[[int], object] = lambda rows: None,
+) -> Tensor:
+    """`pooled_state` of many prompts: fp32 (n, S, D) on the CPU.
+
+    S = 1: of the last layer only. With all_layers S = L + 1: the embedding and every layer, from
+    one pass. `progress` is called with the number of rows finished.
+    """
+    layers = model.config.num_hidden_layers + 1 if all_layers else 1
+    features = torch.zeros(len(prompts), layers, model.config.hidden_size)
+    queries = 1 if pooling == "last" else None
+    for rows in token_budget_batches([len(prompt.ids) for prompt in prompts], batch_tokens):
+        batch = pack(model, [Text(prompts[row].ids, queries=queries) for row in rows])
+        streams: list[Tensor] | None = [] if all_layers else None
+        h, _ = forward_packed(model, batch, streams)
+        pooled = [pool(stream, batch.lengths, pooling) for stream in streams or []]
+        pooled.append(pool(h, batch.query_counts, pooling))
+        features[rows] = torch.stack(pooled, dim=1).cpu()
+        progress(len(rows))
+    return features
+
+
+def pool(x: Tensor, lengths: Sequence[int], pooling: str) -> Tensor:
+    """States of texts laid end to end (N, D) → one fp32 vector per text (n, D)."""
+    if pooling == "last":
+        return x[torch.tensor(lengths, device=x.device).cumsum(0) - 1].float()
+    return torch.stack([text.float().mean(dim=0) for text in x.split(list(lengths))])
+
+
+def head_losses(
+    model: Qwen,
+    weight: Tensor,
+    prompts: Sequence[Prompt],
+    classes: Sequence[int],
+    checkpointing: bool = False,
+) -> Tensor:
+    """Sum over rows of `head_loss`, with gradient. weight (C, D) in fp32."""
+    h = last_states(model, [p.ids for p in prompts], [1] * len(prompts), checkpointing)  # (rows, D)
+    targets = torch.tensor(classes, device=weight.device)
+    return F.cross_entropy(F.linear(h.float(), weight), targets, reduction="sum")

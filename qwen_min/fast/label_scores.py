@@ -1,0 +1,156 @@
+"""Label scores and losses of many prompts at once; scoring.py has their definitions.
+
+Each prompt is computed once, with all its label words behind it as a tree; what every prompt begins
+with is computed once for all; and only the states that predict a label token meet the vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS, common_prefix, token_budget_batches
+from qwen_min.fast.layout import Cache, Text, pack
+from qwen_min.fast.packed import forward_packed
+from qwen_min.model import Qwen
+from qwen_min.prompt import Prompt
+
+# Rows of logits held at once: with V = 151,936 a row is 0.6 MB in fp32.
+LOGIT_ROWS = 64
+
+
+@dataclass(frozen=True)
+class LabelTree:
+    """Label words as a tree of tokens, shared beginnings once. Node 0, the root: the prompt's end.
+
+    Only tokens that something follows are inputs: a label's last token is a target only. Labels of
+    one token each have an empty tree. For labels (8, 9), (8, 10, 11), (7,) the inputs are 8 and,
+    behind it, 10; the steps are ((0, 8), (1, 9)), ((0, 8), (1, 10), (2, 11)) and ((0, 7),).
+    """
+
+    tokens: tuple[int, ...]  # node i > 0 is tokens[i - 1]; parents before children
+    mask: Tensor  # (nodes, nodes): each node attends to itself and its ancestors
+    steps: tuple[tuple[tuple[int, int], ...], ...]  # per label: (node that predicts, next token)
+
+
+def label_tree(labels: Sequence[tuple[int, ...]]) -> LabelTree:
+    """The tree of the given label words (token ids)."""
+    inner = sorted({label[:t] for label in labels for t in range(1, len(label))}, key=len)
+    node_of = {(): 0} | {beginning: i + 1 for i, beginning in enumerate(inner)}
+    mask = [[child[: len(parent)] == parent for parent in inner] for child in inner]
+    return LabelTree(
+        tokens=tuple(beginning[-1] for beginning in inner),
+        mask=torch.tensor(mask, dtype=torch.bool).view(len(inner), len(inner)),
+        steps=tuple(
+            tuple((node_of[label[:t]], label[t]) for t in range(len(label))) for label in labels
+        ),
+    )
+
+
+@torch.inference_mode()
+def score_labels(
+    model: Qwen,
+    prompts: Sequence[Prompt],
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    progress: Callable[[int], object] = lambda rows: None,
+) -> np.ndarray:
+    """`score_label` of all labels for all prompts: float64 (n, C), in the order given.
+
+    batch_tokens limits the tokens of one forward; `progress` is called with the number of rows
+    finished. Batch size and order change scores only by float rounding.
+    """
+    shared = common_prefix([prompt.ids for prompt in prompts])
+    prefix: Cache | None = None
+    if shared:
+        _, prefix = forward_packed(model, pack(model, [Text(prompts[0].ids[:shared])]))
+    scores = np.zeros((len(prompts), len(prompts[0].labels)))
+    trees = [label_tree(prompt.labels) for prompt in prompts]
+    lengths = [len(p.ids) - shared + len(t.tokens) for p, t in zip(prompts, trees, strict=True)]
+    for rows in token_budget_batches(lengths, batch_tokens):
+        batch = [(prompts[row].ids[shared:], trees[row]) for row in rows]
+        scores[rows] = score_batch(model, batch, prefix)
+        progress(len(rows))
+    return scores
+
+
+def score_batch(
+    model: Qwen, batch: Sequence[tuple[tuple[int, ...], LabelTree]], prefix: Cache | None
+) -> np.ndarray:
+    """Scores (rows, C) of one batch: of each row the prompt's ids behind `prefix`, and its tree."""
+    # 1. Prompt and tree are one text, whose branches do not see each other. The prompt's last token
+    # predicts the first token of each label, a node of the tree the next one.
+    texts = []
+    for ids, tree in batch:
+        T, nodes, mask = len(ids) + len(tree.tokens), len(tree.tokens), None
+        if nodes:
+            mask = torch.ones(T, T, dtype=torch.bool).tril()
+            mask[-nodes:, -nodes:] = tree.mask
+        texts.append(Text((*ids, *tree.tokens), mask, queries=1 + nodes))
+    past = None if prefix is None else [layer * len(batch) for layer in prefix]
+    h, _ = forward_packed(model, pack(model, texts, past))  # (Σ queries, D)
+
+    # 2. Of each step: the row of h that predicts it, its token, and the score it is added to.
+    index, tokens, owner, first = [], [], [], 0
+    for row, (_, tree) in enumerate(batch):
+        for label, steps in enumerate(tree.steps):
+            index += [first + node for node, _ in steps]
+            tokens += [token for _, token in steps]
+            owner += [row * len(tree.steps) + label] * len(steps)
+        first += 1 + len(tree.tokens)
+    log_probs = token_log_probs(model, h, torch.tensor(index), torch.tensor(tokens))
+
+    # 3. Their sum over each label's tokens.
+    classes = len(batch[0][1].steps)
+    size = len(batch) * classes
+    return np.bincount(owner, weights=log_probs, minlength=size).reshape(-1, classes)
+
+
+def token_log_probs(model: Qwen, h: Tensor, index: Tensor, tokens: Tensor) -> np.ndarray:
+    """log p(tokens[j] | state h[index[j]]), float64 (j,); LOGIT_ROWS rows of logits at a time."""
+    found = np.zeros(len(index))
+    for start in range(0, len(h), LOGIT_ROWS):
+        logits = model.logits(h[start : start + LOGIT_ROWS])  # (≤ LOGIT_ROWS, V)
+        log_sum_exp = logits.logsumexp(dim=-1)
+        here = ((index >= start) & (index < start + LOGIT_ROWS)).nonzero()[:, 0]
+        row = index[here].to(h.device) - start
+        log_probs = logits[row, tokens[here].to(h.device)] - log_sum_exp[row]
+        found[here.numpy()] = log_probs.double().cpu().numpy()
+    return found
+
+
+def last_states(
+    model: Qwen,
+    texts: Sequence[tuple[int, ...]],
+    counts: Sequence[int],
+    checkpointing: bool = False,
+) -> Tensor:
+    """States of the last counts[i] tokens of text i, with gradient: (Σ counts, D).
+
+    On a CPU the common prefix is computed once. Under dropout its texts share one draw there.
+    """
+    # Nothing to share in a single text. On a GPU attention is faster without the explicit masks
+    # that continuing a prefix needs.
+    shared = common_prefix(texts) if len(texts) > 1 and model.device.type == "cpu" else 0
+    # The tokens whose states are asked for must not be in the prefix.
+    shared = min([shared, *(len(text) - n for text, n in zip(texts, counts, strict=True))])
+    packed = [Text(text[shared:], queries=n) for text, n in zip(texts, counts, strict=True)]
+    if shared:
+        packed = [Text(texts[0][:shared], queries=1), *packed]
+    batch = pack(model, packed, first_is_prefix=shared > 0)
+    h, _ = forward_packed(model, batch, checkpointing=checkpointing)
+    return h[1:] if shared else h
+
+
+def label_losses(
+    model: Qwen, prompts: Sequence[Prompt], classes: Sequence[int], checkpointing: bool = False
+) -> Tensor:
+    """Sum over rows of `label_loss` for the true class, with gradient."""
+    labels = [prompt.labels[y] for prompt, y in zip(prompts, classes, strict=True)]
+    # A label's last token is a target only, not an input.
+    texts = [(*p.ids, *label[:-1]) for p, label in zip(prompts, labels, strict=True)]
+    h = last_states(model, texts, [len(label) for label in labels], checkpointing)
+    targets = torch.tensor([token for label in labels for token in label], device=h.device)
+    return F.cross_entropy(model.logits(h), targets, reduction="sum")

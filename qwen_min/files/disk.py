@@ -1,0 +1,106 @@
+"""Files and directories that are complete or absent, and JSON that is checked when it is read.
+
+A new file or directory is written under another name, synced and then renamed, so a process that
+dies at any moment leaves the old content or the new one, never a part.
+"""
+
+import contextlib
+import json
+import os
+import reprlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from qwen_min.errors import UserError
+
+RESUME = "what was saved before is intact: make room, then continue with --resume"
+
+
+@contextlib.contextmanager
+def one_line_error(path: Path, advice: str = RESUME) -> Iterator[None]:
+    """Turn a failure to write `path` into a UserError that ends with `advice`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}); {advice}") from None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old content or the new one. Raises UserError."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with one_line_error(path):
+            with aside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+    finally:
+        # After the rename nothing is left to remove. A read-only file system refuses even this.
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+@contextlib.contextmanager
+def new_directory(target: Path, advice: str = RESUME, replace: bool = False) -> Iterator[Path]:
+    """An empty directory to write into; at the end of the block it is synced and named `target`.
+
+    If the block raises, the directory is removed. With `replace`, an existing `target` is replaced.
+    That takes two renames: a process that dies between them leaves no `target`.
+    Raises UserError with `advice` if something cannot be written.
+    """
+    aside, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with one_line_error(target, advice):
+            aside.mkdir(parents=True)
+            yield aside
+            for path in (*aside.rglob("*"), aside):
+                _sync(path)
+            if replace and target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(target, old)
+            os.replace(aside, target)
+            _sync(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    if replace:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write indented JSON atomically; Chinese characters are not escaped."""
+    write_atomically(path, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def read_json(path: Path, kind: str, advice: str, **fields: type) -> dict:
+    """Read a JSON object. Raises UserError, in one line, if it is not `kind`.
+
+    kind: what the file should be, such as "a run's record". advice: what the user should do.
+    fields: the fields that must be there, and the type of each.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"found {reprlib.repr(content)}, expected an object")
+        for name, type_ in fields.items():
+            if not isinstance(content.get(name), type_):
+                found = reprlib.repr(content.get(name))
+                raise ValueError(f"{name} is {found}, expected type {type_.__name__}")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected {kind}: {advice}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not {kind} ({error}); {advice}") from None
+    return content
