@@ -1,4 +1,4 @@
-"""LoRA by hand: one layer (`layer`), a whole model (`inject`), PEFT's file format (`adapter`)."""
+"""LoRA from scratch: one layer (`layer`), a whole model (`inject`), PEFT's files (`adapter`)."""
 
 from lora.adapter import LoRAConfig, load_adapter, read_adapter_config, save_adapter
 from lora.inject import ATTENTION, MLP, inject_lora, lora_modules, lora_parameters, merge_lora

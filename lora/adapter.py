@@ -1,15 +1,15 @@
 """PEFT's adapter format: `adapter_config.json` and `adapter_model.safetensors` in one directory.
 
-What is written here PEFT reads, and the other way round. PEFT ignores a tensor that it has no place
-for and only warns of one that is missing; here the two sets must be the same. A config that asks
-for more than plain LoRA is refused by the name of the field, since its A and B mean something else.
+PEFT can read what this module writes, and the other way round. PEFT ignores unexpected tensors and
+only warns of missing ones; here both are errors. A config that asks for more than plain LoRA is
+refused with the name of the field, because its A and B have another meaning.
 """
 
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -33,22 +33,30 @@ HEAD_KEY = "base_model.model.score.weight"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_MODULES = ["classifier", "score"]  # PEFT's names for the head of any SEQ_CLS model
 
-# Config fields that may hold anything: they do not change what A and B mean.
-HARMLESS = {
-    "auto_mapping",
-    "inference_mode",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
+# What the absence of a config field means in PEFT; for the other fields it means None.
+DEFAULTS = {"bias": "none", "init_lora_weights": True, "use_rslora": False, "lora_dropout": 0.0}
+# The values that are plain LoRA. PiSSA, OLoRA, CorDA and LoftQ, which are other values of
+# init_lora_weights, also change the base's weights, so A and B would not fit the unchanged base.
+PLAIN = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", "SEQ_CLS"),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian"),
+    "use_rslora": (False, True),
 }
+# Fields that `read_adapter_config` checks one by one, and fields that do not change A and B.
+OTHER = {"r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"}
+OTHER |= {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core"}
+OTHER |= {"peft_version", "qalora_group_size", "revision", "runtime_config"}
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What an adapter's config says; `targets` as in `inject.find_targets`, `base_model` a name or
-    path to show the reader. Raises LoRAError for an r, alpha or dropout out of range."""
+    """The content of an adapter's config.
+
+    `targets` as in `inject.find_targets`; `base_model` is a name or path, for the reader only.
+    Raises LoRAError if r, alpha or dropout is out of range.
+    """
 
     r: int
     alpha: float
@@ -69,29 +77,29 @@ def save_adapter(
     head: Tensor | None = None,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write the LoRA of `model` and, for SEQ_CLS, the classifier's `head` (num_labels, D).
+    """Write A and B of `model` and, for SEQ_CLS only, the classifier's `head` (num_labels, D).
 
-    `metadata` goes into the safetensors header, which PEFT does not read. Both files are whole on
-    the disk under other names before either takes its place. Raises ValueError where `config` is
-    not how `model` was injected, or a head comes without SEQ_CLS or SEQ_CLS without one.
+    `metadata` goes into the safetensors header, which PEFT does not read. Both files are written
+    under temporary names and synced before either is renamed, so a failed save leaves the earlier
+    adapter. Raises ValueError if `config` does not describe the LoRA of `model`, if SEQ_CLS has no
+    head, or if CAUSAL_LM has one.
     """
-    modules = lora_modules(model)
-    claimed = (config.r, config.alpha, config.use_rslora)
-    named = {
+    wrapped = lora_modules(model)
+    targeted = {
         name
         for name, m in model.named_modules()
         if isinstance(m, (nn.Linear, LoRALinear)) and any(matches(name, t) for t in config.targets)
     }
-    others = any((m.r, m.alpha, m.use_rslora) != claimed for m in modules.values())
-    if not modules or others or named != modules.keys():
-        raise ValueError(f"the model does not carry the LoRA that the config describes: {config}")
+    settings = {(m.r, m.alpha, m.use_rslora) for m in wrapped.values()}
+    if wrapped.keys() != targeted or settings != {(config.r, config.alpha, config.use_rslora)}:
+        raise ValueError(f"the model does not have the LoRA that the config describes: {config}")
     if (head is not None) != (config.task_type == "SEQ_CLS"):
-        raise ValueError(f"task type {config.task_type}: a head is saved with SEQ_CLS, always")
-    tensors = {_key(name): p.detach() for name, p in lora_parameters(model).items()}
+        raise ValueError(f"task type {config.task_type}: SEQ_CLS needs a head, CAUSAL_LM none")
+    tensors = {_key(name): p for name, p in lora_parameters(model).items()}
     if head is not None:
-        tensors[HEAD_KEY] = head.detach().float()
-    tensors = {key: t.cpu().contiguous() for key, t in tensors.items()}
-    # One key: safetensors writes several in an order of its own, and equal adapters would differ.
+        tensors[HEAD_KEY] = head.float()
+    tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    # One entry: safetensors writes several in no fixed order, and equal adapters would differ.
     header = {"metadata": json.dumps(metadata or {}, sort_keys=True)}
 
     directory = Path(directory)
@@ -114,11 +122,11 @@ def load_adapter(
 ) -> tuple[LoRAConfig, Tensor | None, dict[str, str]]:
     """Inject the adapter in `directory` into `model` (see `inject_lora`) and load its A and B.
 
-    `dropout` replaces the config's. Returns the config as read; the head (num_labels, D), fp32 on
-    the CPU, or None under CAUSAL_LM; and the header's metadata. That the base is the right one, and
-    the head as wide as its hidden states, is the caller's to check. Raises LoRAError for files that
-    cannot be read, are more than plain LoRA, or hold other tensors than exactly the expected; the
-    model is then as it was.
+    `dropout`, if given, replaces the config's. Returns the config as read; the head (num_labels,
+    D), fp32 on the CPU, or None for CAUSAL_LM; and the header's metadata. The caller must check
+    that the base is the right one and that D is its hidden size. Raises LoRAError if a file cannot
+    be read, if the config is not plain LoRA, or if a tensor is missing, unexpected, of another
+    shape or not finite; the model is then unchanged.
     """
     config = read_adapter_config(directory)
     path = Path(directory) / TENSOR_FILE
@@ -142,50 +150,54 @@ def load_adapter(
 
 
 def read_adapter_config(directory: str | Path) -> LoRAConfig:
-    """Read `adapter_config.json`; LoRAError where it is unreadable or asks for more than LoRA."""
+    """Read `adapter_config.json`. Raises LoRAError if it is unreadable or not plain LoRA."""
     path = Path(directory) / CONFIG_FILE
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LoRAError(f"{path}: {error.strerror}; expected an adapter's directory") from error
-    except (ValueError, RecursionError) as error:
-        raise LoRAError(f"{path}: not JSON ({error}); expected an adapter's config") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = f"cannot be read as JSON ({error}); expected an adapter's config"
+        raise LoRAError(f"{path}: {reason}") from error
     if not isinstance(fields, dict):
         raise LoRAError(f"{path}: found a {type(fields).__name__}; expected a JSON object")
+    fields = DEFAULTS | fields
 
-    def check(name: str, value: Any, ok: bool, expected: str) -> None:
+    def check(name: str, ok: bool, expected: str) -> None:
         if not ok:
-            raise LoRAError(f"{path}: {name} is {repr(value)[:80]}; expected {expected}")
+            found = repr(fields.get(name))[:80]
+            raise LoRAError(
+                f"{path}: {name} is {found}; expected {expected} (only plain LoRA is read: with "
+                "PEFT, merge the adapter into its base and use the result)"
+            )
 
-    # Each field that is read here leaves `fields`; what is then left over must be empty. A default
-    # is what PEFT means by the field's absence.
-    plain = "(only plain LoRA is read: with PEFT, merge it into its base and use the result)"
-    kind = fields.pop("peft_type", None)
-    check("peft_type", kind, kind == "LORA", "LORA")
-    bias = fields.pop("bias", "none")
-    check("bias", bias, bias == "none", f"none {plain}")
-    init = fields.pop("init_lora_weights", True)
-    # PiSSA, OLoRA, CorDA and LoftQ start by changing the base's weights, which this base never saw.
-    check("init_lora_weights", init, init in (True, False, "gaussian"), f"true or gaussian {plain}")
-    task = fields.pop("task_type", None)
-    check("task_type", task, task in ("CAUSAL_LM", "SEQ_CLS"), "CAUSAL_LM or SEQ_CLS")
-    saved = fields.pop("modules_to_save", None) or []
+    for name, values in PLAIN.items():
+        found = fields.get(name)
+        # The type counts too, because 1 == True in Python.
+        ok = any(found == value and type(found) is type(value) for value in values)
+        check(name, ok, " or ".join(map(str, values)))
+    # Any other field asks for a variant of LoRA, unless it is off. 0 is not off:
+    # `"layers_to_transform": 0` means only the first layer.
+    for name in sorted(fields.keys() - PLAIN.keys() - OTHER):
+        off = fields[name] is None or fields[name] is False or fields[name] in ("", [], {})
+        check(name, off, "none")
+    task = fields["task_type"]
+    saved = fields.get("modules_to_save") or []
     savable = HEAD_MODULES if task == "SEQ_CLS" else []
     ok = isinstance(saved, list) and all(module in savable for module in saved)
-    check("modules_to_save", saved, ok, f"nothing outside {savable} with {task}")
-    targets = fields.pop("target_modules", None)
+    check("modules_to_save", ok, f"nothing outside {savable} with {task}")
+    targets = fields.get("target_modules")
     targets = [*ATTENTION, *MLP] if targets == "all-linear" else targets
-    ok = isinstance(targets, list) and all(isinstance(t, str) and t for t in targets)
-    check("target_modules", targets, ok and len(targets) > 0, "a list of names, not a pattern")
-    rslora = fields.pop("use_rslora", False)
-    check("use_rslora", rslora, isinstance(rslora, bool), "true or false")
-    r, alpha = fields.pop("r", None), fields.pop("lora_alpha", None)
-    dropout = fields.pop("lora_dropout", 0.0)
-    base_model = fields.pop("base_model_name_or_path", None) or ""
-    for name in sorted(fields.keys() - HARMLESS):
-        check(name, fields[name], _empty(fields[name]), f"none {plain}")
+    ok = isinstance(targets, list) and targets and all(isinstance(t, str) and t for t in targets)
+    check("target_modules", ok, "a list of module names, not a pattern")
     try:
-        return LoRAConfig(r, alpha, dropout, tuple(targets), rslora, task, str(base_model))
+        return LoRAConfig(
+            r=fields.get("r"),
+            alpha=fields.get("lora_alpha"),
+            dropout=fields["lora_dropout"],
+            targets=tuple(targets),
+            use_rslora=fields["use_rslora"],
+            task_type=task,
+            base_model=str(fields.get("base_model_name_or_path") or ""),
+        )
     except LoRAError as error:
         raise LoRAError(f"{path}: {error}") from None
 
@@ -211,7 +223,7 @@ def _config_json(config: LoRAConfig) -> str:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata, copied into memory: the file may be replaced while they are in use."""
+    """Tensors and metadata, copied into memory, because the file can change while they are used."""
     try:
         with safe_open(path, framework="pt") as file:
             keys, header = list(file.keys()), file.metadata() or {}
@@ -225,7 +237,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, tuple]) -> None:
-    """Raise LoRAError unless `tensors` are the expected ones, of these shapes, and finite."""
+    """Raise LoRAError unless `tensors` has exactly the expected keys and shapes and is finite."""
     problems = {
         "missing": [key for key in expected if key not in tensors],
         "unexpected": [key for key in tensors if key not in expected],
@@ -238,7 +250,7 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, t
             key for key, t in tensors.items() if t.dtype not in FLOATS or not t.isfinite().all()
         ],
     }
-    # The first two names of each kind: an adapter holds hundreds of tensors, a message is one line.
+    # Two names of each kind are enough: an adapter has hundreds of tensors, a message has one line.
     found = [
         f"{len(names)} {kind} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
         for kind, names in problems.items()
@@ -248,11 +260,6 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, t
         raise LoRAError(f"{path}: expected {len(expected)} tensors; {'; '.join(found)}")
 
 
-def _empty(value: Any) -> bool:
-    # 0 is not empty: `layers_to_transform: 0` means the first layer alone.
-    return value is None or value is False or value in ("", [], {})
-
-
 def _key(parameter: str) -> str:
-    """PEFT's key of a parameter: A and B are Linears of its own there, hence `.weight`."""
+    """PEFT's key of a parameter. In PEFT A and B are Linears, hence the `.weight`."""
     return f"base_model.model.{parameter}.weight"

@@ -1,4 +1,4 @@
-"""LoRA on a whole model: wrap linear layers by name, list what is trained, merge it away again."""
+"""LoRA on a whole model: wrap linear layers by name, list A and B, merge them into the base."""
 
 from collections.abc import Sequence
 
@@ -11,22 +11,19 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """The nn.Linear modules that `targets` name, by full name, in the model's order.
+    """The nn.Linear modules that `targets` name, as {full name: module} in the model's order.
 
-    A target is a module's name, or the end of one from a dot on: `q_proj` means every module whose
-    last path component is `q_proj`, and never `my_q_proj`. This is PEFT's rule for a list.
-
-    Raises LoRAError where a target names no Linear, or the model already carries LoRA.
+    `matches` says which names a target stands for. Raises LoRAError if `targets` is empty, if a
+    target names no Linear, or if the model already has LoRA.
     """
-    wrapped = list(lora_modules(model))
-    if wrapped:
+    if wrapped := list(lora_modules(model)):
         raise LoRAError(
-            f"the model already carries LoRA on {len(wrapped)} modules (first: {wrapped[0]}); "
+            f"the model already has LoRA on {len(wrapped)} modules (first: {wrapped[0]}); "
             "merge it, or start from the base model"
         )
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if not targets:
-        raise LoRAError("no LoRA targets were given; expected at least one name such as q_proj")
+        raise LoRAError("no LoRA targets; expected at least one module name such as q_proj")
     for target in targets:
         if not any(matches(name, target) for name in linears):
             kinds = dict.fromkeys(name.rpartition(".")[2] for name in linears)
@@ -38,7 +35,11 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linea
 
 
 def matches(name: str, target: str) -> bool:
-    """Whether a target names the module of this full name."""
+    """Whether `target` stands for the module `name`: by its full name or by its last components.
+
+    `q_proj` matches `layers.0.self_attn.q_proj` and never `my_q_proj`. This is PEFT's rule for a
+    list of targets.
+    """
     return name == target or name.endswith("." + target)
 
 
@@ -52,15 +53,15 @@ def inject_lora(
 ) -> list[str]:
     """Freeze every parameter of `model` and wrap the Linears that `targets` name, in place.
 
-    Afterwards `lora_parameters(model)` is all that is trainable; a head that is to be trained with
-    them is unfrozen by the caller. Returns the wrapped modules' names. Raises LoRAError as
-    `find_targets` and `LoRALinear` do, and then leaves the model as it was.
+    Afterwards only `lora_parameters(model)` are trainable; the caller unfreezes a head if it is to
+    be trained too. Returns the names of the wrapped modules. Raises LoRAError as `find_targets` and
+    `LoRALinear` do; the model is then unchanged.
     """
     wrapped = {}
     for name, linear in find_targets(model, targets).items():
-        # A new module is in train mode: left so, dropout would be on in a model in eval mode.
+        # A new module is in train mode; in a model in eval mode its dropout would be on.
         wrapped[name] = LoRALinear(linear, r, alpha, dropout, use_rslora).train(linear.training)
-    # All that is there, rather than all but some names: nothing trains for a likeness of names.
+    # Freeze the whole base: choosing by name could leave a weight trainable.
     model.requires_grad_(False)
     for name, module in wrapped.items():
         _replace(model, name, module)
@@ -68,12 +69,12 @@ def inject_lora(
 
 
 def lora_modules(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every LoRALinear of `model` by the name of the Linear it replaced."""
+    """Every LoRALinear of `model`, by the full name of the Linear that it replaced."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every A and B, named as in `model.named_parameters()`: `....q_proj.lora_A`, `....lora_B`."""
+    """Every A (r, in) and B (out, r), under the names of `model.named_parameters()`."""
     parameters = {}
     for name, module in lora_modules(model).items():
         parameters[f"{name}.lora_A"] = module.lora_A
@@ -82,7 +83,7 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merge_lora(model: nn.Module) -> int:
-    """Replace every LoRALinear of `model` by its `merged()` Linear, in place; returns how many."""
+    """Replace every LoRALinear of `model` by its `merged()` Linear, in place; return the count."""
     modules = lora_modules(model)
     for name, module in modules.items():
         _replace(model, name, module.merged())

@@ -1,11 +1,11 @@
 """LoRA on one linear layer (Hu et al. 2021, arXiv:2106.09685, section 4.1).
 
-The pretrained W (out, in) stays frozen; what is learned is a change of rank at most r,
+The pretrained W (out, in) stays frozen. What is trained is a change of rank at most r,
 
     W' = W + s·B·A        A (r, in), B (out, r), r much smaller than in and out,
 
-so a layer trains r·(in + out) numbers instead of in·out. B starts at zero, so that training starts
-from the base model exactly.
+so a layer trains r·(in + out) numbers instead of in·out. B starts at zero: training starts exactly
+from the base model.
 """
 
 import copy
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 
 class LoRAError(ValueError):
-    """A user's mistake about LoRA or an adapter's files; the message is one line, to be printed."""
+    """A user's mistake about LoRA or an adapter's files; the message is one line."""
 
     def __init__(self, message: str) -> None:
-        # What is quoted from a file or a path may hold line breaks.
+        # Names from a file or a path can contain line breaks.
         super().__init__(" ".join(message.split()))
 
 
@@ -37,9 +37,9 @@ def check_hyperparameters(r: int, alpha: float, dropout: float) -> None:
 class LoRALinear(nn.Module):
     """y = base(x) + s·B(A(dropout(x))), with x (..., in) and y (..., out) in the base's dtype.
 
-    s is alpha/r, or under `use_rslora` alpha/√r, with which the update does not shrink as r grows
+    s is alpha/r, or alpha/√r with `use_rslora`: then the update does not shrink as r grows
     (Kalajdzievski 2023, arXiv:2312.03732). `base` is frozen in place, not copied. Raises LoRAError
-    for an r, alpha or dropout out of range.
+    if r, alpha or dropout is out of range.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class LoRALinear(nn.Module):
         self.dropout = dropout
         self.use_rslora = use_rslora
         self.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
-        # dtype: fp32 whatever the base's. bf16 numbers around A's entries are about as far apart as
-        # a step is long (1.2e-4 at 0.02): it would be rounded to a whole spacing or to nothing, and
-        # the small steps of a falling rate would never add up.
+        # dtype: fp32 whatever the base's dtype. A training step is about as small as the spacing of
+        # bf16 numbers near A's entries (1.2e-4 at 0.02). In bf16 a step would be rounded to that
+        # spacing or to zero, and the small steps of a falling learning rate would be lost.
         fp32 = {"device": base.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **fp32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **fp32))
@@ -63,42 +63,47 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)  # (..., out)
         if self.training and x.dtype == torch.bfloat16:
-            return self._add_rounded_update(x, y)
+            return self._bf16_training_forward(x)
+        return self.definition(x)
+
+    def definition(self, x: Tensor) -> Tensor:
+        """x (..., in) to y (..., out), by the formula of the class, in fp32."""
+        y = self.base(x)  # (..., out)
         h = F.dropout(x.float(), self.dropout, training=self.training)  # (..., in)
         h = F.linear(h, self.lora_A)  # (..., r)
-        # s goes to B, which is small, and not to the update, which has a row for every token.
+        # s multiplies B, which is smaller than the update with its one row for each token.
         update = F.linear(h, self.scaling * self.lora_B)  # (..., out)
-        # dtype: y is promoted, so that the sum is formed in fp32 and rounded once.
+        # dtype: the sum is formed in fp32, as the update is, and rounded to the base's dtype once.
         return (y + update).to(y.dtype)
 
-    def _add_rounded_update(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + s·B(A(dropout(x))) in training on a bf16 base, without copies of x and y in fp32.
+    def _bf16_training_forward(self, x: Tensor) -> Tensor:
+        """The definition up to rounding; it saves the memory of fp32 copies of x and y.
 
-        dtype: A and B stay fp32, and so do their moments; what is multiplied is their roundings to
-        bf16, which changes the update by about one part in 2^8 of itself. The sum with y is formed
-        in fp32 inside the product, and rounded once. Not for fp16: A's gradient passes through B,
-        and with a B that has just left zero it would underflow.
+        dtype: A and B stay fp32, and so does the optimizer's state. The products use A and B
+        rounded to bf16, which changes the update by about 2^-8 of itself. The last product adds y
+        in fp32 and rounds the sum once. Not for fp16: A's gradient is a product with B, which is
+        close to zero at the start, and fp16 would round it to zero.
         """
+        y = self.base(x)  # (..., out)
         scaling = self.scaling
         if self.dropout:
-            # The same draw as F.dropout's, whose factor 1/(1 - p) bf16 would round: s takes it.
-            kept = torch.empty_like(x).bernoulli_(1 - self.dropout)
-            x, scaling = x * kept, scaling / (1 - self.dropout)
+            # The same mask as F.dropout draws. bf16 would round its factor 1/(1 - p): s takes it.
+            mask = torch.empty_like(x).bernoulli_(1 - self.dropout)
+            x, scaling = x * mask, scaling / (1 - self.dropout)
         h = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
-        scaled = (scaling * self.lora_B).to(x.dtype)  # (out, r)
-        out = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, self.r), scaled.T)
+        scaled_B = (scaling * self.lora_B).to(x.dtype)  # (out, r)
+        out = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, self.r), scaled_B.T)
         return out.view(y.shape)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A new frozen Linear with weight W + s·B·A (out, in) and the base's bias.
 
-        The sum is formed in fp32 and rounded to the base's dtype once. The base is left as it is:
-        adding in place and subtracting again would not restore a bf16 weight.
+        The sum is formed in fp32 and rounded to the base's dtype once. The base stays as it is,
+        because adding to a bf16 weight and subtracting again would not restore it.
         """
         linear = copy.deepcopy(self.base)
-        # dtype: the base's weight is promoted by the sum with fp32; copy_ rounds.
+        # dtype: the sum with fp32 is fp32; copy_ rounds it.
         linear.weight.copy_(self.base.weight + self.scaling * (self.lora_B @ self.lora_A))
         return linear

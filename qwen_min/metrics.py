@@ -1,9 +1,11 @@
-"""Every metric by hand, from counts or ranks, in float64.
+"""All metrics, computed from counts or ranks in float64.
 
-n examples, C classes. Labels and predictions are class numbers from 0, (n,). Scores are (n, C),
-higher is likelier (log-probabilities of label words, or logits); probabilities are their softmax.
-All functions raise ValueError, naming the first bad row, where a class number is out of range or a
-score is not finite, and where lengths differ or n is 0.
+Shapes: n examples, C classes. Labels and predictions (n,) are class numbers from 0. Scores (n, C)
+are log-probabilities of label words, or logits; probabilities (n, C) are their softmax.
+
+Functions that take labels, predictions or scores raise ValueError if n is 0, if lengths differ, and
+if a class number is out of range or a score is not finite; the last two name the first bad row.
+`wilson_interval` checks its two numbers. `precision_recall_f1` and `log_odds` check nothing.
 """
 
 import math
@@ -11,10 +13,11 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-OFF_TRACK = -1  # the prediction where generated text held no label word
+OFF_TRACK = -1  # the prediction if the generated text contains no label word
 
 
 def _class_numbers(what: str, values: ArrayLike, n: int, end: int, start: int = 0) -> np.ndarray:
+    """`values` as int64 (n,), checked to be whole numbers from `start` to `end` - 1."""
     values = np.asarray(values)
     if values.shape != (n,) or n == 0 or values.dtype.kind not in "iub":
         found = f"{values.dtype} of shape {values.shape}"
@@ -27,49 +30,57 @@ def _class_numbers(what: str, values: ArrayLike, n: int, end: int, start: int = 
 
 
 def _finite(scores: ArrayLike) -> np.ndarray:
+    """`scores` as float64 (n, C), checked to be finite in fp32."""
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2 or len(scores) == 0 or scores.shape[1] < 2:
         raise ValueError(f"scores: expected shape (n, C), n > 0, C > 1, found {scores.shape}")
-    # A model's scores fit fp32, and what fits fp32 cannot overflow float64 below. NaN compares
-    # false, so it is not within either.
-    within = (np.abs(scores) <= np.finfo(np.float32).max).all(axis=1)
-    if not within.all():
-        row = within.argmin()
+    # A model's scores fit into fp32; such numbers cannot overflow float64 in the formulas below. A
+    # comparison with NaN is false, so NaN is refused too.
+    is_finite = (np.abs(scores) <= np.finfo(np.float32).max).all(axis=1)
+    if not is_finite.all():
+        row = is_finite.argmin()
         raise ValueError(f"scores: row {row} is not finite in fp32: {scores[row].tolist()}")
     return scores
 
 
 def _checked(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     scores = _finite(scores)
-    return _class_numbers("labels", labels, *scores.shape), scores
+    n, num_classes = scores.shape
+    return _class_numbers("labels", labels, n, num_classes), scores
 
 
 def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> np.ndarray:
-    """Counts, (C, C): row = true class, column = predicted class.
+    """Counts (C, C): row = true class, column = predicted class.
 
-    Where a prediction is OFF_TRACK, a last column, (C, C+1), counts those: always wrong.
+    If any prediction is OFF_TRACK, the matrix is (C, C + 1): the last column counts them, as wrong.
     """
     labels = _class_numbers("labels", labels, len(labels), num_classes)
     predictions = _class_numbers("predictions", predictions, len(labels), num_classes, OFF_TRACK)
     columns = num_classes + int((predictions == OFF_TRACK).any())
     matrix = np.zeros((num_classes, columns), dtype=np.int64)
-    # Index -1, OFF_TRACK, is the last column. add.at counts repeated cells; += would count once.
+    # Index OFF_TRACK, -1, is the last column. add.at counts a repeated cell each time; += once.
     np.add.at(matrix, (labels, predictions), 1)
     return matrix
 
 
 def precision_recall_f1(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each (C,), from a confusion matrix; 0 where the denominator is 0, as in scikit-learn."""
+    """Precision, recall and F1 of each class, (C,) each, from a confusion matrix.
+
+    0 where the denominator is 0, as in scikit-learn. F1 is hits / mean(predicted, support).
+    """
     hits, support = np.diagonal(matrix), matrix.sum(axis=1)
     predicted = matrix.sum(axis=0)[: len(matrix)]
-    # Without a hit all three are 0, whatever the denominator; with one it is at least 1.
+    # A denominator below 1 means no hits: the result is 0 after division by 1 as well.
     denominators = (predicted, support, (predicted + support) / 2)
-    precision, recall, f1 = (hits / np.maximum(d, 1) for d in denominators)
-    return precision, recall, f1
+    return tuple(hits / np.maximum(d, 1) for d in denominators)
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927): inside [0, 1], unlike p ± 1.96 se."""
+    """95 % score interval (low, high) of the proportion correct / n (Wilson 1927).
+
+    It stays inside [0, 1], unlike p ± 1.96 standard errors. Raises ValueError unless n > 0 and
+    0 <= correct <= n.
+    """
     if n == 0 or not 0 <= correct <= n:
         raise ValueError(f"expected 0 <= correct <= n and n > 0, found {correct} of {n}")
     z = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
@@ -80,33 +91,36 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 
 
 def log_odds(scores: np.ndarray, c: int) -> np.ndarray:
-    """log(p_c / (1 - p_c)), (n,): class c's score minus the log-sum-exp of the others.
+    """log(p_c / (1 - p_c)), (n,): class c's score minus the log-sum-exp of the other scores.
 
-    It ranks as p_c does, but still tells rows apart where p_c has rounded to 0 or 1. With two
-    classes it is exactly the difference of the scores.
+    It ranks rows as p_c does, also where p_c rounds to 0 or 1. With two classes it is exactly the
+    difference of the scores. `scores`: float (n, C), not checked.
     """
-    # Sorted, so that rows which differ only in the order of the other classes tie exactly.
+    # Sorted, so that rows whose other scores differ only in order give exactly the same number.
     others = np.sort(np.delete(scores, c, axis=1), axis=1)
     top = others[:, -1:]
     return scores[:, c] - top[:, 0] - np.log1p(np.exp(others[:, :-1] - top).sum(axis=1))
 
 
 def _rank_sum_auc(positive: np.ndarray, ranking: np.ndarray) -> float | None:
-    """P(a positive outranks a negative), a tie counting one half (Hanley and McNeil 1982)."""
+    """P(a positive ranks above a negative), where a tie counts 1/2 (Hanley and McNeil 1982).
+
+    `positive` (n,) is true/false, `ranking` (n,) any number per row. None if one side is empty.
+    """
     positives, negatives = int(positive.sum()), int((~positive).sum())
     if positives == 0 or negatives == 0:
         return None
     _, place, counts = np.unique(ranking, return_inverse=True, return_counts=True)
-    average_rank = np.cumsum(counts) - (counts - 1) / 2  # of each distinct value; ranks from 1
+    average_rank = np.cumsum(counts) - (counts - 1) / 2  # of each distinct value; from 1
     rank_sum = average_rank[place][positive].sum()
     return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def auc_roc(labels: ArrayLike, scores: ArrayLike) -> float | None:
-    """Area under the ROC curve; None where a class is absent.
+    """Area under the ROC curve, from 0 to 1; None if a class is absent.
 
-    Two classes: class 1 against class 0, ranked by s_1 - s_0. More: the mean over classes of each
-    against the rest, ranked by its log-odds.
+    Two classes: class 1 against class 0, ranked by s_1 - s_0. More classes: the mean over classes
+    of each class against the rest, ranked by its log-odds.
     """
     labels, scores = _checked(labels, scores)
     classes = [1] if scores.shape[1] == 2 else range(scores.shape[1])
@@ -115,14 +129,14 @@ def auc_roc(labels: ArrayLike, scores: ArrayLike) -> float | None:
 
 
 def softmax(scores: ArrayLike) -> np.ndarray:
-    """Class probabilities, (n, C) to (n, C)."""
+    """Class probabilities: exp(s_c) / Σ_k exp(s_k), (n, C) to (n, C)."""
     scores = _finite(scores)
     e = np.exp(scores - scores.max(axis=1, keepdims=True))
     return e / e.sum(axis=1, keepdims=True)
 
 
 def log_loss(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Mean of -log p(true class), in nats; finite even where p itself rounds to 0."""
+    """Mean of -log p(true class), in nats; finite also where p itself rounds to 0."""
     labels, scores = _checked(labels, scores)
     shifted = scores - scores.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -132,8 +146,8 @@ def log_loss(labels: ArrayLike, scores: ArrayLike) -> float:
 def brier_score(labels: ArrayLike, scores: ArrayLike) -> float:
     """Mean squared error of the probabilities (Brier 1950).
 
-    Two classes: (p_1 - y)², from 0 to 1, half of Brier's own sum over both. More: that sum, from 0
-    to 2.
+    Two classes: (p_1 - y)², from 0 to 1. More classes: the sum over classes, from 0 to 2. (Brier's
+    own definition is always the sum, which is twice as large for two classes.)
     """
     labels, scores = _checked(labels, scores)
     squared = (softmax(scores) - np.eye(scores.shape[1])[labels]) ** 2
@@ -141,35 +155,37 @@ def brier_score(labels: ArrayLike, scores: ArrayLike) -> float:
 
 
 def expected_calibration_error(labels: ArrayLike, scores: ArrayLike, bins: int = 15) -> float:
-    """Mean gap between confidence (the top class's probability) and accuracy, over bins.
+    """Mean of |accuracy - confidence| over bins, weighted by their counts (Guo et al. 2017).
 
-    They are of equal width: bin i holds i/bins < confidence <= (i+1)/bins, weighted by its count
-    (Guo et al. 2017).
+    Confidence is the probability of the top class. The bins have equal width: bin i holds the
+    examples with i/bins < confidence <= (i+1)/bins. From 0 to 1.
     """
     labels, scores = _checked(labels, scores)
     confidence = softmax(scores).max(axis=1)
-    # From the scores: probabilities may have rounded to a tie that the scores do not have.
+    # argmax of the scores: two probabilities can round to the same number, a tie.
     correct = scores.argmax(axis=1) == labels
-    # k / bins rounds as a confidence of that value does: on the edge means on the edge.
+    # Edges as k / bins: a confidence of exactly k / bins rounds to the same number.
     bin_of = np.searchsorted(np.arange(1, bins) / bins, confidence, side="left")
-    # count/n · |accuracy - confidence| of a bin is |sum of (correct - confidence)| / n.
+    # For one bin: count/n · |accuracy - confidence| = |sum of (correct - confidence)| / n.
     gaps = np.bincount(bin_of, weights=correct - confidence)
     return float(np.abs(gaps).sum() / len(labels))
 
 
 def mcnemar_exact(correct_a: ArrayLike, correct_b: ArrayLike) -> dict:
-    """Two-sided test that A and B, on the same n examples, are equally accurate: counts and p.
+    """Exact test of whether A and B are equally accurate on the same n examples (McNemar 1947).
 
-    `correct_a`, `correct_b`: (n,) of true/false. If both are equally accurate, each example that
-    only one has right is a fair coin's toss (McNemar 1947); p is twice the smaller binomial tail.
+    `correct_a`, `correct_b`: (n,) of true/false. Returns `only_a` and `only_b`, the numbers of
+    examples that only one of them has right, and the two-sided `p`. If both are equally accurate,
+    only_a follows Binomial(only_a + only_b, 1/2); p is twice the smaller tail, at most 1.
     """
     a = _class_numbers("correct_a", correct_a, len(correct_a), 2)
     b = _class_numbers("correct_b", correct_b, len(a), 2)
     only_a, only_b = int((a > b).sum()), int((b > a).sum())
     n = only_a + only_b
-    ways = tail = 1  # Python's whole numbers neither round nor overflow; the division rounds once
+    # tail = Σ_k (n choose k), k from 0 to the smaller count. Python's integers are exact.
+    ways = tail = 1
     for k in range(min(only_a, only_b)):
-        ways = ways * (n - k) // (k + 1)  # from "n choose k" to "n choose k+1"
+        ways = ways * (n - k) // (k + 1)  # from (n choose k) to (n choose k + 1)
         tail += ways
     return {"only_a": only_a, "only_b": only_b, "p": min(1.0, 2 * tail / 2**n)}
 
@@ -179,9 +195,10 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """A's accuracy minus B's, and its 95 % percentile interval: (difference, low, high).
 
-    A resample draws n pairs with replacement (Efron and Tibshirani 1993, chapter 13). Each pair
-    adds -1, 0 or 1, so how often each of the three is drawn says all, and those counts are one
-    multinomial draw: the same distribution without (resamples, n) numbers in memory.
+    `correct_a`, `correct_b`: (n,) of true/false. A resample draws n examples with replacement
+    (Efron and Tibshirani 1993, chapter 13). An example adds -1, 0 or 1 to the difference, so only
+    the count of each matters. The three counts are one multinomial draw, which has the same
+    distribution and needs no (resamples, n) numbers in memory.
     """
     a = _class_numbers("correct_a", correct_a, len(correct_a), 2)
     b = _class_numbers("correct_b", correct_b, len(a), 2)
@@ -194,11 +211,12 @@ def paired_bootstrap(
 def evaluate_predictions(
     labels: ArrayLike, predictions: ArrayLike, scores: ArrayLike | None, class_names: list[str]
 ) -> dict:
-    """Every metric of one evaluation, in plain numbers ready for JSON, never NaN.
+    """All metrics of one evaluation, as numbers, strings and lists for JSON; no NaN.
 
-    Precision, recall and F1 at the top are class 1's; None unless there are two classes. Macro
-    means run over all C classes, absent ones too. What needs scores is None without them
-    (generation), and so is `auc_roc` where a class is absent.
+    `predictions` may contain OFF_TRACK. Top-level precision, recall and F1 are those of class 1,
+    and None unless there are two classes. Macro means are over all C classes, absent ones
+    included. Without scores (generation) the metrics that need them are None; `auc_roc` is also
+    None if a class is absent.
     """
     two = len(class_names) == 2
     matrix = confusion_matrix(labels, predictions, len(class_names))

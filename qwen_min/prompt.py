@@ -1,12 +1,18 @@
-"""Template and label words to token ids.
+"""From a text, a template and label words to token ids.
 
-A prompt is rendered as one string and encoded whole, since tokens cross the borders of a template's
-parts (`。` at the end of a review and the newline behind it are one token, `。\\n`). For the same
-reason a label's tokens are found, not assumed: they are what the ids of prompt + label have beyond
-the ids of the prompt.
+A prompt is the template with the text in the place of `{text}`; the model then scores each label
+word as its continuation. Two rules decide the ids:
+
+1. The prompt is encoded as one whole string. Encoding the template's parts and the text apart would
+   give other ids, since a token can cross their border: `。` at the end of a review and the newline
+   after it are one token, `。\\n`.
+2. For the same reason a label is never encoded alone. Its tokens are those that
+   encode(prompt + label) has after encode(prompt), which must be its prefix.
+
+Only markup in the template, such as `<|im_end|>`, is always a token of its own. In a text and in a
+label word it is plain text.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,15 +27,19 @@ FIELD = "{text}"
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text in its template, as ids, with each class's label as it continues this prompt."""
+    """The token ids of one text in its template, and of each label word after it."""
 
     ids: tuple[int, ...]
-    labels: tuple[tuple[int, ...], ...]  # in class order
+    labels: tuple[tuple[int, ...], ...]  # ids of each label word, in class order
     truncated: bool  # whether the text was shortened
 
 
 def parse_labels(argument: str, option: str = "--labels") -> tuple[str, ...]:
-    """ "负面,正面" → ("负面", "正面"): one word for each class, in class order."""
+    """ "负面,正面" → ("负面", "正面"): one word for each class, in class order.
+
+    `option` is the name that an error shows. Raises UserError for an empty word, a repeated word
+    and a single word.
+    """
     words = tuple(argument.split(","))
     if any(not word.strip() for word in words):
         raise UserError(f"{option} {argument!r}: a word is empty; give one word for each class")
@@ -41,24 +51,27 @@ def parse_labels(argument: str, option: str = "--labels") -> tuple[str, ...]:
 
 
 def parse_template(argument: str) -> str:
-    """The template as typed in a shell, where `\\n` stands for a newline."""
+    """The template as typed in a shell, where `\\n` means a newline.
+
+    Raises UserError unless {text} occurs in it exactly once.
+    """
     template = argument.replace("\\n", "\n")
-    if template.count(FIELD) != 1:
+    if (times := template.count(FIELD)) != 1:
         raise UserError(
-            f"--template {argument!r}: {FIELD} stands in it {template.count(FIELD)} times; "
-            "write it once, where the text goes"
+            f"--template {argument!r}: {FIELD} occurs {times} times, expected once; write it where "
+            "the text goes"
         )
     return template
 
 
 def shorten(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
-    """The longest beginning of `text` that ends at a token's border and has ≤ max_tokens tokens.
+    """The longest beginning of `text` that ends where a token ends and has at most max_tokens.
 
-    A character whose bytes are spread over several tokens is kept whole or left out whole.
+    If the bytes of a character are spread over several tokens, it is kept whole or dropped whole.
     """
-    # Cut where the first token too many starts: its character, if spread, goes whole, and an accent
-    # that NFC joins to the letter before stays. Encoding the shorter text anew can cut whitespace
-    # in another way, into more tokens, hence the loop; each round takes a character at least.
+    # Cut at the first character of the first token that is too many. The shorter text can have
+    # other tokens at its end, sometimes more (white space is split in another way): hence a loop.
+    # Each round removes at least one character.
     while len(offsets := tokenizer.offsets(text)) > max_tokens:
         text = text[: offsets[max_tokens][0]]
     return text
@@ -72,68 +85,68 @@ def build_prompts(
     max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
     places: Sequence[str] | None = None,
 ) -> list[Prompt]:
-    """Render and encode every text, alone and followed by each label word.
+    """One prompt for each text: its ids, and the ids of each label word after it.
 
-    Only the text field is ever shortened; the frame around it stays whole. Markup such as
-    `<|im_end|>` counts as markup in the template and as plain text in the texts.
+    A text of more than `max_text_tokens` tokens is shortened; the template around it stays whole.
+    `places` says where each text comes from, for errors (default: "row 1", "row 2", ...).
 
-    Raises UserError, naming the row's place (without `places` its number, from 1), where a label's
-    first characters merge with the end of the prompt into one token: the prompt's ids would not be
-    a prefix of prompt + label's, and there would be no label to score.
+    Raises UserError if the end of a prompt and the start of a label merge into one token (the label
+    then has no tokens of its own), if two labels have the same tokens, or if a prompt is empty.
     """
-    # Markup cuts the template into pieces that are encoded apart, as every tokenizer cuts there.
-    pieces = tokenizer.split_markup(template)
-    at = next(i for i, piece in enumerate(pieces) if FIELD in piece)
-    before = _encode_frame(tokenizer, pieces[:at])
-    between = _encode_frame(tokenizer, pieces[at + 1 : -1])
-    tail_is_text = at == len(pieces) - 1
+    short_texts = [shorten(tokenizer, text, max_text_tokens) for text in texts]
 
-    kept = [shorten(tokenizer, text, max_text_tokens) for text in texts]
-    filled = [pieces[at].replace(FIELD, text) for text in kept]
-    encoded = tokenizer.encode_batch(filled)
-    # continued[class][row]: the last piece of the prompt, with the label behind it.
-    if tail_is_text:
-        stems = encoded
-        continued = [tokenizer.encode_batch([f + label for f in filled]) for label in labels]
-    else:
-        stem = tokenizer.encode(pieces[-1])
-        stems = [stem] * len(texts)
-        continued = [[tokenizer.encode(pieces[-1] + label)] * len(texts) for label in labels]
+    def encode(piece: str, ending: str = "") -> list[list[int]]:
+        """The ids of a piece of the template and an ending, for each text."""
+        if FIELD in piece:  # in one batch, because the library encodes a batch in parallel
+            filled = [piece.replace(FIELD, text) + ending for text in short_texts]
+            return tokenizer.encode_batch(filled)
+        markup = tokenizer.markup.get(piece)
+        ids = tokenizer.encode(piece + ending) if markup is None else [markup]
+        return [ids] * len(texts)
+
+    # Markup cuts the template into pieces (without markup there is one, `last`). No token crosses
+    # a cut, so the pieces are encoded apart, and a label can merge with the last piece only.
+    *start, last = tokenizer.split_markup(template)
+    start_ids = [encode(piece) for piece in start]  # [piece][row]
+    last_ids = encode(last)  # [row]
+    labelled_ids = [encode(last, label) for label in labels]  # [class][row]
 
     prompts = []
-    for row, (text, short, stem) in enumerate(zip(texts, kept, stems, strict=True)):
+    for row, text in enumerate(texts):
         place = places[row] if places else f"row {row + 1}"
-        words = []
-        for word, rows in zip(labels, continued, strict=True):
-            whole = rows[row]
-            if whole[: len(stem)] != stem or len(whole) == len(stem):
-                tail = tokenizer.decode(stem[-3:])
+        end = last_ids[row]
+        # The ids with each label must be those of the prompt and more.
+        with_label = [ids[row] for ids in labelled_ids]
+        for label, ids in zip(labels, with_label, strict=True):
+            if ids[: len(end)] != end or ids == end:
                 raise UserError(
-                    f"{place}: the end of the prompt, {tail!r}, and the label {word!r} merge "
-                    "into one token; end the template with a character that does not, such as `：`"
+                    f"{place}: the end of the prompt, {tokenizer.decode(end[-3:])!r}, and the "
+                    f"label {label!r} merge into one token; end the template with a character "
+                    "that does not, such as `：`"
                 )
-            words.append(tuple(whole[len(stem) :]))
-        if len(set(words)) < len(words):
+        label_ids = tuple(tuple(ids[len(end) :]) for ids in with_label)
+        if len(set(label_ids)) < len(labels):
             raise UserError(
                 f"{place}: two of the labels {', '.join(labels)} are the same tokens, so their "
                 "scores would always be equal; choose words that differ"
             )
-        head = before if tail_is_text else [*before, *encoded[row], *between]
-        if not head and not stem:
+        prompt_ids = (*(id_ for ids in start_ids for id_ in ids[row]), *end)
+        if not prompt_ids:
             raise UserError(
-                f"{place}: no token is left of the prompt, so nothing could predict a label; "
-                f"write words around {FIELD} in the template, or allow more text tokens"
+                f"{place}: the prompt has no tokens, so nothing could predict a label; write "
+                f"words around {FIELD} in the template, or allow more text tokens"
             )
-        prompts.append(Prompt((*head, *stem), tuple(words), short != text))
+        prompts.append(Prompt(prompt_ids, label_ids, truncated=short_texts[row] != text))
     return prompts
 
 
 def check_lengths(
     prompts: Sequence[Prompt], max_positions: int, places: Sequence[str], new_tokens: int = 0
 ) -> None:
-    """Raise UserError where prompt and longest label have more tokens than the model has places.
+    """Raise UserError if a prompt and its longest label have more than max_positions tokens.
 
-    new_tokens: how many may be generated behind each prompt; the label is as long at least.
+    `places` says where each prompt comes from. `new_tokens`: how many tokens may be generated after
+    each prompt; the larger of this and the longest label counts.
     """
     for prompt, place in zip(prompts, places, strict=True):
         tokens = len(prompt.ids) + max(new_tokens, *(len(ids) for ids in prompt.labels))
@@ -143,45 +156,3 @@ def check_lengths(
                 "(max_position_embeddings in config.json); lower --max-text-tokens or shorten "
                 "the template"
             )
-
-
-def _encode_frame(tokenizer: Tokenizer, pieces: Sequence[str]) -> list[int]:
-    """Ids of pieces as `split_markup` cuts them, none of which holds the text."""
-    ids: list[int] = []
-    for piece in pieces:
-        markup = tokenizer.markup.get(piece)
-        ids += tokenizer.encode(piece) if markup is None else [markup]
-    return ids
-
-
-def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all rows share, short of any row's last one.
-
-    A row keeps at least one token of its own: the one whose hidden state is read.
-    """
-    # The smallest and the largest row, in lexical order, differ first where any two rows do.
-    low, high = min(rows), max(rows)
-    limit = min(len(row) for row in rows) - 1
-    shared = 0
-    while shared < limit and low[shared] == high[shared]:
-        shared += 1
-    return shared
-
-
-def warn_about_labels(prompt: Prompt, labels: Sequence[str]) -> None:
-    """Say on stderr what makes label words hard to compare: lengths, and one inside another."""
-    lengths = [len(ids) for ids in prompt.labels]
-    if len(set(lengths)) > 1:
-        counts = ", ".join(f"{w} {n}" for w, n in zip(labels, lengths, strict=True))
-        print(
-            f"warning: label words differ in tokens ({counts}); each is scored whole, and longer "
-            "ones tend to score lower",
-            file=sys.stderr,
-        )
-    for word, ids in zip(labels, prompt.labels, strict=True):
-        for other, longer in zip(labels, prompt.labels, strict=True):
-            if len(ids) < len(longer) and longer[: len(ids)] == ids:
-                print(
-                    f"warning: {word} is how {other} begins, so it can never score lower",
-                    file=sys.stderr,
-                )

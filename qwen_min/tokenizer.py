@@ -1,12 +1,13 @@
-"""tokenizer.json through the `tokenizers` library; markup tokens by hand.
+"""Text to token ids and back, by the `tokenizers` library and the checkpoint's tokenizer.json.
 
-The library would turn `<|im_end|>` into its control token wherever it finds it, also inside a
-review that somebody wrote. Here text is only ever text: the added tokens are taken out of the
-tokenizer and kept in a table, `markup`, for those who compose a prompt and mean them.
+The library turns `<|im_end|>` into its control token wherever it occurs, also inside a review that
+somebody wrote. This class treats every text as plain text. The added tokens of tokenizer.json are
+kept in a table, `markup`, for code that composes a prompt and needs the control tokens.
 """
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from tokenizers import Tokenizer as BaseTokenizer
@@ -16,7 +17,11 @@ from qwen_min.errors import UserError
 
 
 class Tokenizer:
-    """Text to ids and back. `markup` maps control strings such as `<|im_start|>` to their ids."""
+    """The tokenizer of a model directory.
+
+    `markup` maps control strings such as `<|im_start|>` to their ids. All ids are below `size`.
+    Raises UserError if tokenizer.json is missing, malformed or not a BPE.
+    """
 
     def __init__(self, directory: str | Path):
         path = Path(directory) / "tokenizer.json"
@@ -33,23 +38,23 @@ class Tokenizer:
             ) from None
         if not isinstance(whole.model, models.BPE):
             raise UserError(
-                f"{path}: a {type(whole.model).__name__} tokenizer, where Qwen's is BPE; take the "
+                f"{path}: the tokenizer is {type(whole.model).__name__}, expected BPE; take the "
                 "file that came with the weights"
             )
         self.markup = {t.content: id_ for id_, t in whole.get_added_tokens_decoder().items()}
-        # The same parts, put together without added tokens, truncation and padding.
+        # The same parts without added tokens, truncation, padding and post-processor.
         self._base = BaseTokenizer(whole.model)
         self._base.normalizer = whole.normalizer
         self._base.pre_tokenizer = whole.pre_tokenizer
         self._base.decoder = whole.decoder
-        ids = [*self._base.get_vocab().values(), *self.markup.values()]
-        self.size = max(ids) + 1  # ids below this exist; the model's V is larger
-        self._markup_pattern = "|".join(
-            re.escape(token) for token in sorted(self.markup, key=len, reverse=True)
-        )
+        # The model's vocab_size is larger: ids from `size` on have no text.
+        self.size = 1 + max([*self._base.get_vocab().values(), *self.markup.values()])
+        # The longest first: a regular expression takes the first alternative that matches.
+        names = sorted(self.markup, key=len, reverse=True)
+        self._markup_pattern = f"({'|'.join(map(re.escape, names))})"
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, all of it taken literally."""
+        """Ids of `text`; markup in it is plain text."""
         return self._base.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -57,24 +62,23 @@ class Tokenizer:
         return [e.ids for e in self._base.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
-        """For each token of `text` the characters [start, end) that it covers.
+        """For each token of `text`, the characters [start, end) that it covers.
 
-        A character of several bytes may be spread over several tokens; each of them then covers it.
+        If the bytes of one character are spread over several tokens, each token covers it.
         """
         return self._base.encode(text, add_special_tokens=False).offsets
 
     def split_markup(self, text: str) -> list[str]:
-        """Cut at markup: literal pieces at even places (maybe empty), markup tokens at odd ones."""
-        return re.split(f"({self._markup_pattern})", text) if self.markup else [text]
+        """Cut `text` at markup: [literal, markup, literal, ...]; literals may be empty."""
+        return re.split(self._markup_pattern, text) if self.markup else [text]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids back to text, markup included; incomplete characters become U+FFFD."""
         names = {id_: token for token, id_ in self.markup.items()}
-        out, run = [], []
-        for id_ in ids:
-            if id_ in names:
-                out += [self._base.decode(run, skip_special_tokens=False), names[id_]]
-                run = []
+        parts = []
+        for is_markup, run in groupby(ids, names.__contains__):
+            if is_markup:
+                parts += [names[id_] for id_ in run]
             else:
-                run.append(id_)
-        return "".join([*out, self._base.decode(run, skip_special_tokens=False)])
+                parts.append(self._base.decode(list(run), skip_special_tokens=False))
+        return "".join(parts)

@@ -1,4 +1,4 @@
-"""`lora.adapter`: PEFT's files read here and ours read by PEFT, and everything that is refused."""
+"""`lora.adapter`: PEFT's files are read here, ours by PEFT, and other content is refused."""
 
 import copy
 import dataclasses
@@ -84,7 +84,7 @@ def edit_tensors(directory: Path, change: Callable[[dict[str, Tensor]], object])
 
 
 def refusal(directory: Path, task: str = "CAUSAL_LM") -> str:
-    """The message of the one-line refusal, which must leave the model as it was."""
+    """The one-line error of a refused adapter; the model must be unchanged."""
     model = carrier(task == "SEQ_CLS")
     with pytest.raises(LoRAError) as error:
         load_adapter(directory, model)
@@ -140,7 +140,7 @@ def test_peft_reads_ours(tmp_path: Path, task: str, changes: dict) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_files_are_those_of_peft(tmp_path: Path, task: str) -> None:
-    """The same keys, shapes and dtypes, and in the config no field or value that PEFT has not."""
+    """The same keys, shapes and dtypes, and in the config only fields and values that PEFT has."""
     from_peft(tmp_path / "theirs", task, lora_alpha=6.0, lora_dropout=0.1, use_rslora=True)
     saved(tmp_path / "ours", task, base_model="")
     described = {}
@@ -258,9 +258,9 @@ def test_what_was_loaded_outlives_its_file(tmp_path: Path) -> None:
 )
 def test_a_config_that_is_not_the_models_is_not_saved(tmp_path: Path, changes: dict) -> None:
     model, _ = adapted("CAUSAL_LM")
-    with pytest.raises(ValueError, match="does not carry the LoRA"):
+    with pytest.raises(ValueError, match="does not have the LoRA"):
         save_adapter(tmp_path / "adapter", model, config_for("CAUSAL_LM", **changes))
-    with pytest.raises(ValueError, match="does not carry the LoRA"):
+    with pytest.raises(ValueError, match="does not have the LoRA"):
         save_adapter(tmp_path / "adapter", carrier(), config_for("CAUSAL_LM"))
     assert not (tmp_path / "adapter").exists()
 
@@ -378,10 +378,10 @@ def test_an_old_config_without_optional_fields_is_read(tmp_path: Path) -> None:
     ("data", "expected"),
     [
         (None, "No such file"),
-        (b"", "not JSON"),
-        (b'{"r": 4', "not JSON"),
-        (b"\xff\xfe", "not JSON"),
-        (b"[" * 100_000, "not JSON"),
+        (b"", "cannot be read as JSON"),
+        (b'{"r": 4', "cannot be read as JSON"),
+        (b"\xff\xfe", "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON"),
         (b"[4]", "found a list"),
         (b"{}", "peft_type is None"),
     ],
@@ -479,5 +479,5 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoRAError, match="'q_proj' names no linear layer of the model; it has: "):
         load_adapter(tmp_path, nn.Sequential(nn.Linear(4, 4)))
     twice = copy.deepcopy(saved(tmp_path, "CAUSAL_LM"))
-    with pytest.raises(LoRAError, match="already carries LoRA"):
+    with pytest.raises(LoRAError, match="already has LoRA"):
         load_adapter(tmp_path, twice)

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 
 from qwen_min.errors import UserError
-from qwen_min.fast.batching import token_budget_batches
+from qwen_min.fast.batching import common_prefix, token_budget_batches
 from qwen_min.training import shuffled_batches
 
 
@@ -136,3 +136,37 @@ def test_the_smaller_last_batch_is_a_random_one():
 def test_numbers_below_one_are_refused(call, expected):
     with pytest.raises((UserError, ValueError), match=f"^{expected}.* expected at least 1"):
         call()
+
+
+# --- common prefix -------------------------------------------------------------------------------
+
+
+def common_prefix_by_force(rows: list[tuple[int, ...]]) -> int:
+    shared = 0
+    while all(len(row) > shared + 1 and row[shared] == rows[0][shared] for row in rows):
+        shared += 1
+    return shared
+
+
+def test_common_prefix_by_hand():
+    assert common_prefix([(1, 2, 3)]) == 2  # a row keeps its last token
+    assert common_prefix([(1, 2, 3)] * 4) == 2
+    assert common_prefix([(1, 2, 3), (1, 2)]) == 1
+    assert common_prefix([(1, 2, 3), (1, 2, 3, 4)]) == 2
+    assert common_prefix([(1, 2, 3), (1, 9, 3)]) == 1
+    assert common_prefix([(1, 2), (3, 4)]) == 0
+    assert common_prefix([(1,)]) == common_prefix([(1,), (1, 2)]) == 0
+
+
+def test_common_prefix_on_random_rows():
+    rng = random.Random(6)
+    seen = set()
+    for _ in range(3000):
+        stem = tuple(rng.choices(range(3), k=rng.randrange(1, 6)))
+        rows = [stem + tuple(rng.choices(range(2), k=rng.randrange(4))) for _ in range(4)]
+        rows = rng.sample(rows + [stem] * rng.randrange(2), k=rng.randrange(1, 5))
+        rows = [list(row) for row in rows] if rng.random() < 0.5 else rows
+        shared = common_prefix(rows)
+        assert shared == common_prefix_by_force(rows), rows
+        seen.add(shared)
+    assert seen == set(range(8))

@@ -1,4 +1,4 @@
-"""config.json: both of its styles mean the same; what would be quietly wrong is refused by name."""
+"""config.json: both styles mean the same; what would silently give wrong numbers is refused."""
 
 import json
 import math
@@ -174,8 +174,8 @@ def test_defaults(tmp_path):
     assert config.torch_dtype is None
 
 
-def test_nested_rope_theta_goes_before_the_outer_one(tmp_path):
-    """As in transformers 5: whatever stands at the top level is then a leftover."""
+def test_nested_rope_theta_takes_precedence(tmp_path):
+    """As in transformers 5: a top-level rope_theta is then a leftover."""
     raw = style_5(QWEN2) | {"rope_theta": 10000.0}
     assert QwenConfig.from_json(write(tmp_path, raw)).rope_theta == 1e6
 
@@ -350,12 +350,12 @@ def test_a_whole_number_will_do_for_a_float(tmp_path):
 @pytest.mark.parametrize("value", ["false", 1, []])
 @pytest.mark.parametrize("field", ["tie_word_embeddings", "attention_bias"])
 def test_a_flag_is_true_or_false(tmp_path, field, value):
-    """A quoted "false" would count as true, and a tied head quietly replace the real one."""
+    """A quoted "false" counts as true in Python; a tied head would then replace the real one."""
     refused(write(tmp_path, QWEN3 | {field: value}), field, repr(value), "true or false")
 
 
 def test_theta_has_no_default(tmp_path):
-    """The reference would take 10000. Qwen's is 1000000, and no Qwen leaves it unsaid."""
+    """The reference would take 10000. Qwen's is 1000000, and every Qwen checkpoint gives it."""
     refused(write(tmp_path, without(QWEN2, "rope_theta")), "rope_theta", "None")
     refused(write(tmp_path, without(style_5(QWEN2), "rope_parameters")), "rope_theta", "None")
 

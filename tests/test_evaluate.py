@@ -225,7 +225,7 @@ def test_a_process(reference):
     [
         ("好评,不太满意,fox", None),
         ("体育,正面", ("differ in tokens", "体育 6", "正面 2")),
-        ("非常,非常满意", ("differ in tokens", "非常 is how 非常满意 begins")),
+        ("非常,非常满意", ("differ in tokens", "非常满意 begins with 非常")),
     ],
 )
 def test_labels_that_are_hard_to_compare_are_warned_of(labels, words, reference, tmp_path):

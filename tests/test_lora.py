@@ -19,7 +19,7 @@ R, ALPHA = 4, 6.0  # alpha != r, so that s is not 1; r > 1, so that alpha/r is n
 
 
 def redraw(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter anew: fresh models have zero biases and unit norms, and hide errors."""
+    """Draw every parameter again: zero biases and unit norms of new models hide errors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -29,7 +29,7 @@ def redraw(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def redraw_lora(model: nn.Module, seed: int = 1) -> None:
-    """A and B anew: as B starts at zero, an untrained LoRA would show nothing."""
+    """Draw A and B again: B starts at zero, so an untrained LoRA changes nothing."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in lora_parameters(model).values():
@@ -115,7 +115,7 @@ def test_model_equals_peft(use_rslora: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layer_equals_peft_in_train_mode(dtype: torch.dtype) -> None:
-    """Dropout on the way into A alone, and the roundings of a bf16 base."""
+    """Dropout is applied to the input of A only; a bf16 base rounds."""
     ours = layer(linear(dtype), dropout=0.5).train()
     root = nn.Sequential()
     root.add_module("q_proj", linear(dtype))
@@ -140,7 +140,7 @@ def test_layer_equals_peft_in_train_mode(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_bf16_output_is_rounded_once(training: bool) -> None:
-    """In training what is multiplied is rounded; the sum with y is formed in fp32 all the same."""
+    """In training the factors are rounded; the sum with y is still formed in fp32."""
     wrapped = layer(linear(torch.bfloat16))
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
 
@@ -158,7 +158,7 @@ def test_bf16_output_is_rounded_once(training: bool) -> None:
 
 
 def update_size(layer: LoRALinear, x: Tensor) -> Tensor:
-    """The update of each output with every product taken as positive: what its errors are of."""
+    """The update with the absolute value of every product: the scale of its errors."""
     size = x.detach().float().abs() @ layer.lora_A.abs().T @ layer.lora_B.abs().T
     return (layer.scaling / (1 - layer.dropout) * size).detach()
 
@@ -362,7 +362,7 @@ def test_no_target_is_refused() -> None:
 def test_a_second_injection_is_refused(again: str) -> None:
     model = Traps()
     inject_lora(model, ["q_proj"], R, ALPHA, 0.0)
-    with pytest.raises(LoRAError, match="already carries LoRA on 2 modules") as error:
+    with pytest.raises(LoRAError, match="already has LoRA on 2 modules") as error:
         inject_lora(model, [again], R, ALPHA, 0.0)
     assert "\n" not in str(error.value)
     assert all(p.requires_grad for p in lora_parameters(model).values())

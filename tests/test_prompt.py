@@ -56,7 +56,7 @@ def tokenizer(directory) -> Tokenizer:
 
 
 def test_labels_of_the_same_tokens_are_refused(tokenizer):
-    """Different strings, one text under NFC: their scores would always tie."""
+    """Different strings that NFC makes equal: their scores would always be equal."""
     with pytest.raises(UserError, match="same tokens") as error:
         build_prompts(tokenizer, ["不错"], "{text}\n", ("caf\u00e9", "cafe\u0301"))
     assert "\n" not in str(error.value)
@@ -74,7 +74,7 @@ def build(
 
 
 def continuation(theirs, prompt: str, label: str) -> list[int] | None:
-    """The definition, by transformers: what prompt + label has beyond prompt, if that exists."""
+    """The definition, by transformers: the ids of prompt + label after those of the prompt."""
     ids, whole = theirs(prompt)["input_ids"], theirs(prompt + label)["input_ids"]
     return whole[len(ids) :] if len(whole) > len(ids) and whole[: len(ids)] == ids else None
 
@@ -123,7 +123,7 @@ def test_rows_are_independent(tokenizer):
 
 
 def test_braces_stay_as_they_are(tokenizer):
-    """Those of a text, and all others of the template."""
+    """Braces in a text, and all other braces in the template."""
     for text in ("{0} {text} {label}", "{text}", "{{", "}{", "%s {} \\n \\1 $1"):
         for before, after in (("评论：", "\n情感倾向："), ('{{"{0}": ["', '"], {label}}：')):
             [prompt] = build(tokenizer, [text], before + "{text}" + after)
@@ -197,7 +197,7 @@ def test_a_prompt_that_ends_in_a_space_is_refused(tokenizer, template, tail):
 
 
 def test_every_row_is_checked(tokenizer):
-    """`：正` is a token, so one text alone, by its last character, merges with one label."""
+    """`：正` is a token, so only the text that ends in `：` merges with a label."""
     texts, labels = ["好评。", "房间很干净", "评论：", "差评"], ("正面", "负面")
     assert len(build_prompts(tokenizer, texts[:2], "{text}", labels)) == 2
     with pytest.raises(UserError, match=r"^row 3: .*'评论：', and the label '正面'"):
@@ -252,7 +252,7 @@ def test_template_as_typed():
     ("argument", "times"), [("", 0), ("评论：\\n", 0), ("{ text }", 0), ("{text}\n{text}", 2)]
 )
 def test_template_refused(argument, times):
-    with pytest.raises(UserError, match=f"stands in it {times} times") as caught:
+    with pytest.raises(UserError, match=f"occurs {times} times") as caught:
         parse_template(argument)
     assert "\n" not in str(caught.value)
     assert repr(argument) in str(caught.value)
@@ -262,7 +262,7 @@ def test_template_refused(argument, times):
 
 
 def test_shortening_ends_and_keeps_what_fits(tokenizer):
-    """No round without a shorter text, even if a single character has more tokens than allowed."""
+    """Every round shortens the text, even if one character has more tokens than allowed."""
 
     class Watched:
         def offsets(self, text: str) -> list[tuple[int, int]]:
@@ -284,7 +284,7 @@ def test_shortening_ends_and_keeps_what_fits(tokenizer):
 
 
 def beginnings(tokenizer: Tokenizer, text: str, limit: int) -> list[tuple[int, int]]:
-    """(characters, tokens) of what may be kept: it ends with a token, inside of no character."""
+    """(characters, tokens) of what may be kept: it ends where a token and a character end."""
     offsets = tokenizer.offsets(text)[:limit]
     inside = {i for start, end in offsets for i in range(start + 1, end)}
     ends = {0} | {end for _, end in offsets} - inside
@@ -324,7 +324,7 @@ def test_a_character_of_several_tokens_stays_or_goes_whole(tokenizer):
 
 
 def test_a_letter_keeps_its_accent(tokenizer):
-    """A letter and an accent of its own, which NFC joins, are two characters and one unit."""
+    """A letter and a separate accent, which NFC joins, are two characters; both stay or go."""
     accented = "e\u0301"
     assert tokenizer.encode(accented) == tokenizer.encode("é")
     size = len(tokenizer.encode("é"))
@@ -352,7 +352,7 @@ def test_an_emptied_text(tokenizer):
     [prompt] = build(tokenizer, ["😀"], max_tokens=3)
     assert prompt.truncated
     assert list(prompt.ids) == tokenizer.encode(before + after)
-    with pytest.raises(UserError, match="row 2: no token is left of the prompt") as caught:
+    with pytest.raises(UserError, match="row 2: the prompt has no tokens") as caught:
         build(tokenizer, ["好", "😀"], "{text}", 3)
     assert "\n" not in str(caught.value)
 
@@ -362,37 +362,6 @@ def test_prompts_are_values(tokenizer):
 
 
 # ---- common prefix ----------------------------------------------------------------------------
-
-
-def common_prefix_by_force(rows: list[tuple[int, ...]]) -> int:
-    shared = 0
-    while all(len(row) > shared + 1 and row[shared] == rows[0][shared] for row in rows):
-        shared += 1
-    return shared
-
-
-def test_common_prefix_by_hand():
-    assert common_prefix([(1, 2, 3)]) == 2  # a row keeps its last token
-    assert common_prefix([(1, 2, 3)] * 4) == 2
-    assert common_prefix([(1, 2, 3), (1, 2)]) == 1
-    assert common_prefix([(1, 2, 3), (1, 2, 3, 4)]) == 2
-    assert common_prefix([(1, 2, 3), (1, 9, 3)]) == 1
-    assert common_prefix([(1, 2), (3, 4)]) == 0
-    assert common_prefix([(1,)]) == common_prefix([(1,), (1, 2)]) == 0
-
-
-def test_common_prefix_on_random_rows():
-    rng = random.Random(6)
-    seen = set()
-    for _ in range(3000):
-        stem = tuple(rng.choices(range(3), k=rng.randrange(1, 6)))
-        rows = [stem + tuple(rng.choices(range(2), k=rng.randrange(4))) for _ in range(4)]
-        rows = rng.sample(rows + [stem] * rng.randrange(2), k=rng.randrange(1, 5))
-        rows = [list(row) for row in rows] if rng.random() < 0.5 else rows
-        shared = common_prefix(rows)
-        assert shared == common_prefix_by_force(rows), rows
-        seen.add(shared)
-    assert seen == set(range(8))
 
 
 def test_prompts_share_less_than_the_frame_where_a_text_merges_with_it(tokenizer):

@@ -1,4 +1,4 @@
-"""The embedded checkpoint: what it is, that its recipe feeds what it says, and that it says so."""
+"""The embedded checkpoint: what it is, what its recipe trains on, and that it names that data."""
 
 import json
 import random
@@ -80,28 +80,29 @@ def test_every_method_trains_without_arguments(method, tmp_path, monkeypatch, ca
     assert f"method        {method}" in capsys.readouterr().out
 
 
-def test_no_meal_is_what_zero_shot_asks():
-    """The default template stands in no frame; its words never behind its end."""
+def test_no_training_sample_is_what_zero_shot_asks():
+    """The default template is in no sample as a whole, nor its words after its end."""
     tokenizer, rng = Tokenizer(TINY), random.Random(0)
     rows = [Example(text, i % 2, 0) for i, text in enumerate(["房间很好，早餐一般。", "差"] * 3000)]
-    meals = [tokenizer.decode([id_ for id_, _ in pretrain.meal(tokenizer, r, rng)]) for r in rows]
+    drawn = [pretrain.training_sample(tokenizer, row, rng) for row in rows]
+    samples = [tokenizer.decode(sample[:, 0].tolist()) for sample in drawn]
     start, end = DEFAULT_TEMPLATE.split("{text}")
-    assert not any(m.startswith(start) and end in m for m in meals)
-    assert not any(f"{end}{word}" in m for m in meals for word in DEFAULT_LABELS)
-    # Each part is known all the same, and so are the words.
+    assert not any(s.startswith(start) and end in s for s in samples)
+    assert not any(f"{end}{word}" in s for s in samples for word in DEFAULT_LABELS)
+    # Each part occurs, and so do the words.
     for part in (start, end, *DEFAULT_LABELS):
-        assert sum(part in m for m in meals) > 100, part
-    # Both verdicts on a review agree with its label, and nothing else is weighed as a verdict.
+        assert sum(part in s for s in samples) > 100, part
+    # Both verdicts on a review agree with its label, and no other token has the verdicts' loss.
     for row in rows[:500]:
-        meal = pretrain.meal(tokenizer, row, rng)
-        verdicts = [id_ for id_, kind in meal if kind == pretrain.VERDICT]
+        sample = pretrain.training_sample(tokenizer, row, rng)
+        verdicts = sample[sample[:, 1] == pretrain.VERDICT, 0].tolist()
         said = tokenizer.decode(verdicts)
         pairs = [(a, b) for a in pretrain.VERDICTS for b in pretrain.VERDICTS]
         assert any(said == a[row.label] + b[row.label] for a, b in pairs), said
 
 
 def test_the_recipe_gives_the_same_bytes_twice(tmp_path, capsys):
-    """On 60 of this project's own reviews and one pass; the real diet takes minutes."""
+    """On 60 of this project's own reviews and one pass; the real training data takes minutes."""
     lines = (SAMPLE / "train.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "train.tsv").write_text("".join(lines[:61]), encoding="utf-8")
     (tmp_path / "dev.tsv").write_text("".join(lines[:1] + lines[61:81]), encoding="utf-8")
@@ -119,7 +120,7 @@ def test_the_recipe_gives_the_same_bytes_twice(tmp_path, capsys):
     assert "name a new directory" in capsys.readouterr().err
 
 
-def test_rows_that_it_was_fed_are_named(tmp_path, capsys):
+def test_rows_of_its_training_data_are_named(tmp_path, capsys):
     """As `--model tiny` says of ChnSentiCorp: here of two texts that a copy of it claims."""
     model = tmp_path / "model"
     shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
@@ -137,7 +138,7 @@ def test_rows_that_it_was_fed_are_named(tmp_path, capsys):
     results = json.loads(output.read_text(encoding="utf-8"))
     assert (results["fed_rows"], results["clean"]["n"]) == (2, 3)
     assert "3 texts that are not in what the model itself was made from" in out
-    # The embedded one was fed none of the sample.
+    # None of the sample is in the embedded checkpoint's training data.
     whole = read_examples(SAMPLE / "test.tsv", "01") + read_examples(SAMPLE / "train.tsv", "01")
     assert fed_rows(TINY, whole) == []
     known = load_file(TINY / "fed.safetensors")["texts"]

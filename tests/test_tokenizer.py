@@ -1,4 +1,4 @@
-"""Token ids against transformers, and markup that is only markup where a template means it."""
+"""Token ids against transformers; markup counts in a template and is plain text in a text."""
 
 import json
 import random
@@ -98,7 +98,7 @@ def test_decoding_gives_the_text_back(both):
 
 
 def test_decoding_equals_transformers_on_any_ids(both):
-    """Random ids: broken characters between markup, which must not swallow it."""
+    """Random ids: incomplete characters between markup tokens must not remove the markup."""
     ours, theirs = both
     rng = random.Random(3)
     markup = list(ours.markup.values())
@@ -190,7 +190,7 @@ def test_the_files_truncation_padding_and_special_tokens_are_not_applied(tmp_pat
 
 
 def refusal(directory: Path) -> str:
-    """The one line with which a directory is refused."""
+    """The one-line error for this directory."""
     with pytest.raises(UserError) as caught:
         Tokenizer(directory)
     message = str(caught.value)

@@ -1,13 +1,16 @@
-"""Make the checkpoint in this directory: a small Qwen2, trained on public reviews and verdicts.
+"""Make the checkpoint in this directory: a small Qwen2, trained on public labelled reviews.
 
     python tests/real/make_reviews.py                        # fetches the reviews, prints DIR
     python -m qwen_min.tiny.pretrain --reviews DIR --output NEW_DIRECTORY
 
-One meal is a review in a frame, a question, a verdict, another question and another verdict, all
-drawn anew each time. Every token is predicted, as by any language model; the verdicts weigh as much
-as all the rest. What zero-shot scoring asks later is in no meal: the default template's beginning
-and end are known, each in other company, and so are 负面 and 正面, but not behind that end. On one
-thread: the same seed then gives the same bytes, whatever the number of cores.
+A training sample is: a review in a frame, a question, a verdict, a second question, a second
+verdict. All parts are drawn at random in each epoch. The model learns to predict every token except
+the second question; the loss of the verdicts weighs as much as that of all other tokens.
+
+No training sample is a prompt of zero-shot scoring. The frame and the question of the default
+template occur, but never together; 负面 and 正面 occur, but never after that question.
+
+Training runs on one thread: then the same seed gives the same bytes on any number of cores.
 """
 
 import argparse
@@ -15,10 +18,8 @@ import json
 import random
 import re
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -32,7 +33,7 @@ from qwen_min.errors import UserError
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.data import Example, read_examples
 from qwen_min.files.overlap import FED, text_hashes
-from qwen_min.metrics import auc_roc
+from qwen_min.metrics import evaluate_predictions
 from qwen_min.model import Qwen
 from qwen_min.prompt import DEFAULT_LABELS, build_prompts, shorten
 from qwen_min.tokenizer import Tokenizer
@@ -58,13 +59,13 @@ CONFIG |= {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": T
 CONFIG |= {"torch_dtype": "bfloat16"}
 EPOCHS, ROWS, RATE, DECAY = 10, 32, 2e-3, 0.1
 MAX_TOKENS = 64  # of a review
-PASSAGE = 0.5  # share of meals in which a review begins at a later clause: shorter, and another end
-NOISE = 0.1  # share of a review's tokens that are replaced by others in what the model reads
-TEXT, VERDICT = 1, 2  # what a token is predicted as; 0: not at all
+LATER_START = 0.5  # share of samples whose review starts at a later clause, so that it is shorter
+NOISE = 0.1  # share of a review's input tokens that are replaced by random ones
+TEXT, VERDICT = 1, 2  # kinds of tokens, with a loss each; a token of kind 0 has no loss
 
 
 def train_tokenizer(texts: list[str]) -> BaseTokenizer:
-    """A byte-level BPE whose tokens never join punctuation to a word: `：正面` is `：`, `正面`."""
+    """A byte-level BPE in which no token joins punctuation and a word: `：正面` is `：`, `正面`."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     qwen2 = [pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"), byte_level]
     apart = pre_tokenizers.Split(Regex(r"[^\p{L}\p{N}\s]"), behavior="isolated")
@@ -74,7 +75,7 @@ def train_tokenizer(texts: list[str]) -> BaseTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=CONFIG["vocab_size"] - len(MARKUP),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=12,  # four characters: longer ones would be whole clauses
+        max_token_length=12,  # bytes, so four Chinese characters; longer tokens would be clauses
         show_progress=False,
     )
     words = [*FRAMES, *QUESTIONS, *(word for pair in VERDICTS for word in pair)]
@@ -84,23 +85,28 @@ def train_tokenizer(texts: list[str]) -> BaseTokenizer:
     return tokenizer
 
 
-def meal(tokenizer: Tokenizer, row: Example, rng: random.Random) -> list[tuple[int, int]]:
-    """One review in a frame, with two verdicts: (id, what it is predicted as) for each token."""
+def training_sample(tokenizer: Tokenizer, row: Example, rng: random.Random) -> Tensor:
+    """One review with two verdicts, (T, 2): each token's id and kind (TEXT, VERDICT or 0)."""
     clauses = re.split(r"(?<=[，。！？；…,!?;\s])", row.text)
-    start = rng.randrange(len(clauses)) if rng.random() < PASSAGE else 0
+    start = rng.randrange(len(clauses)) if rng.random() < LATER_START else 0
     text = shorten(tokenizer, "".join(clauses[start:]) or row.text, MAX_TOKENS)
     question = rng.choice(QUESTIONS)
-    # The default template's own beginning and end never meet, nor its words that end.
-    known = question == QUESTIONS[0]
-    frame, verdict = rng.choice(FRAMES[known:]), rng.choice(VERDICTS[: -2 if known else None])
+    # With the default template's question, leave out its frame (the first of FRAMES) and its label
+    # words (the last two of VERDICTS).
+    is_default = question == QUESTIONS[0]
+    frames, verdicts = (FRAMES[1:], VERDICTS[:-2]) if is_default else (FRAMES, VERDICTS)
+    frame, verdict = rng.choice(frames), rng.choice(verdicts)
     parts = [(frame.format(text) + question, TEXT), (verdict[row.label], VERDICT)]
     parts += [("\n" + rng.choice(QUESTIONS[1:]), 0), (rng.choice(VERDICTS)[row.label], VERDICT)]
     tokens = [(id_, kind) for part, kind in parts for id_ in tokenizer.encode(part)]
-    return [*tokens, (tokenizer.markup["<|endoftext|>"], TEXT)]
+    return torch.tensor([*tokens, (tokenizer.markup["<|endoftext|>"], TEXT)])
 
 
 def initial_model(config: QwenConfig) -> Qwen:
-    """Weights of a size that keeps activations near 1; the two that write to the stream smaller."""
+    """Random weights, biases 0. Their standard deviation 1/√in keeps activations near 1.
+
+    o_proj and down_proj add to the residual stream 2L times, so theirs is divided by √(2L).
+    """
     model = Qwen(config)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
@@ -114,19 +120,22 @@ def initial_model(config: QwenConfig) -> Qwen:
 
 
 def loss_of(model: Qwen, ids: Tensor, kinds: Tensor) -> Tensor:
-    """Mean cross-entropy of the texts' tokens plus that of the verdicts'. ids, kinds (B, T)."""
+    """Mean cross-entropy over TEXT tokens plus mean over VERDICT tokens, in nats.
+
+    ids, kinds (B, T), padded with 0: kind 0 has no loss.
+    """
     noisy = (torch.rand(ids.shape) < NOISE) & (kinds == TEXT)
-    read = torch.where(noisy, torch.randint(CONFIG["vocab_size"], ids.shape), ids)
-    # dtype: products in bf16, for speed; weights, norms and softmax stay in fp32.
+    inputs = torch.where(noisy, torch.randint(CONFIG["vocab_size"], ids.shape), ids)
+    # dtype: matrix products in bf16, for speed; weights, norms and softmax stay in fp32.
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        h = model(read)[:, :-1]  # the state at position i predicts token i + 1
-        chosen = [kinds[:, 1:] == kind for kind in (TEXT, VERDICT)]
-        return sum(F.cross_entropy(model.logits(h[c]), ids[:, 1:][c]) for c in chosen)
+        h = model(inputs)[:, :-1]  # the state at position i predicts token i + 1
+        masks = [kinds[:, 1:] == kind for kind in (TEXT, VERDICT)]
+        return sum(F.cross_entropy(model.logits(h[mask]), ids[:, 1:][mask]) for mask in masks)
 
 
 def train(model: Qwen, tokenizer: Tokenizer, rows: list[Example], args: argparse.Namespace) -> None:
-    """Passes over the reviews with AdamW; the rate rises for a twentieth, then falls to zero."""
-    rng, started = random.Random(args.seed), time.perf_counter()
+    """Train with AdamW. The learning rate rises during 5 % of the steps, then falls to zero."""
+    rng = random.Random(args.seed)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -134,9 +143,9 @@ def train(model: Qwen, tokenizer: Tokenizer, rows: list[Example], args: argparse
     per_epoch = -(-len(rows) // ROWS)
     for epoch in range(args.epochs):
         losses = []
-        meals = [torch.tensor(meal(tokenizer, row, rng)) for row in rows]
-        for batch in shuffled_batches([len(m) for m in meals], ROWS, args.seed, epoch):
-            padded = torch.nn.utils.rnn.pad_sequence([meals[i] for i in batch], batch_first=True)
+        samples = [training_sample(tokenizer, row, rng) for row in rows]
+        for batch in shuffled_batches([len(s) for s in samples], ROWS, args.seed, epoch):
+            padded = torch.nn.utils.rnn.pad_sequence([samples[i] for i in batch], batch_first=True)
             step = epoch * per_epoch + len(losses)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.epochs * per_epoch, RATE, warmup=0.05)
@@ -146,12 +155,11 @@ def train(model: Qwen, tokenizer: Tokenizer, rows: list[Example], args: argparse
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             losses.append(loss.item())
-        seconds, mean = time.perf_counter() - started, np.mean(losses)
-        print(f"epoch {epoch + 1}   {seconds:.0f} s   loss {mean:.3f}", flush=True)
+        print(f"epoch {epoch + 1}   loss {sum(losses) / len(losses):.3f}", flush=True)
 
 
 def pretrain(args: argparse.Namespace) -> int:
-    """Tokenizer, weights, and the hashes of what they were made from, into a new directory."""
+    """Write tokenizer, config, weights and hashes of the training texts into a new directory."""
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     out, files = Path(args.output), [Path(args.reviews) / f"{n}.tsv" for n in ("train", "dev")]
@@ -170,9 +178,10 @@ def pretrain(args: argparse.Namespace) -> int:
     hashes = torch.from_numpy(text_hashes(row.text for row in rows))
     save_file({"texts": hashes}, out / FED)
     scores = score_labels(model, build_prompts(tokenizer, [row.text for row in held_out]))
-    labels = np.array([row.label for row in held_out])
-    right, auc = (scores.argmax(axis=1) == labels).mean(), auc_roc(labels, scores)
-    print(f"zero-shot on {len(labels)} other reviews: accuracy {right:.4f}, AUC {auc:.4f}")
+    labels = [row.label for row in held_out]
+    found = evaluate_predictions(labels, scores.argmax(axis=1), scores, [*DEFAULT_LABELS])
+    accuracy, auc = found["accuracy"], found["auc_roc"]
+    print(f"zero-shot on {len(labels)} other reviews: accuracy {accuracy:.4f}, AUC {auc:.4f}")
     return 0
 
 
@@ -182,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reviews", metavar="DIR", required=True, help="train.tsv and dev.tsv")
     parser.add_argument("--output", metavar="DIR", required=True, help="a new directory")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the reviews")
-    parser.add_argument("--seed", type=seed, default=0, help="of everything drawn at random")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of all random draws")
     return run_command(pretrain, parser.parse_args(argv))
 
 
