@@ -38,6 +38,7 @@ from qwen_min.command.classifier import forms
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.fit import Stopped, Training, fit
 from qwen_min.command.task import read_rows, read_task
+from qwen_min.command.terminal import text_table
 from qwen_min.command.trained import ADAPTER, HEAD, Source, Trainable, attach_adapter, load_parts
 from qwen_min.errors import UserError
 from qwen_min.files.data import HELD_OUT, class_counts, examples_hash, held_out_split
@@ -199,30 +200,27 @@ def held_out_results(job: Job, scores: np.ndarray) -> dict:
 
 def format_layers(found: dict[int, dict], chosen: int) -> str:
     """A line for each layer: its accuracy and log-loss on the held-out part, its penalty."""
-    return "\n".join(
-        ["layer   held-out accuracy   log-loss         L2"]
-        + [
-            f"{layer:5d}   {row['held_out_accuracy']:17.4f}   {row['held_out_log_loss']:8.4f}   "
-            f"{row['l2']:8.4f}{'   chosen' if layer == chosen else ''}"
-            for layer, row in found.items()
-        ]
-    )
+    keys = ("held_out_accuracy", "held_out_log_loss", "l2")
+    rows = [
+        [str(layer), *(f"{row[key]:.4f}" for key in keys), "chosen" * (layer == chosen)]
+        for layer, row in found.items()
+    ]
+    return text_table(["layer", "held-out accuracy", "log-loss", "L2", ""], rows)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command-line arguments, grouped as `--help` shows them."""
     parser = make_parser(__doc__)
     parser.add_argument("--method", choices=METHODS, help="required, unless --resume")
-    add_data_arguments(parser, "train.tsv")
-    parser.set_defaults(batch_tokens=1024)  # activation memory grows with this
+    add_data_arguments(parser, "train.tsv", batch_tokens=1024)  # activation memory grows with it
     parser.add_argument("--data-seed", type=seed, default=0, help="of the held-out part")
     add_prompt_arguments(parser)
     add_machine_arguments(parser)
-    run = parser.add_argument_group("run")
-    run.add_argument("--output", metavar="DIR", help="the run directory (default: runs/METHOD)")
-    run.add_argument("--resume", action="store_true", help="continue the run in --output")
-    run.add_argument("--merge", metavar="DIR", help="also write base + LoRA as a plain checkpoint")
-    run.add_argument("--seed", type=seed, default=0, help="of initial values, order and dropout")
+    add = parser.add_argument_group("run").add_argument
+    add("--output", metavar="DIR", help="the run directory (default: runs/METHOD)")
+    add("--resume", action="store_true", help="continue the run in --output")
+    add("--merge", metavar="DIR", help="also write base + LoRA as a plain checkpoint")
+    add("--seed", type=seed, default=0, help="of initial values, order and dropout")
     add_training_arguments(parser)
     return parser
 
