@@ -42,7 +42,6 @@ from qwen_min.command.summary import format_results
 from qwen_min.command.task import Task, read_rows, read_task, warn_about_labels
 from qwen_min.command.trained import Source
 from qwen_min.errors import UserError
-from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.files.data import Example, examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.files.overlap import clean_part, fed_rows, training_examples
@@ -102,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", metavar="DIR", help="a directory that train.py made")
     adapter = "instead of --run: a LoRA in PEFT's format, for lora_head or lora_label_scoring"
     parser.add_argument("--adapter", metavar="DIR", help=adapter)
-    add_data_arguments(parser, "test.tsv", batch_tokens=DEFAULT_BATCH_TOKENS)
+    add_data_arguments(parser, "test.tsv", batch_tokens=2048)
     seen = "also measure on the rows that are not in it (default: what --run was trained on)"
     parser.add_argument("--train-data", metavar="FILE", help=seen)
     add_prompt_arguments(parser)
