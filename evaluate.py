@@ -35,12 +35,11 @@ from qwen_min.command.arguments import (
     add_prompt_arguments,
     with_run,
 )
-from qwen_min.command.classifier import Classifier
+from qwen_min.command.classifier import Classifier, Source
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.inside import Evaluation, Outcome, explain, look_inside, print_inside
 from qwen_min.command.summary import format_results
 from qwen_min.command.task import Task, read_rows, read_task, warn_about_labels
-from qwen_min.command.trained import Source
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs

@@ -34,12 +34,12 @@ from qwen_min.command.arguments import (
     candidate_layers,
     check_training,
 )
-from qwen_min.command.classifier import forms
+from qwen_min.command.classifier import Source, forms
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.fit import Stopped, Training, fit
 from qwen_min.command.task import read_rows, read_task
 from qwen_min.command.terminal import text_table
-from qwen_min.command.trained import ADAPTER, HEAD, Source, Trainable, attach_adapter, load_parts
+from qwen_min.command.trained import ADAPTER, HEAD, Trainable, attach_adapter, load_parts
 from qwen_min.errors import UserError
 from qwen_min.files.data import HELD_OUT, class_counts, examples_hash, held_out_split
 from qwen_min.files.overlap import fed_rows
@@ -132,8 +132,7 @@ def start(job: Job) -> tuple[Trainable, Path | None]:
     """What the method trains, on the job's model: new, or from the run's last checkpoint."""
     found = checkpoints(job.run)
     checkpoint = found[-1][1] if found else None
-    base_hash = job.source.record["base_fingerprint"]
-    return Trainable(job.source, job.model, base_hash, checkpoint), checkpoint
+    return Trainable(job.model, job.source.record, checkpoint), checkpoint
 
 
 def by_gradient(
@@ -156,7 +155,9 @@ def by_gradient(
 
     def evaluate() -> dict:
         model.eval()
-        scores = trained.classifier.scores([job.prompts[row] for row in job.held_out])
+        by = "label words" if trained.head is None else "head"
+        classifier = job.source.classifier(model, by, trained.head)
+        scores = classifier.scores([job.prompts[row] for row in job.held_out])
         model.train()
         return held_out_results(job, scores)
 
