@@ -133,7 +133,8 @@ def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace,
     if args.run and args.adapter:
         raise UserError("--run brings its own adapter; give --run or --adapter, not both")
     check_evaluation(args, given)
-    args.changed = changed  # settings other than the run's own
+    # Settings other than the run's own: their results get a file of their own.
+    args.changed = changed + ["plain"] * args.plain
     return args, record
 
 
