@@ -23,6 +23,10 @@ from qwen_min.metrics import confusion_matrix, mcnemar_exact, paired_bootstrap
 NEEDED = dict.fromkeys(("accuracy_interval", "per_class", "confusion_matrix"), list)
 NEEDED |= {"method": str, "examples_hash": str, "n": int, "accuracy": float, "seconds": float}
 NEEDED |= {"macro": dict, "arguments": dict}
+# Numbers of a row, and their headings. The recall of each class stands between the two.
+HEADLINE = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
+OTHERS = {"auc_roc": "AUC", "brier": "Brier", "ece": "ECE", "trained_parameters": "trained"}
+OTHERS |= {"training_seconds": "train s", "seconds": "eval s"}
 # Arguments that do not make another method. The examples are identified by their hash instead.
 IGNORED = {*FREE, "method", "seed", "run", "predictions", "train_data", "data", "limit", "encoding"}
 IGNORED |= {"label_sets", "calibrate", "explain"}
@@ -52,16 +56,11 @@ class Result:
     @property
     def row(self) -> dict[str, float | list[float] | None]:
         """The numbers of one row of the table; None if undefined."""
-        results = self.results
-        headline = results if len(results["per_class"]) == 2 else results["macro"]
-        optional = ("auc_roc", "brier", "ece", "trained_parameters", "training_seconds")
-        return {
-            "accuracy": results["accuracy"],
-            **{key: headline[key] for key in ("precision", "recall", "f1")},
-            **{f"recall_{c}": row["recall"] for c, row in enumerate(results["per_class"])},
-            **{key: results.get(key) for key in optional},
-            **{key: results[key] for key in ("seconds", "accuracy_interval")},
-        }
+        classes = self.results["per_class"]
+        recalls = {f"recall_{c}": row["recall"] for c, row in enumerate(classes)}
+        values = self.results | recalls | (self.results["macro"] if len(classes) > 2 else {})
+        keys = (*HEADLINE, *recalls, *OTHERS, "accuracy_interval")
+        return {key: values.get(key) for key in keys}
 
 
 @dataclass(frozen=True)

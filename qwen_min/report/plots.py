@@ -38,15 +38,14 @@ def draw(methods: Sequence[Method], directory: str | Path) -> list[Path]:
     directory, logs = Path(directory), training_logs(methods)
     words = [word for method in methods for word in (method.name, *method.classes)]
     font, drawable = find_font("".join([*words, *(name for name, *_ in logs)]))
-    families = ["DejaVu Sans", *filter(None, [font])]
-    style = {"font.family": families, "text.parse_math": False, "text.usetex": False}
+    style = {"font.family": ["DejaVu Sans", *filter(None, [font])]}
+    style |= {"text.parse_math": False, "text.usetex": False}
 
     pictures: dict[str, Figure] = {}
     with matplotlib.rc_context(style):
         for examples in dict.fromkeys(m.first.results["examples_hash"] for m in methods):
             same = [m for m in methods if m.first.results["examples_hash"] == examples]
-            scored = [(readable(m.name, drawable), scored_seeds(m)) for m in same]
-            scored = [(name, seeds) for name, seeds in scored if seeds]
+            scored = [(readable(m.name, drawable), p) for m in same if (p := scored_seeds(m))]
             if scored:
                 classes = [readable(word, drawable) for word in same[0].classes]
                 pictures[f"roc-{examples[:12]}.png"] = plot_roc(scored, classes)
@@ -140,10 +139,8 @@ def roc_curve(positive: np.ndarray, ranking: np.ndarray) -> tuple[np.ndarray, np
     """
     if positive.all() or not positive.any():
         return None
-    order = np.argsort(-ranking)
-    last_of_tie = np.append(np.diff(ranking[order]) != 0, True)
-    hits = np.cumsum(positive[order])[last_of_tie]
-    false = np.cumsum(~positive[order])[last_of_tie]
+    _, place = np.unique(-ranking, return_inverse=True)  # tied rows have the same place
+    hits, false = (np.cumsum(np.bincount(place, rows)) for rows in (positive, ~positive))
     return np.append(0, false) / false[-1], np.append(0, hits) / hits[-1]
 
 
@@ -158,8 +155,8 @@ def plot_roc(scored: Scored, classes: Sequence[str]) -> Figure:
     figure = Figure(figsize=(5.6 * len(shown), 5.6), layout="constrained")
     for c, axes in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
         for i, (name, seeds) in enumerate(scored):
-            curves = [roc_curve(p.labels == c, log_odds(p.scores, c)) for p in seeds.values()]
-            curves = [curve for curve in curves if curve]
+            found = [roc_curve(p.labels == c, log_odds(p.scores, c)) for p in seeds.values()]
+            curves = [curve for curve in found if curve]
             areas = [np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) for x, y in curves]
             several = f", mean of {len(areas)} seeds" if len(areas) > 1 else ""
             for j, (x, y) in enumerate(curves):
@@ -170,8 +167,8 @@ def plot_roc(scored: Scored, classes: Sequence[str]) -> Figure:
         finish(
             axes,
             title=fill(f"ROC: {name} against {rest}", 44),
-            xlabel=fill(f"false positive rate: share of {rest} taken for {name}", 60),
-            ylabel=fill(f"true positive rate: share of {name} found", 60),
+            xlabel=fill(f"false positive rate: share of {rest} taken for {name}", 66),
+            ylabel=fill(f"true positive rate: share of {name} found", 66),
             aspect="equal",
         )
     return figure
@@ -179,11 +176,10 @@ def plot_roc(scored: Scored, classes: Sequence[str]) -> Figure:
 
 def plot_reliability(scored: Scored) -> Figure:
     """A reliability diagram for each result, above the number of rows in each bin."""
-    panels = {
-        f"{name}, seed {seed}" if len(seeds) > 1 else name: predictions
-        for name, seeds in scored
-        for seed, predictions in seeds.items()
-    }
+    panels = {}
+    for name, seeds in scored:
+        single = len(seeds) == 1
+        panels |= {name if single else f"{name}, seed {s}": p for s, p in seeds.items()}
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(3.9 * across, 4.9 * down), layout="constrained")
@@ -208,7 +204,8 @@ def plot_bins(upper: Axes, lower: Axes, name: str, predictions: Predictions) -> 
 
     low = 1 / scores.shape[1]
     upper.plot([low, 1], [low, 1], color="0.5", linewidth=0.8, label="perfect calibration")
-    upper.errorbar(total / n, y, errors, fmt="ko-", capsize=2, label="measured, 95 % interval")
+    measured = "measured, 95 % interval"
+    upper.errorbar(total / n, y, errors, fmt="k.-", linewidth=1, capsize=2, label=measured)
     lower.bar((bins + 0.5) / BINS, n, 1 / BINS, facecolor="0.75", edgecolor="black")
     ece = expected_calibration_error(labels, scores)
     title = f"{fill(name, 34)}\nECE {ece:.4f}, n = {len(scores)}"

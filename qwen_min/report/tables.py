@@ -21,7 +21,7 @@ from qwen_min.command.cli import make_parser, run_command
 from qwen_min.command.terminal import text_table
 from qwen_min.errors import UserError
 from qwen_min.files.output import commit_outputs, open_outputs
-from qwen_min.report.compare import Method, compare, gather, read_all
+from qwen_min.report.compare import HEADLINE, OTHERS, Method, compare, gather, read_all
 
 DECIMALS = {"trained_parameters": 0, "training_seconds": 1, "seconds": 1}  # others: 4
 
@@ -117,14 +117,11 @@ def format_report(methods: Sequence[Method], pairs: Sequence[dict], markdown: bo
 
 def table_columns(methods: Sequence[Method]) -> dict[str, str]:
     """Measure → heading, in the order of the columns."""
-    columns = {"accuracy": "accuracy", "accuracy_interval": "95 % interval"}
-    columns |= {"precision": "precision", "recall": "recall", "f1": "F1"}
+    columns = {"accuracy": "accuracy", "accuracy_interval": "95 % interval"} | HEADLINE
     for c, words in enumerate(zip_longest(*(method.classes for method in methods))):
         word, *others = {*words} - {None}
         columns[f"recall_{c}"] = f"recall of class {c}" if others else f"recall {word}"
-    columns |= {"auc_roc": "AUC", "brier": "Brier", "ece": "ECE"}
-    columns |= {"trained_parameters": "trained", "training_seconds": "train s"}
-    return columns | {"seconds": "eval s"}
+    return columns | OTHERS
 
 
 def notes(methods: Sequence[Method]) -> list[str]:
