@@ -159,9 +159,9 @@ def findings(files: Sequence[File], labels: Sequence[str], max_tokens: int) -> l
         for i, example in enumerate(file.examples):
             others = [c for c in range(len(labels)) if c != example.label]
             labelled = f"labelled {labels[example.label]}, otherwise in"
-            kinds = {"duplicate of": [file.name], "stands in": earlier, labelled: others}
-            places = {kind: twin(file, i, marks) for kind, marks in kinds.items()}
-            reasons = [f"{kind} {place}" for kind, place in places.items() if place]
+            marks = {"duplicate of": [file.name], "stands in": earlier, labelled: others}
+            places = {what: twin(file, i, marks[what]) for what in marks}
+            reasons = [f"{what} {place}" for what, place in places.items() if place]
             if file.tokens and file.tokens[i] > max_tokens:
                 reasons.append(f"{file.tokens[i]} tokens, cut to {max_tokens}")
             text = " ".join(example.text.split())

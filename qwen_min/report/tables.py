@@ -67,11 +67,10 @@ def as_json(methods: Sequence[Method], pairs: Sequence[dict]) -> dict:
     rows = []
     for method in methods:
         mean, sd = method.summary()
-        row = {"name": method.name}
-        row |= {key: method.first.results[key] for key in ("n", "examples_hash")}
-        row |= {"mean": mean, "standard_deviation": sd}
+        shared = {key: method.first.results[key] for key in ("n", "examples_hash")}
         seeds = [{"seed": seed, "file": str(r.path), **r.row} for seed, r in method.seeds.items()]
-        rows.append(row | {"seeds": seeds})
+        numbers = {"mean": mean, "standard_deviation": sd, "seeds": seeds}
+        rows.append({"name": method.name} | shared | numbers)
     return {"methods": rows, "pairs": list(pairs)}
 
 
@@ -152,8 +151,8 @@ def cells(values: dict, columns: dict[str, str]) -> list[str]:
 
 def pair_row(pair: dict, test: dict, several: set[str]) -> list[str]:
     """One test as a row of the table of pairs. The methods in `several` are named with the seed."""
-    seeds = {pair[side]: f", seed {test[f'seed_{side}']}" for side in "ab" if pair[side] in several}
-    names = [pair[side] + seeds.get(pair[side], "") for side in "ab"]
+    seeds = [f", seed {test[f'seed_{side}']}" if pair[side] in several else "" for side in "ab"]
+    names = [pair["a"] + seeds[0], pair["b"] + seeds[1]]
     interval = "{:+.4f} to {:+.4f}".format(*test["interval"])
     counts = [str(test["only_a"]), str(test["only_b"])]
     return [*names, f"{test['difference']:+.4f}", interval, *counts, p_value(test["p"])]
