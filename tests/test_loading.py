@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qwen_min.errors import UserError
+from qwen_min.files import disk
 from qwen_min.files import weights as loading
 from qwen_min.files.weights import (
     INDEX,
@@ -321,7 +322,7 @@ def test_unreadable_file(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / SINGLE).write_bytes(WHOLE)
-    monkeypatch.setattr(loading, "safe_open", denied)  # root may read every file
+    monkeypatch.setattr(disk, "safe_open", denied)  # root may read every file
     refused(read_tensors, tmp_path, tmp_path / SINGLE, "Permission denied")
 
 
