@@ -119,8 +119,7 @@ def _decode(path: Path, encoding: str) -> str:
     try:
         data = path.read_bytes()
         codec = codecs.lookup(encoding).name
-        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        if utf16 and not codec.startswith("utf-16"):
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff") and not codec.startswith("utf-16"):
             raise UserError(f"{path}: found a UTF-16 byte-order mark: add --encoding utf-16")
         # Not utf-8-sig: it counts the offset of an error from after the mark.
         return data.decode(encoding).removeprefix("\ufeff")

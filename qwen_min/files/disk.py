@@ -18,16 +18,28 @@ from torch import Tensor
 from qwen_min.errors import UserError
 
 RESUME = "what was saved before is intact: make room, then continue with --resume"
+WRITING = (OSError, SafetensorError)  # safetensors reports a full disk as its own error
+READING = (*WRITING, KeyError, TypeError, ValueError, RuntimeError)
 
 
 @contextlib.contextmanager
-def one_line_error(path: Path, advice: str = RESUME) -> Iterator[None]:
-    """Turn a failure to write `path` into a UserError that ends with `advice`."""
+def one_line_error(
+    path: Path, advice: str = RESUME, problem: str = "cannot be written", errors: tuple = WRITING
+) -> Iterator[None]:
+    """Turn a failure, by default to write `path`, into a UserError that ends with `advice`."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({reason}); {advice}") from None
+    except errors as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise UserError(f"{path}: {problem} ({reason}); {advice}") from None
+
+
+def refuse_malformed(path: Path, kind: str, advice: str) -> contextlib.AbstractContextManager:
+    """Turn a failure to read `path`, or a wrong value in it, into a UserError of one line.
+
+    kind: what the file should be, such as "a run's record". advice: what the user should do.
+    """
+    return one_line_error(path, advice, f"not {kind}", READING)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -84,19 +96,6 @@ def _sync(path: Path) -> None:
 def write_json(path: Path, content: dict) -> None:
     """Write indented JSON atomically; Chinese characters are not escaped."""
     write_atomically(path, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode())
-
-
-@contextlib.contextmanager
-def refuse_malformed(path: Path, kind: str, advice: str) -> Iterator[None]:
-    """Turn a failure to read `path`, or a wrong value in it, into a UserError of one line.
-
-    kind: what the file should be, such as "a run's record". advice: what the user should do.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise UserError(f"{path}: not {kind} ({reason}); {advice}") from None
 
 
 def read_json(path: Path, kind: str, advice: str, **fields: type) -> dict:

@@ -22,9 +22,8 @@ def save_head(path: Path, head: LinearHead) -> None:
 
     (Several keys would be written in changing order: equal heads would give unequal files.)
     """
-    tensors = {"weight": head.weight.cpu().contiguous()}
-    if head.bias is not None:
-        tensors["bias"] = head.bias.cpu().contiguous()
+    parts = {"weight": head.weight, "bias": head.bias}
+    tensors = {name: part.cpu().contiguous() for name, part in parts.items() if part is not None}
     metadata = json.dumps({"layer": head.layer, "pooling": head.pooling})
     disk.write_atomically(path, save(tensors, {"head": metadata}))
 

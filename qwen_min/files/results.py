@@ -17,8 +17,7 @@ def off_track_examples(
 ) -> list[dict]:
     """The first five answers without a label word, each with the line number of its text."""
     rows = zip(examples, predictions, answers, strict=True)
-    found = [{"line": e.line, "answer": answer} for e, y, answer in rows if y == OFF_TRACK]
-    return found[:5]
+    return [{"line": e.line, "answer": answer} for e, y, answer in rows if y == OFF_TRACK][:5]
 
 
 def name_outputs(args: argparse.Namespace, record: dict, data_hash: str) -> None:

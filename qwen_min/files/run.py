@@ -167,7 +167,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], pa
     if odd := sorted(tensors.keys() ^ {f"{name}/{key}" for name in names for key in keys}):
         found = f"{len(odd)} tensors missing or not of this run (first: {odd[0]})"
         raise UserError(f"{path}: {found}; start a new run")
-    state = {i: {key: tensors[f"{name}/{key}"] for key in keys} for i, name in enumerate(names)}
+    state = {}
+    for i, name in enumerate(names):  # copies, because an optimizer's step changes them
+        state[i] = {key: tensors[f"{name}/{key}"].clone() for key in keys}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -43,7 +43,7 @@ def load_model(directory: str | Path, dtype: str = "auto", device: str = "cpu") 
     if config.tie_word_embeddings:
         # Some tied checkpoints also store the head. The model uses the embedding in its place.
         tensors.pop("lm_head.weight", None)
-    _check_tensors(tensors, model.state_dict(), directory)
+    _check(tensors, model.state_dict(), directory)
     if dtype == "auto":
         found = {tensor.dtype for tensor in tensors.values()}
         wanted = found.pop() if len(found) == 1 else DTYPES.get(config.torch_dtype, torch.float32)
@@ -75,9 +75,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_tensors(
-    tensors: dict[str, Tensor], expected: dict[str, Tensor], directory: Path
-) -> None:
+def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor], directory: Path) -> None:
     both = [name for name in tensors if name in expected]
     problems = {
         "missing": expected.keys() - tensors.keys(),
@@ -120,20 +118,14 @@ def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
         save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
 
 
-def tensor_hashes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """SHA-256 of each tensor's dtype, shape and bytes."""
-    hashes = {}
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """One SHA-256 over every tensor's name, dtype, shape and bytes, in whatever order they come."""
+    lines = []
     for name, tensor in tensors:
         digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        hashes[name] = digest.hexdigest()
-    return hashes
-
-
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """One SHA-256 over the names and hashes of all tensors, in whatever order they come."""
-    lines = [f"{name} {digest}\n" for name, digest in sorted(tensor_hashes(tensors).items())]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+        lines.append(f"{name} {digest.hexdigest()}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
 def checkpoint_fingerprint(directory: str | Path) -> str:
