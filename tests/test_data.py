@@ -138,7 +138,7 @@ BLANK = "found a blank line, expected a row: remove it"
 FIELDS = "as in the header: remove tabs from .tsv texts, quote .csv texts"
 NO_ROWS = "{path}: found no rows, expected examples: give the right file"
 COLUMNS = "expected 'label' and either 'text_a' or 'text', no name twice: rename them"
-TEXT = "expected valid characters, not only spaces: fill it in or remove the row"
+TEXT = "expected valid characters, not all of them spaces: correct or remove the row"
 LABEL = (
     "expected an index 0..1 or one of 负面, 正面, one kind in all rows: correct it, or name the "
     "words with --labels"

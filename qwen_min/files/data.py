@@ -155,7 +155,7 @@ def _records(path: Path, content: str) -> Iterator[tuple[int, object, str]]:
         # JSON can escape half of a surrogate pair, which no tokenizer and no file can encode.
         if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
             found = f"found the text {reprlib.repr(text)}, expected valid characters"
-            raise UserError(f"{place}: {found}, not only spaces: fill it in or remove the row")
+            raise UserError(f"{place}: {found}, not all of them spaces: correct or remove the row")
         yield line, record["label"], text
 
 

@@ -31,8 +31,8 @@ def resolve_model(name: str) -> Path:
     if os.path.isdir(path):
         return Path(path)
     if os.path.lexists(path) or not HUB_NAME.fullmatch(name):
-        expected = "expected a model's directory or a hub name, owner/name[@revision]"
-        raise UserError(f"--model {name!r}: no such directory; {expected}")
+        problem = "neither a directory nor a hub name, owner/name[@revision]"
+        raise UserError(f"--model {name!r}: {problem}; give one of them")
     repo, _, revision = name.partition("@")
     return _download(repo, revision or "main")
 
