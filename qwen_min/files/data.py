@@ -72,10 +72,8 @@ def examples_hash(examples: Sequence[Example]) -> str:
     Each example is hashed as one line of ASCII JSON, `[text, label]`. JSON escapes a newline inside
     a text, so different examples always give different bytes.
     """
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.text, example.label]).encode("ascii") + b"\n")
-    return digest.hexdigest()
+    lines = [json.dumps([example.text, example.label]) + "\n" for example in examples]
+    return hashlib.sha256("".join(lines).encode("ascii")).hexdigest()
 
 
 def held_out_split(

@@ -199,8 +199,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        caught = (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, self._record) for number in caught}
+        self._before = {n: signal.signal(n, self._record) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
