@@ -35,7 +35,7 @@ from qwen_min.command.arguments import (
     add_prompt_arguments,
     with_run,
 )
-from qwen_min.command.classifier import Classifier, Source
+from qwen_min.command.classifier import Classifier, Source, dtype_name
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.inside import Evaluation, Outcome, explain, look_inside, print_inside
 from qwen_min.command.summary import format_results
@@ -228,7 +228,7 @@ def measure(evaluation: Evaluation, outcome: Outcome) -> dict:
         "examples_per_second": len(prompts) / outcome.seconds,
         "examples_hash": examples_hash(evaluation.examples),
         "label_ids": [list(ids) for ids in prompts[0].labels],
-        "dtype": evaluation.classifier.model.dtype_name,
+        "dtype": dtype_name(evaluation.classifier.model),
         "device": evaluation.source.device,
         "torch": torch.__version__,
         "trained_parameters": record["trained_parameters"] if record else 0,

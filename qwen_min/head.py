@@ -44,7 +44,9 @@ def pooled_state(
     layer: whose output, numbered as in LinearHead; None: the last one's.
     """
     ids = torch.tensor([prompt], device=model.device)  # (1, T)
-    h = model.model(ids, layer)[0].float()  # (T, D)
+    last = model.config.num_hidden_layers
+    h = model(ids) if layer in (None, last) else model.model.residual_stream(ids, layer)
+    h = h[0].float()  # (T, D)
     return h[-1] if pooling == "last" else h.mean(dim=0)
 
 

@@ -1,24 +1,29 @@
 """Qwen's forward pass, bottom up: norm, rotary positions, attention, MLP, layer, model, logits.
 
-Qwen is a decoder-only Transformer: Vaswani et al. 2017 without the encoder. It differs from that
-paper in five ways. RMSNorm replaces LayerNorm and is placed before attention and MLP, so one more
-norm follows the last layer. Positions enter by rotating queries and keys; nothing is added to the
-embeddings. Several query heads share one key/value head. The MLP has a gate. There is no dropout.
-Biases exist on q, k and v (Qwen2), or normally nowhere (Qwen3).
+    logits = model.logits(model(ids)[:, -1])  # ids (B, T) → scores of every next token (B, V)
 
-This file is the definition: each computation once, in its plainest form. `--plain` runs it. By
-default the commands run `qwen_min/fast/`, which computes the same with the same modules.
+Qwen is a decoder-only Transformer: the Transformer of Vaswani et al. 2017 without encoder. Each
+token sees itself and the tokens before it. The main differences from that paper:
 
-The module tree is the checkpoint's tensor tree, so loading needs no map of names. The numbers equal
-those of transformers' `modeling_qwen2.py` and `modeling_qwen3.py`, including the casts between
-dtypes; each cast is marked `# dtype:`.
+- RMSNorm instead of LayerNorm, and before attention and MLP, not after. So the sum that runs
+  through the layers is never normalised inside them, and one more norm follows the last layer.
+- Positions enter by rotating queries and keys. Nothing is added to the embeddings.
+- Several query heads share one key/value head.
+- The MLP has a gate.
+- No dropout. Qwen2 has biases on q, k and v only; Qwen3 has none, but normalises queries and keys.
 
-Shapes:
-    B batch    T tokens of one text    D hidden_size    F intermediate_size    V vocab_size
-    H query heads    K key/value heads    Dh head_dim
+This file is the definition, each computation once. If you change it, run the commands with
+`--plain`: by default they run `qwen_min/fast/`, a faster form that these classes do not know.
+
+Attribute names are the tensor names in the checkpoint (`model.layers.0.self_attn.q_proj.weight`),
+so loading needs no map of names. The numbers equal those of transformers' `modeling_qwen2.py` and
+`modeling_qwen3.py` with eager attention, including the casts between dtypes, marked `# dtype:`.
+
+Shapes, with the sizes of Qwen2.5-0.5B (24 layers):
+    B batch                   T tokens of one text              D hidden_size 896
+    H query heads 14          K key/value heads 2               Dh head_dim 64
+    I intermediate_size 4864  V vocab_size 151936
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +35,8 @@ from qwen_min.config import QwenConfig
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight (Zhang & Sennrich 2019, arXiv:1910.07467).
 
-    Unlike LayerNorm it subtracts no mean and adds no bias: it only fixes the length of x.
+    It scales x to mean square 1, then each component by a learned weight. Unlike LayerNorm it
+    subtracts no mean and adds no bias.
     """
 
     def __init__(self, size: int, eps: float):
@@ -39,7 +45,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # dtype: the mean of squares in fp32; cast back before multiplying by the weight, not after.
+        # dtype: the mean in fp32; cast back before the weight (the reference's order: in bf16 the
+        # other one rounds differently).
         h = x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)
@@ -51,10 +58,12 @@ def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tens
     positions (T,) → two fp32 tensors (T, 1, Dh); the 1 broadcasts over the heads. Pair i turns by
     position · theta^(-2i/Dh): the first pairs turn fast, the last ones very slowly.
     """
-    # dtype: fp32 even in a bf16 model; bf16 cannot tell position 257 from 256.
-    pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    inverse_frequency = 1.0 / theta ** (pair / head_dim)
-    angles = positions.float()[:, None] * inverse_frequency  # (T, Dh/2)
+    # dtype: angles in fp32 even in a bf16 model, since bf16 cannot tell position 257 from 256.
+    # Their cos and sin are at most 1 and may be rounded afterwards.
+    two_i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = 1.0 / theta ** (two_i / head_dim)  # (Dh/2,), radians per position
+    angles = positions.float()[:, None] * frequency  # (T, Dh/2)
+    # Twice: components i and i + Dh/2 form pair i and turn by the same angle.
     angles = torch.cat([angles, angles], dim=-1)[:, None, :]  # (T, 1, Dh)
     return angles.cos(), angles.sin()
 
@@ -63,52 +72,54 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (a, b) of x (..., T, heads, Dh) by its angle: (a cos − b sin, b cos + a sin).
 
     Qwen pairs component i with i + Dh/2 (split halves), where the paper pairs 2i with 2i + 1.
-    After rotation, q·k depends on the positions only through their difference.
+    Turning q and k by one more angle does not change q·k. So after rotation it depends on the two
+    positions only through their difference.
     """
     # dtype: cos and sin are cast to the activations' dtype; the rotation happens in that dtype.
-    a, b = x.chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)  # pair i is (a[i], b[i])
     return x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
 
 
 class Attention(nn.Module):
     """Causal self-attention: softmax(q kᵀ / sqrt(Dh)) v, where each token sees itself and the past.
 
-    Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): H query heads share K
-    key/value heads, which makes the cache of keys and values H/K times smaller.
+    Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): H query heads share K key/value
+    heads. Programs that keep the keys and values of past tokens then keep H/K times less.
     """
 
     def __init__(self, config: QwenConfig):
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
-        D, bias = config.hidden_size, config.attention_bias
-        # Qwen2: bias on q, k, v, none on o. Qwen3: none, but with attention_bias on all four.
-        o_bias = bias and config.has_qk_norm
+        self.head_dim = config.head_dim  # not always D / H
+        is_qwen3 = config.has_qk_norm
+        D, bias, eps = config.hidden_size, config.attention_bias, config.rms_norm_eps
+        # Qwen2: bias on q, k and v, never on o. Qwen3: on all four or, normally, on none.
         self.q_proj = nn.Linear(D, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(D, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(D, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, D, bias=o_bias)
-        # Qwen3 normalises each query and key over Dh before the rotation.
-        qk_norm, eps = config.has_qk_norm, config.rms_norm_eps
-        self.q_norm = RMSNorm(self.head_dim, eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, eps) if qk_norm else nn.Identity()
+        self.o_proj = nn.Linear(self.heads * self.head_dim, D, bias=bias and is_qwen3)
+        # Qwen3 normalises each query and key over Dh, before the rotation.
+        self.q_norm = RMSNorm(self.head_dim, eps) if is_qwen3 else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps) if is_qwen3 else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, T, D), cos and sin of the positions (T, 1, Dh) → (B, T, D)."""
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim))
-        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim))
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
 
-        # Query heads 0 … H/K-1 read key/value head 0, the next H/K heads read head 1, and so on.
+        # With H = 14 and K = 2: query heads 0 … 6 read key/value head 0, heads 7 … 13 head 1.
         group = self.heads // self.kv_heads
-        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, Dh)
+        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)  # (B, T, H, Dh)
+        # Heads before tokens, so that @ multiplies (T, Dh) matrices, one per head.
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, Dh)
 
-        scores = q @ k.transpose(2, 3) / math.sqrt(self.head_dim)  # (B, H, T, T)
-        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-        scores = scores.masked_fill(future, -math.inf)
+        # Row: query; column: key. Dividing by sqrt(Dh) keeps scores of order 1 whatever Dh is.
+        scores = q @ k.transpose(2, 3) * self.head_dim**-0.5  # (B, H, T, T)
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # later keys: True
+        scores = scores.masked_fill(future, -torch.inf)
         # dtype: softmax in fp32, its result in the activations' dtype.
         weights = scores.float().softmax(dim=-1).to(q.dtype)
         out = (weights @ v).transpose(1, 2)  # (B, T, H, Dh)
@@ -116,7 +127,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202): a gate decides how much of each feature passes."""
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202): down(silu(gate(x)) · up(x)).
+
+    silu(z) = z · sigmoid(z). The gate weighs each of the I features that `up` computes.
+    """
 
     def __init__(self, config: QwenConfig):
         super().__init__()
@@ -125,12 +139,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, I) → (B, T, D)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)): both add to the residual stream x.
+    """x + attention(norm(x)), then x + MLP(norm(x)).
 
+    x is never replaced, only added to, from the embedding to the last layer: the residual stream.
     `post_attention_layernorm` is the checkpoint's name for the RMSNorm before the MLP.
     """
 
@@ -152,31 +168,36 @@ class QwenModel(nn.Module):
     def __init__(self, config: QwenConfig):
         super().__init__()
         self.config = config
-        # Uninitialised: the values come from a file. (Drawing random ones on the meta device, on
-        # which loading builds the model, would import torch's whole compiler.)
+        # Empty until a checkpoint is loaded. (To train from nothing, draw all weights first.)
         vectors = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(vectors, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids: Tensor, layer: int | None = None) -> Tensor:
-        """ids (B, T) → hidden states (B, T, D) after the last layer and the final norm.
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) → hidden states (B, T, D).
 
-        layer: return the output of this layer instead (0: the embedding); the final norm belongs to
-        the last layer. Pad shorter rows on the right with any token: no real position sees what
-        comes after it, so padding needs no mask. Do not read the states of the padding.
+        Pad shorter rows on the right, with any token: no real position sees what comes after it, so
+        padding needs no mask. Do not read the states of the padding.
         """
-        layer = len(self.layers) if layer is None else layer
+        return self.norm(self.residual_stream(ids, len(self.layers)))
+
+    def residual_stream(self, ids: Tensor, layers: int) -> Tensor:
+        """ids (B, T) → x (B, T, D) after the first `layers` layers; 0: the embedding."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         cos, sin = rotary_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed_tokens(ids)  # (B, T, D)
-        for decoder_layer in self.layers[:layer]:
-            x = decoder_layer(x, cos, sin)
-        return self.norm(x) if layer == len(self.layers) else x
+        for layer in self.layers[:layers]:
+            x = layer(x, cos, sin)
+        return x
 
 
 class Qwen(nn.Module):
-    """The checkpoint's root: `model.*` and, unless it is tied to the embedding, `lm_head`."""
+    """The checkpoint's root: `model.*` and, unless it is tied to the embedding, `lm_head`.
+
+    It maps ids to hidden states, and `logits` those that you need to logits: with V of about
+    150,000, computing logits everywhere would cost more than most of the layers.
+    """
 
     def __init__(self, config: QwenConfig):
         super().__init__()
@@ -196,27 +217,19 @@ class Qwen(nn.Module):
         """Where the weights are."""
         return self.lm_head_weight.device
 
-    @property
-    def dtype_name(self) -> str:
-        """The weights' dtype, as in config.json: "bfloat16"."""
-        return str(self.lm_head_weight.dtype).removeprefix("torch.")
-
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, T) → hidden states (B, T, D); `logits` turns the ones you need into logits."""
+        """ids (B, T) → hidden states (B, T, D)."""
         return self.model(ids)
 
     def logits(self, h: Tensor) -> Tensor:
-        """Hidden states (..., D) → fp32 logits over the whole vocabulary (..., V).
-
-        V is large (151,936 in Qwen2.5): select positions before this call, not after.
-        """
-        # dtype: the product in h's dtype, as in the reference (--train-embeddings keeps the weight
-        # in fp32: it is cast); logits in fp32, for the log-sum-exp.
+        """Hidden states (..., D) → fp32 logits over the whole vocabulary (..., V)."""
+        # dtype: the product in h's dtype, as in the reference; then fp32, because a softmax over V
+        # terms needs the precision.
         return F.linear(h, self.lm_head_weight.to(h.dtype)).float()
 
 
 def next_token_loss(model: Qwen, ids: Tensor) -> Tensor:
-    """What a language model is trained by: mean of −log p(token | tokens before it), in nats.
+    """The loss that a language model is trained by: mean of −log p(token | tokens before), in nats.
 
     ids (B, T), rows of equal length, T ≥ 2. The state at position t predicts the token at t + 1.
     """

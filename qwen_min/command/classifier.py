@@ -29,6 +29,11 @@ def silent(rows: int) -> None:
     """Progress that nobody watches."""
 
 
+def dtype_name(model: Qwen) -> str:
+    """The dtype of the base weights, as --dtype names it."""
+    return str(model.lm_head_weight.dtype).removeprefix("torch.")
+
+
 def forms(plain: bool) -> ModuleType:
     """The module that computes: the definitions (--plain), or their fast forms."""
     if plain:

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from qwen_min.command.classifier import Classifier, Source
+from qwen_min.command.classifier import Classifier, Source, dtype_name
 from qwen_min.command.task import Task
 from qwen_min.files.data import Example
 from qwen_min.files.results import off_track_examples
@@ -109,7 +109,7 @@ def explain(source: Source, load: Callable[[Source], Classifier]) -> int:
     models = {"the model": classifier.model}
     if source.changes_base:
         models = {"base": source.base(), "adapted": classifier.model}
-    print(f"{args.method}, {args.run or args.model}, {classifier.model.dtype_name}\n")
+    print(f"{args.method}, {args.run or args.model}, {dtype_name(classifier.model)}\n")
     shown = (task.tokenizer, prompt, task.empty_prompt(), task.labels, models)
     if classifier.by == "head":
         print(explain_head(*shown, classifier.head))
