@@ -20,7 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen_min.command.terminal import text_table
-from qwen_min.metrics import auc_roc, expected_calibration_error, log_loss, softmax
+from qwen_min.metrics import evaluate_predictions, softmax
+
+MEASURES = ("accuracy", "auc_roc", "log_loss", "ece")
 
 
 def length_normalised(scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -71,9 +73,8 @@ def best_threshold(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float
     middles = (distinct[:-1] + distinct[1:]) / 2
     candidates = np.array([0.0, distinct[0] - 1, *middles, distinct[-1]])
     # Correct are the rows of class 0 at or below t, and those of class 1 above it.
-    zeros, ones = np.sort(odds[y == 0]), np.sort(odds[y == 1])
-    below = [rows.searchsorted(candidates, side="right") for rows in (zeros, ones)]
-    hits = below[0] + len(ones) - below[1]
+    below = [np.sort(odds[y == c]).searchsorted(candidates, side="right") for c in (0, 1)]
+    hits = below[0] + (y == 1).sum() - below[1]
     best = candidates[hits == hits.max()]
     return float(hits.max() / len(y)), float(best[np.abs(best).argmin()])
 
@@ -114,9 +115,10 @@ def calibrations(
 ) -> dict[str, dict]:
     """For each correction of `scores`: its measures, its prior (C,) and temperature, if any."""
     none = {"prior": None, "temperature": None}
-    per_token = length_normalised(scores, lengths)
-    found = {"raw": measures(labels, scores) | none}
-    found["length_normalised"] = measures(labels, per_token) | none
+    found = {
+        "raw": measures(labels, scores) | none,
+        "length_normalised": measures(labels, length_normalised(scores, lengths)) | none,
+    }
     for name, log_prior in log_priors(scores, neutral).items():
         prior = softmax([log_prior])[0].tolist()
         found[name] = measures(labels, scores - log_prior) | none | {"prior": prior}
@@ -129,15 +131,10 @@ def calibrations(
 
 def measures(labels: np.ndarray, scores: np.ndarray) -> dict:
     """Accuracy, AUC, log-loss, ECE, and the share of each class among the predictions."""
-    predictions = scores.argmax(axis=1)
-    counts = np.bincount(predictions, minlength=scores.shape[1])
-    return {
-        "accuracy": float((predictions == labels).mean()),
-        "auc_roc": auc_roc(labels, scores),
-        "log_loss": log_loss(labels, scores),
-        "ece": expected_calibration_error(labels, scores),
-        "predicted": (counts / len(labels)).tolist(),
-    }
+    predictions, num_classes = scores.argmax(axis=1), scores.shape[1]
+    found = evaluate_predictions(labels, predictions, scores, [""] * num_classes)
+    counts = np.bincount(predictions, minlength=num_classes)
+    return {key: found[key] for key in MEASURES} | {"predicted": (counts / len(labels)).tolist()}
 
 
 NAMES = {
@@ -163,24 +160,20 @@ def number(value: float | None) -> str:
 
 def format_calibrations(found: dict[str, dict], words: Sequence[str]) -> str:
     """A table with one row for each correction, and what its name means."""
-    of, share = "p(each class)", "the share of each class"
-    if len(words) == 2:
-        of, share = f"p({words[1]})", f"the share of {words[1]}"
-    heads = ["calibration", "accuracy", "AUC", "log-loss", "ECE", "predicted", f"prior {of}"]
+    of = words[1] if len(words) == 2 else "each class"
+    heads = ["calibration", "accuracy", "AUC", "log-loss", "ECE", "predicted", f"prior p({of})"]
     rows = []
     for name, row in found.items():
-        figures = [number(row[key]) for key in ("accuracy", "auc_roc", "log_loss", "ece")]
+        figures = [number(row[key]) for key in MEASURES]
         learned = shares(row["prior"]) if row["prior"] else ""
         learned = f"T = {row['temperature']:.3g}" if row["temperature"] else learned
         rows.append([NAMES[name], *figures, shares(row["predicted"]), learned])
-    fit = "temperature: not fitted, no held-out rows; --train-data FILE names the training data."
+    fit = "not fitted, no held-out rows; --train-data FILE names the training data."
     if "temperature" in found:
-        held_out = found["temperature"]["held_out_rows"]
-        fit = f"temperature: fitted on the log-loss of {held_out} held-out training rows."
+        fit = f"fitted on {found['temperature']['held_out_rows']} held-out training rows."
     return f"""{text_table(heads, rows)}
 
-predicted: {share} among the decisions. per token: score / number of the word's
-tokens. The next four subtract log prior from the scores. The prior is a mean over: contextual,
-inputs without content; domain-context, random characters of these texts; batch, these rows;
-for PMI_DC over a single input, the part of the template after the text.
-{fit}"""
+predicted: share of {of} among the decisions. per token: score / number of tokens.
+The next four subtract log prior, a mean over: contextual, inputs without content; domain-context,
+random characters of these texts; PMI_DC, the template's part after the text; batch, these rows.
+temperature: {fit}"""

@@ -61,15 +61,11 @@ def score_neutral(
     training: the training data, if known. seeds: of the random texts, and of the training data's
     split. score: from prompts to the model's class scores (n, C).
     """
-    rows = [] if training is None else held_out_rows(training, examples, seeds[1])
     held_out = None
-    if rows:
+    if rows := training and held_out_rows(training, examples, seeds[1]):
         labels = np.array([row.label for row in rows])
         held_out = labels, score(prompts_of([row.text for row in rows]))
-    random = random_texts([example.text for example in examples], seeds[0])
-    return Neutral(
-        content_free=score(prompts_of(CONTENT_FREE)),
-        random=score(prompts_of(random)),
-        premise=score(prompts_of([""], premise_template(template))),
-        held_out=held_out,
-    )
+    content_free = score(prompts_of(CONTENT_FREE))
+    random = score(prompts_of(random_texts([example.text for example in examples], seeds[0])))
+    premise = score(prompts_of([""], premise_template(template)))
+    return Neutral(content_free, random, premise, held_out)
