@@ -35,12 +35,11 @@ from qwen_min.command.arguments import (
     add_prompt_arguments,
     with_run,
 )
-from qwen_min.command.classifier import Classifier
+from qwen_min.command.classifier import Classifier, Source
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.inside import Evaluation, Outcome, explain, look_inside, print_inside
 from qwen_min.command.summary import format_results
 from qwen_min.command.task import Task, read_rows, read_task, warn_about_labels
-from qwen_min.command.trained import Source
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
@@ -99,39 +98,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--method", choices=METHODS, help="default: the method of --run")
     parser.add_argument("--run", metavar="DIR", help="a directory that train.py made")
-    parser.add_argument(
-        "--adapter",
-        metavar="DIR",
-        help="instead of --run: a LoRA in PEFT's format, for lora_head or lora_label_scoring",
-    )
-    add_data_arguments(parser, "test.tsv")
-    parser.add_argument(
-        "--train-data",
-        metavar="FILE",
-        help="also measure on the rows that are not in it (default: what --run was trained on)",
-    )
+    adapter = "instead of --run: a LoRA in PEFT's format, for lora_head or lora_label_scoring"
+    parser.add_argument("--adapter", metavar="DIR", help=adapter)
+    add_data_arguments(parser, "test.tsv", batch_tokens=2048)
+    seen = "also measure on the rows that are not in it (default: what --run was trained on)"
+    parser.add_argument("--train-data", metavar="FILE", help=seen)
     add_prompt_arguments(parser)
     add_machine_arguments(parser)
     parser.add_argument("--seed", type=seed, default=0, help="of whatever is drawn at random")
-    inside = parser.add_argument_group("see inside")
-    inside.add_argument(
-        "--explain",
-        metavar="TEXT",
-        help="one text's whole computation, step by step; with --run base and adapted side by side",
-    )
-    inside.add_argument(
-        "--label-sets",
-        metavar="SETS",
-        help="compare label words, all scored in one pass: 消极,积极;差,好 (a ; between two sets)",
-    )
-    inside.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="compare corrections for a label word's probability before any text is read",
-    )
-    output = parser.add_argument_group("output (with --run, default: files in the run directory)")
-    output.add_argument("--output", metavar="FILE", help="all results, as JSON")
-    output.add_argument("--predictions", metavar="FILE", help="every row's scores, as JSON lines")
+    add = parser.add_argument_group("see inside").add_argument
+    steps = "one text's whole computation, step by step; with --run base and adapted side by side"
+    add("--explain", metavar="TEXT", help=steps)
+    sets = "compare label words, all scored in one pass: 消极,积极;差,好 (a ; between two sets)"
+    add("--label-sets", metavar="SETS", help=sets)
+    priors = "compare corrections for a label word's probability before any text is read"
+    add("--calibrate", action="store_true", help=priors)
+    files = "output (with --run, default: files in the run directory)"
+    add = parser.add_argument_group(files).add_argument
+    add("--output", metavar="FILE", help="all results, as JSON")
+    add("--predictions", metavar="FILE", help="every row's scores, as JSON lines")
     return parser
 
 

@@ -34,11 +34,12 @@ from qwen_min.command.arguments import (
     candidate_layers,
     check_training,
 )
-from qwen_min.command.classifier import forms
+from qwen_min.command.classifier import Source, forms
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.fit import Stopped, Training, fit
 from qwen_min.command.task import read_rows, read_task
-from qwen_min.command.trained import ADAPTER, HEAD, Source, Trainable, attach_adapter, load_parts
+from qwen_min.command.terminal import text_table
+from qwen_min.command.trained import ADAPTER, HEAD, Trainable, attach_adapter, load_parts
 from qwen_min.errors import UserError
 from qwen_min.files.data import HELD_OUT, class_counts, examples_hash, held_out_split
 from qwen_min.files.overlap import fed_rows
@@ -131,8 +132,7 @@ def start(job: Job) -> tuple[Trainable, Path | None]:
     """What the method trains, on the job's model: new, or from the run's last checkpoint."""
     found = checkpoints(job.run)
     checkpoint = found[-1][1] if found else None
-    base_hash = job.source.record["base_fingerprint"]
-    return Trainable(job.source, job.model, base_hash, checkpoint), checkpoint
+    return Trainable(job.model, job.source.record, checkpoint), checkpoint
 
 
 def by_gradient(
@@ -155,7 +155,9 @@ def by_gradient(
 
     def evaluate() -> dict:
         model.eval()
-        scores = trained.classifier.scores([job.prompts[row] for row in job.held_out])
+        by = "label words" if trained.head is None else "head"
+        classifier = job.source.classifier(model, by, trained.head)
+        scores = classifier.scores([job.prompts[row] for row in job.held_out])
         model.train()
         return held_out_results(job, scores)
 
@@ -199,30 +201,27 @@ def held_out_results(job: Job, scores: np.ndarray) -> dict:
 
 def format_layers(found: dict[int, dict], chosen: int) -> str:
     """A line for each layer: its accuracy and log-loss on the held-out part, its penalty."""
-    return "\n".join(
-        ["layer   held-out accuracy   log-loss         L2"]
-        + [
-            f"{layer:5d}   {row['held_out_accuracy']:17.4f}   {row['held_out_log_loss']:8.4f}   "
-            f"{row['l2']:8.4f}{'   chosen' if layer == chosen else ''}"
-            for layer, row in found.items()
-        ]
-    )
+    keys = ("held_out_accuracy", "held_out_log_loss", "l2")
+    rows = [
+        [str(layer), *(f"{row[key]:.4f}" for key in keys), "chosen" * (layer == chosen)]
+        for layer, row in found.items()
+    ]
+    return text_table(["layer", "held-out accuracy", "log-loss", "L2", ""], rows)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command-line arguments, grouped as `--help` shows them."""
     parser = make_parser(__doc__)
     parser.add_argument("--method", choices=METHODS, help="required, unless --resume")
-    add_data_arguments(parser, "train.tsv")
-    parser.set_defaults(batch_tokens=1024)  # activation memory grows with this
+    add_data_arguments(parser, "train.tsv", batch_tokens=1024)  # activation memory grows with it
     parser.add_argument("--data-seed", type=seed, default=0, help="of the held-out part")
     add_prompt_arguments(parser)
     add_machine_arguments(parser)
-    run = parser.add_argument_group("run")
-    run.add_argument("--output", metavar="DIR", help="the run directory (default: runs/METHOD)")
-    run.add_argument("--resume", action="store_true", help="continue the run in --output")
-    run.add_argument("--merge", metavar="DIR", help="also write base + LoRA as a plain checkpoint")
-    run.add_argument("--seed", type=seed, default=0, help="of initial values, order and dropout")
+    add = parser.add_argument_group("run").add_argument
+    add("--output", metavar="DIR", help="the run directory (default: runs/METHOD)")
+    add("--resume", action="store_true", help="continue the run in --output")
+    add("--merge", metavar="DIR", help="also write base + LoRA as a plain checkpoint")
+    add("--seed", type=seed, default=0, help="of initial values, order and dropout")
     add_training_arguments(parser)
     return parser
 

@@ -220,7 +220,7 @@ def test_clean_part_on_a_worked_example():
     texts = ["很好", "很好！", "不好", "太慢", "还行"]
     examples = [Example(text, i % 2, i + 2) for i, text in enumerate(texts)]
     training = ("train.tsv", [Example("很好", 1, 2), Example("书很好", 1, 3)])
-    found = clean_part(training, examples, [0, 1, 0, 0, 1])
+    found = clean_part(training, examples, [0, 1, 0, 0, 1], [])
     # Three rows are clean, with classes 0, 1, 0; only the first prediction is right.
     assert found == {
         "train_data": "train.tsv",
@@ -228,8 +228,8 @@ def test_clean_part_on_a_worked_example():
         "accuracy": 1 / 3,
         "accuracy_interval": list(wilson_interval(1, 3)),
     }
-    assert clean_part(None, examples, [0] * 5) is None
-    none_left = clean_part(("train.tsv", examples), examples, [0] * 5)
+    assert clean_part(None, examples, [0] * 5, []) is None
+    none_left = clean_part(("train.tsv", examples), examples, [0] * 5, [])
     assert (none_left["n"], none_left["accuracy"]) == (0, None)
     assert "accuracy_interval" in json.dumps(none_left)
 

@@ -452,7 +452,7 @@ SEEN_BEFORE_LOADING: dict[str, tuple[Callable[[], object] | None, dict, tuple[st
 
 @pytest.mark.parametrize("mistake", SEEN_BEFORE_LOADING)
 def test_seen_before_the_model_is_loaded(mistake, workplace, monkeypatch):
-    monkeypatch.setattr("qwen_min.command.trained.load_model", never_loaded)
+    monkeypatch.setattr("qwen_min.command.classifier.load_model", never_loaded)
     prepare, changes, words = SEEN_BEFORE_LOADING[mistake]
     if prepare:
         prepare()
@@ -460,7 +460,7 @@ def test_seen_before_the_model_is_loaded(mistake, workplace, monkeypatch):
 
 
 def test_a_read_only_output(workplace, monkeypatch):
-    monkeypatch.setattr("qwen_min.command.trained.load_model", never_loaded)
+    monkeypatch.setattr("qwen_min.command.classifier.load_model", never_loaded)
     Path("out/results.json").chmod(0o444)
     if os.access("out/results.json", os.W_OK):  # root may write all the same
         monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)

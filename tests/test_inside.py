@@ -297,7 +297,7 @@ MISTAKES = {
 def test_mistakes(case, reference, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "qwen_min.command.trained.load_model", None
+        "qwen_min.command.classifier.load_model", None
     )  # seen before the model is loaded
     args, said = MISTAKES[case]
     args = [runs.get(a, a) for a in args]
@@ -317,6 +317,6 @@ def test_a_broken_generation_config_is_seen_before_the_model_is_loaded(
 ):
     shutil.copytree(reference[0], tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text("{")
-    monkeypatch.setattr("qwen_min.command.trained.load_model", None)
+    monkeypatch.setattr("qwen_min.command.classifier.load_model", None)
     status, out, err = command(*given("zero_shot_generate", tmp_path / "model"))
     assert (status, out) == (2, "") and "not a generation config" in err and err.count("\n") == 1

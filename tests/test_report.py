@@ -361,11 +361,14 @@ def test_output_file(tmp_path):
     ("arguments", "part"),
     [
         ([], "required: RESULTS"),
-        (["missing.json"], "missing.json: cannot be read: No such file"),
+        (
+            ["missing.json"],
+            "missing.json: No such file or directory; expected results of evaluate.py",
+        ),
         (["empty"], "holds no results-*.json; make one with: python evaluate.py --run"),
         (["text.json"], "text.json: not results of evaluate.py"),
         (["list.json"], "list.json: not results of evaluate.py"),
-        (["some.json"], "without accuracy"),
+        (["some.json"], "accuracy_interval is None, expected type list"),
         (["results.json", "--format", "html"], "invalid choice: 'html'"),
         (["results.json", "--output", "no/such/file"], "cannot be written"),
         (["results.json", "--output", "results.json"], "already the data or another output"),
@@ -521,7 +524,7 @@ def test_what_the_pictures_say(seeds):
     """Legends, axis labels with units, and curves that differ in line style and marker."""
     methods = gather(read_all(seeds))
     scored = [(m.name, plots.scored_seeds(m)) for m in methods]
-    (axes,) = plots.plot_roc(scored, [("neg", "neg"), ("pos", "pos")]).axes
+    (axes,) = plots.plot_roc(scored, ["neg", "pos"]).axes
     entries = axes.get_legend_handles_labels()[1]
     mean = as_json(*seeds)["methods"][1]["mean"]["auc_roc"]
     assert entries[1] == f"lora_head (AUC {mean:.4f}, mean of 3 seeds)"
@@ -540,6 +543,6 @@ def test_what_the_pictures_say(seeds):
     ece = methods[0].first.results["ece"]
     assert np.dot(gaps, counts) / N == pytest.approx(ece, abs=1e-12)
 
-    figure = plots.plot_training([(m, [{"step": 1, "loss": 1.0, "lr": 0.1}], []) for m in "ab"])
+    figure = plots.plot_training([(m, [[1], [1.0], [0.1]], []) for m in "ab"])
     assert ["(" in axes.get_ylabel() for axes in figure.axes] == [True] * 3
     assert figure.axes[2].get_xlabel() == "step (batches trained on)"

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
+from qwen_min import scoring
 from qwen_min.command.cli import parse_with_given
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.weights import load_model
 from qwen_min.metrics import auc_roc, paired_bootstrap
 from qwen_min.report.compare import read_result
-from qwen_min.scoring import score_label
 from qwen_min.tokenizer import Tokenizer
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -62,14 +62,29 @@ def test_the_links_in_the_readmes_lead_to_files():
         assert links and all((path.parent / link).is_file() for link in links)
 
 
-def test_the_code_in_the_readme_is_score_label():
-    block = README[README.index("    @torch.inference_mode()") :]
-    block = re.match(r"(?: {4}.*\n)+", block)[0]
-    (printed,) = ast.parse(textwrap.dedent(block)).body
-    (defined,) = ast.parse(inspect.getsource(score_label)).body
-    if ast.get_docstring(defined):
-        defined.body.pop(0)
-    assert ast.dump(printed) == ast.dump(defined)
+def test_the_code_in_the_readme_is_that_of_scoring():
+    block = README[README.index("    def label_log_probs") :]
+    block = re.match(r"(?: {4}.*\n|\n(?= {4}))+", block)[0]
+    printed = ast.parse(textwrap.dedent(block)).body
+    assert [function.name for function in printed] == ["label_log_probs", "score_label"]
+    for function in printed:
+        (defined,) = ast.parse(inspect.getsource(getattr(scoring, function.name))).body
+        defined.body.pop(0)  # the docstring
+        assert ast.dump(function) == ast.dump(defined)
+
+
+def test_the_python_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    """As they stand there, beside the run that the five commands make."""
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--method", "lora_head", "--limit", "40", "--epochs", "1"]) == 0
+    capsys.readouterr()
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(block.strip().split("\n")) <= 12
+    names: dict = {}
+    exec(block, names)  # what a reader would paste
+    assert names["scores"].shape == names["run"].scores(names["texts"]).shape == (2, 2)
+    assert set(names["run"].predict(names["texts"])) <= {0, 1}
+    assert "负面" in capsys.readouterr().out
 
 
 def test_the_first_command_prints_what_the_readme_shows(capsys):
@@ -101,8 +116,9 @@ def test_a_kept_file_was_made_by_its_command(path):
     for line in before if ROWS[size, path.stem].train else ():
         expected = vars(train.build_parser().parse_args(shlex.split(line)[2:]))
         recorded = results["training_arguments"]
-        assert {name: recorded[name] for name in expected if name != "resume"} == {
-            name: value for name, value in expected.items() if name != "resume"
+        later = ("resume", "plain")  # not part of what a run is, or younger than the kept files
+        assert {name: recorded[name] for name in expected if name not in later} == {
+            name: value for name, value in expected.items() if name not in later
         }
     assert results["n"] == 1200
     assert set(results["commits"]) == {*(["trained"] if before else []), "evaluated"}

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from qwen_min.command.cli import option, positive_int
 from qwen_min.errors import UserError
-from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.files.run import read_run
 from qwen_min.files.weights import DTYPES
 from qwen_min.head import POOLINGS
@@ -18,133 +17,79 @@ SCORE_LABELS = ("zero_shot", "lora_label_scoring")
 RESTORED = ("model", "labels", "template", "max_text_tokens", "dtype", "chat", "system")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, sample: str) -> None:
+def add_data_arguments(parser: argparse.ArgumentParser, sample: str, batch_tokens: int) -> None:
     """Which model, which texts (by default the sample's file `sample`), how many tokens at once."""
-    parser.add_argument(
-        "--model",
-        default="tiny",
-        help="tiny (comes with the project), a directory, or a hub name: Qwen/Qwen2.5-1.5B[@REV]",
-    )
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        metavar="FILE",
-        default=str(SAMPLE / sample),
-        help=".tsv (label, text_a), .csv or .jsonl (label, text); labels are 0, 1, … or the words",
-    )
-    group.add_argument("--encoding", default="utf-8", help="of the data file")
-    group.add_argument("--limit", type=positive_int, metavar="N", help="only the first N rows")
-    group.add_argument(
-        "--batch-tokens",
-        type=positive_int,
-        metavar="N",
-        default=DEFAULT_BATCH_TOKENS,
-        help="at most this many tokens in one forward pass",
-    )
+    names = "tiny (comes with the project), a directory, or a hub name: Qwen/Qwen2.5-1.5B[@REV]"
+    parser.add_argument("--model", default="tiny", help=names)
+    add = parser.add_argument_group("data").add_argument
+    kinds = ".tsv (label, text_a), .csv or .jsonl (label, text); labels are 0, 1, … or the words"
+    add("--data", metavar="FILE", default=str(SAMPLE / sample), help=kinds)
+    add("--encoding", default="utf-8", help="of the data file")
+    add("--limit", type=positive_int, metavar="N", help="only the first N rows")
+    most = "at most this many tokens in one forward pass"
+    add("--batch-tokens", type=positive_int, metavar="N", default=batch_tokens, help=most)
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """What makes two methods comparable: the same prompt, truncation and label words."""
-    group = parser.add_argument_group("prompt")
-    group.add_argument(
-        "--labels",
-        metavar="WORD,WORD",
-        default=",".join(DEFAULT_LABELS),
-        help="the word for each class, in class order (0 first); two or more",
-    )
-    group.add_argument(
-        "--template",
-        default=DEFAULT_TEMPLATE.replace("\n", "\\n"),
-        help="what surrounds a text; {text} is replaced by it, \\n means a newline",
-    )
-    group.add_argument(
-        "--max-text-tokens",
-        type=positive_int,
-        metavar="N",
-        default=DEFAULT_MAX_TEXT_TOKENS,
-        help="longer texts are cut to their first N tokens; the template is never cut",
-    )
-    group.add_argument(
-        "--chat", action="store_true", help="the template as the user's message in Qwen's markup"
-    )
-    group.add_argument(
-        "--system",
-        metavar="TEXT",
-        help="with --chat: the system message (default: the checkpoint's own, if it has one)",
-    )
+    add = parser.add_argument_group("prompt").add_argument
+    words = "the word for each class, in class order (0 first); two or more"
+    add("--labels", metavar="WORD,WORD", default=",".join(DEFAULT_LABELS), help=words)
+    frame = "what surrounds a text; {text} is replaced by it, \\n means a newline"
+    add("--template", default=DEFAULT_TEMPLATE.replace("\n", "\\n"), help=frame)
+    cut = "longer texts are cut to their first N tokens; the template is never cut"
+    most = DEFAULT_MAX_TEXT_TOKENS
+    add("--max-text-tokens", type=positive_int, metavar="N", default=most, help=cut)
+    add("--chat", action="store_true", help="the template as the user's message in Qwen's markup")
+    system = "with --chat: the system message (default: the checkpoint's own, if it has one)"
+    add("--system", metavar="TEXT", help=system)
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """Where, in what precision and in which form to compute."""
-    group = parser.add_argument_group("machine")
-    group.add_argument(
-        "--dtype",
-        choices=["auto", *DTYPES],
-        default="auto",
-        help="precision of the base weights; auto is the checkpoint's own",
-    )
-    group.add_argument(
-        "--device",
-        choices=["auto", "cpu", "cuda", "mps"],
-        default="auto",
-        help="auto takes a GPU if there is one",
-    )
-    group.add_argument(
-        "--plain",
-        action="store_true",
-        help="compute by the definitions (model.py, scoring.py, head.py): slow, for breakpoints",
-    )
+    add = parser.add_argument_group("machine").add_argument
+    precision = "precision of the base weights; auto is the checkpoint's own"
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help=precision)
+    devices, first = ["auto", "cpu", "cuda", "mps"], "auto takes a GPU if there is one"
+    add("--device", choices=devices, default="auto", help=first)
+    plain = "compute by the definitions (model.py, scoring.py, head.py): slow, for breakpoints"
+    add("--plain", action="store_true", help=plain)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """How each method is trained. The defaults suit a few hundred to a few thousand rows."""
-    head = parser.add_argument_group("head_only")
-    head.add_argument("--pooling", choices=POOLINGS, default="last", help="token(s) to read")
-    head.add_argument(
-        "--layer",
-        default="last",
-        help="last, best (chosen on the held-out part), or a number: 0 is the embedding",
-    )
-    head.add_argument("--adapter", metavar="DIR", help="probe the base adapted by this LoRA")
-    head.add_argument("--feature-cache", metavar="DIR", help="default: features/ in the run")
-    lora = parser.add_argument_group("lora_head, lora_label_scoring")
+    add = parser.add_argument_group("head_only").add_argument
+    add("--pooling", choices=POOLINGS, default="last", help="token(s) to read")
+    layer = "last, best (chosen on the held-out part), or a number: 0 is the embedding"
+    add("--layer", default="last", help=layer)
+    add("--adapter", metavar="DIR", help="probe the base adapted by this LoRA")
+    add("--feature-cache", metavar="DIR", help="default: features/ in the run")
+    add = parser.add_argument_group("lora_head, lora_label_scoring").add_argument
     # Only attention, as in the paper: a quarter of the parameters of all seven in a 0.5B model.
-    lora.add_argument(
-        "--lora-targets",
-        metavar="NAMES",
-        default="attention",
-        help="attention (q, k, v, o), all (with gate, up, down), none, or names: q_proj,v_proj",
-    )
-    lora.add_argument(
-        "--train-embeddings",
-        action="store_true",
-        help="train the token vectors too (and the tied LM head): an ablation",
-    )
+    targets = "attention (q, k, v, o), all (with gate, up, down), none, or names: q_proj,v_proj"
+    add("--lora-targets", metavar="NAMES", default="attention", help=targets)
+    vectors = "train the token vectors too (and the tied LM head): an ablation"
+    add("--train-embeddings", action="store_true", help=vectors)
     # A small rank is enough to move a decision; with alpha twice the rank, as is usual, 2e-4 is a
     # safe learning rate.
-    lora.add_argument("--r", type=positive_int, default=8, help="rank of the LoRA")
-    lora.add_argument("--alpha", type=float, default=16.0, help="scale: the update is alpha/r · BA")
-    lora.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(r) instead")
+    add("--r", type=positive_int, default=8, help="rank of the LoRA")
+    add("--alpha", type=float, default=16.0, help="scale: the update is alpha/r · BA")
+    add("--rslora", action="store_true", help="scale by alpha/sqrt(r) instead")
     # Some regularisation: two passes over little data already fit it closely.
-    lora.add_argument("--dropout", type=float, default=0.05, help="on the LoRA's input")
+    add("--dropout", type=float, default=0.05, help="on the LoRA's input")
     # Usual for a few thousand rows, not tuned here; the held-out part chooses the best step.
-    lora.add_argument("--epochs", type=positive_int, default=2, help="passes over the data")
-    lora.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
+    add("--epochs", type=positive_int, default=2, help="passes over the data")
+    add("--lr", type=float, default=2e-4, help="peak learning rate")
     # Adam's second moments are poor estimates in the first steps, so these are small.
-    lora.add_argument("--warmup", type=float, default=0.1, help="share of steps with a rising rate")
+    add("--warmup", type=float, default=0.1, help="share of steps with a rising rate")
     # Few rows in a step: a few hundred rows would otherwise make only a handful of steps.
-    lora.add_argument("--batch-size", type=positive_int, default=8, help="rows in one step")
+    add("--batch-size", type=positive_int, default=8, help="rows in one step")
     # One surprising row must not undo what the others taught.
-    lora.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    lora.add_argument(
-        "--eval-every", type=positive_int, metavar="STEPS", help="default: twice an epoch"
-    )
-    lora.add_argument(
-        "--save-every", type=positive_int, metavar="STEPS", default=50, help="at least"
-    )
-    lora.add_argument(
-        "--checkpointing", action="store_true", help="recompute activations: slower, less memory"
-    )
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--eval-every", type=positive_int, metavar="STEPS", help="default: twice an epoch")
+    add("--save-every", type=positive_int, metavar="STEPS", default=50, help="at least")
+    recompute = "recompute activations in the backward pass: slower, less memory"
+    add("--checkpointing", action="store_true", help=recompute)
 
 
 def finished_run(directory: str | Path) -> dict:
@@ -188,7 +133,8 @@ def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace,
     if args.run and args.adapter:
         raise UserError("--run brings its own adapter; give --run or --adapter, not both")
     check_evaluation(args, given)
-    args.changed = changed  # settings other than the run's own
+    # Settings other than the run's own: their results get a file of their own.
+    args.changed = changed + ["plain"] * args.plain
     return args, record
 
 
@@ -205,10 +151,7 @@ def check_evaluation(args: argparse.Namespace, given: dict) -> None:
     if not args.explain.strip():
         raise UserError(f"--explain {args.explain!r}: no text; give the one to be explained")
     if args.method == "zero_shot_generate":
-        raise UserError(
-            "--explain shows how scores come about, and zero_shot_generate has none; use "
-            "--method zero_shot"
-        )
+        raise UserError("--explain shows scores, which zero_shot_generate has not; use zero_shot")
     unused = ("data", "limit", "train_data", "output", "predictions", "label_sets", "calibrate")
     if found := [option(name) for name in unused if name in given]:
         raise UserError(f"--explain looks at one text and prints; leave out {', '.join(found)}")
@@ -216,28 +159,38 @@ def check_evaluation(args: argparse.Namespace, given: dict) -> None:
 
 def check_training(args: argparse.Namespace) -> None:
     """Refuse what would fail only after the model is loaded, or would train nothing."""
-    nothing = args.lora_targets == "none" and not args.train_embeddings
-    if args.merge and (args.method != "lora_label_scoring" or nothing):
-        raise UserError(
-            "--merge needs lora_label_scoring with LoRA: a plain checkpoint has no head"
-        )
-    if args.method == "lora_label_scoring" and nothing:
-        raise UserError("--lora-targets none leaves nothing to train; choose attention or all")
-    if args.train_embeddings and args.method == "head_only":
-        raise UserError(
-            "--train-embeddings is for lora_head and lora_label_scoring; head_only is a probe of "
-            "frozen states: leave it out"
-        )
-    if args.adapter and args.method != "head_only":
-        raise UserError(f"--adapter is for head_only, to probe an adapted base, not {args.method}")
-    if args.plain and args.checkpointing:
-        raise UserError("--checkpointing is not part of the definitions; leave out it or --plain")
+    method, nothing = args.method, args.lora_targets == "none" and not args.train_embeddings
+    words, probe = method == "lora_label_scoring", method == "head_only"
+    refusals = (
+        (
+            args.merge and (not words or nothing),
+            "--merge needs lora_label_scoring with LoRA: a plain checkpoint has no head",
+        ),
+        (words and nothing, "--lora-targets none leaves nothing to train; choose attention or all"),
+        (
+            args.train_embeddings and probe,
+            "--train-embeddings changes states that head_only takes as frozen: leave it out",
+        ),
+        (
+            args.adapter and not probe,
+            f"--adapter is for head_only, to probe an adapted base, not {method}",
+        ),
+        (
+            args.plain and args.checkpointing,
+            "--checkpointing is not part of the definitions; leave out it or --plain",
+        ),
+        (
+            args.merge and Path(args.merge).exists(),
+            f"--merge {args.merge} exists already; name a directory that does not",
+        ),
+    )
+    for refused, message in refusals:
+        if refused:
+            raise UserError(message)
     for name, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("dropout", 0, 1), ("clip", 0, 1e9)):
         value = getattr(args, name)
         if not low <= value < high or (name in ("lr", "clip") and value == 0):
             raise UserError(f"--{name} is {value}; expected a number from {low} to below {high:g}")
-    if args.merge and Path(args.merge).exists():
-        raise UserError(f"--merge {args.merge} exists already; name a directory that does not")
 
 
 def candidate_layers(argument: str, last: int) -> list[int]:

@@ -1,12 +1,23 @@
-"""A loaded method, as the commands and the Python interface use it."""
+"""Where a method's weights come from, and how the loaded method classifies.
 
+`Source` loads the base and puts on it what was trained; `Classifier` computes scores with the
+result. evaluate.py combines the two, in one function for each method.
+"""
+
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
 import numpy as np
 
+from qwen_min.command.arguments import UNTRAINED
+from qwen_min.command.task import Task
+from qwen_min.command.trained import ADAPTER, Parts, load_parts, parts_of
+from qwen_min.errors import UserError
+from qwen_min.files.weights import checkpoint_fingerprint, load_model
 from qwen_min.head import LinearHead
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
@@ -47,3 +58,69 @@ class Classifier:
             self.model, prompts, head.pooling, every, self.batch_tokens, progress
         )  # (n, L + 1, D), or (n, 1, D)
         return head.scores(features[:, head.layer if every else 0])
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights of a command come from: a checkpoint, and what is trained on it."""
+
+    args: argparse.Namespace
+    task: Task
+    device: str
+    record: dict | None  # of the run, if there is one
+
+    def base(self) -> Qwen:
+        """The checkpoint's model, frozen, in eval mode."""
+        return load_model(self.task.directory, self.args.dtype, self.device)
+
+    @property
+    def parts(self) -> Parts:
+        """What is trained: by the run's record, or in the directory of --adapter."""
+        if self.record:
+            return parts_of(self.record["method"], self.record["arguments"])
+        return Parts(True, "adapter" if self.args.method == "lora_head" else None)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the method scores with another model than the base."""
+        untrained = self.args.method in (*UNTRAINED, "transplanted_head")
+        return not untrained and (self.parts.lora or self.parts.vectors)
+
+    def classifier(self, model: Qwen, by: str, head: LinearHead | None = None) -> Classifier:
+        """The model with what gives the scores, computing as the arguments say."""
+        return Classifier(model, by, head, forms(self.args.plain), self.args.batch_tokens)
+
+    def add_trained(self, model: Qwen) -> LinearHead | None:
+        """Put what was trained on a base, in place; returns the head, if there is one.
+
+        Raises UserError if something is missing, or does not fit this base or these labels.
+        """
+        args, labels = self.args, self.task.labels
+        base_hash = checkpoint_fingerprint(self.task.directory)
+        if self.record and self.record["base_fingerprint"] != base_hash:
+            raise UserError(
+                f"{args.run}: trained on other weights than those in {args.model} (their "
+                "fingerprints differ); give the checkpoint that it was trained on by --model"
+            )
+        directory = Path(args.run or args.adapter)
+        adapter = directory / ADAPTER if args.run else directory
+        head = load_parts(model, directory, adapter, self.parts, base_hash)
+        if head is None:
+            return None
+        D, L = model.config.hidden_size, model.config.num_hidden_layers
+        if head.weight.shape[1] != D or not 0 <= head.layer <= L:
+            raise UserError(
+                f"the head is for layer {head.layer} of {head.weight.shape[1]} numbers, the model "
+                f"in {args.model} has {L} layers of {D}; give the model that it was trained on"
+            )
+        if self.record and list(labels) != self.record["labels"]:
+            trained = ",".join(self.record["labels"])
+            raise UserError(
+                f"--labels {args.labels}: the head is for {trained}; leave --labels out"
+            )
+        if len(head.weight) != len(labels):
+            raise UserError(
+                f"--labels names {len(labels)} classes, the trained head has {len(head.weight)}; "
+                "name as many"
+            )
+        return head

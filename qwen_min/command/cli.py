@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from qwen_min.errors import UserError
-from qwen_min.fast.memory import keep_freed_memory
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -92,7 +91,10 @@ def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Nam
     # As Python does for stderr: show a character that the terminal's encoding lacks as its code.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    keep_freed_memory()
+    if not getattr(args, "plain", True):  # a command that computes, and not by the definitions
+        from qwen_min.fast.memory import keep_freed_memory
+
+        keep_freed_memory()
     try:
         status = command(args)
         print(end="", flush=True)

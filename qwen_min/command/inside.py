@@ -7,9 +7,8 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from qwen_min.command.classifier import Classifier
+from qwen_min.command.classifier import Classifier, Source
 from qwen_min.command.task import Task
-from qwen_min.command.trained import Source
 from qwen_min.files.data import Example
 from qwen_min.files.results import off_track_examples
 from qwen_min.prompt import Prompt

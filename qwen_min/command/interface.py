@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from qwen_min.command.arguments import finished_run
-from qwen_min.command.classifier import Classifier
+from qwen_min.command.classifier import Classifier, Source
 from qwen_min.command.cli import choose_device
 from qwen_min.command.task import Task, read_task
-from qwen_min.command.trained import Source
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.hub import resolve_model

@@ -17,14 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from qwen_min.command.arguments import UNTRAINED
-from qwen_min.command.classifier import Classifier, forms
-from qwen_min.command.task import Task
 from qwen_min.errors import UserError
 from qwen_min.files.disk import write_atomically
 from qwen_min.files.probe import load_head, save_head
 from qwen_min.files.run import publish
-from qwen_min.files.weights import checkpoint_fingerprint, load_model
 from qwen_min.head import LinearHead
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
@@ -50,72 +46,6 @@ def parts_of(method: str, arguments: Mapping) -> Parts:
     adapter = arguments["lora_targets"] != "none"
     head = None if method == "lora_label_scoring" else "adapter" if adapter else "file"
     return Parts(adapter, head, bool(arguments.get("train_embeddings")))  # older runs lack the last
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the weights of a command come from: a checkpoint, and what is trained on it."""
-
-    args: argparse.Namespace
-    task: Task
-    device: str
-    record: dict | None  # of the run, if there is one
-
-    def base(self) -> Qwen:
-        """The checkpoint's model, frozen, in eval mode."""
-        return load_model(self.task.directory, self.args.dtype, self.device)
-
-    @property
-    def parts(self) -> Parts:
-        """What is trained: by the run's record, or in the directory of --adapter."""
-        if self.record:
-            return parts_of(self.record["method"], self.record["arguments"])
-        return Parts(True, "adapter" if self.args.method == "lora_head" else None)
-
-    @property
-    def changes_base(self) -> bool:
-        """Whether the method scores with another model than the base."""
-        untrained = self.args.method in (*UNTRAINED, "transplanted_head")
-        return not untrained and (self.parts.lora or self.parts.vectors)
-
-    def classifier(self, model: Qwen, by: str, head: LinearHead | None = None) -> Classifier:
-        """The model with what gives the scores, computing as the arguments say."""
-        return Classifier(model, by, head, forms(self.args.plain), self.args.batch_tokens)
-
-    def add_trained(self, model: Qwen) -> LinearHead | None:
-        """Put what was trained on a base, in place; returns the head, if there is one.
-
-        Raises UserError if something is missing, or does not fit this base or these labels.
-        """
-        args, labels = self.args, self.task.labels
-        base_hash = checkpoint_fingerprint(self.task.directory)
-        if self.record and self.record["base_fingerprint"] != base_hash:
-            raise UserError(
-                f"{args.run}: trained on other weights than those in {args.model} (their "
-                "fingerprints differ); give the checkpoint that it was trained on by --model"
-            )
-        directory = Path(args.run or args.adapter)
-        adapter = directory / ADAPTER if args.run else directory
-        head = load_parts(model, directory, adapter, self.parts, base_hash)
-        if head is None:
-            return None
-        D, L = model.config.hidden_size, model.config.num_hidden_layers
-        if head.weight.shape[1] != D or not 0 <= head.layer <= L:
-            raise UserError(
-                f"the head is for layer {head.layer} of {head.weight.shape[1]} numbers, the model "
-                f"in {args.model} has {L} layers of {D}; give the model that it was trained on"
-            )
-        if self.record and list(labels) != self.record["labels"]:
-            trained = ",".join(self.record["labels"])
-            raise UserError(
-                f"--labels {args.labels}: the head is for {trained}; leave --labels out"
-            )
-        if len(head.weight) != len(labels):
-            raise UserError(
-                f"--labels names {len(labels)} classes, the trained head has {len(head.weight)}; "
-                "name as many"
-            )
-        return head
 
 
 def load_parts(
@@ -184,10 +114,11 @@ class Trainable:
     `parameters` are exactly these, by name; everything else of the model is frozen.
     """
 
-    def __init__(self, source: Source, model: Qwen, base_hash: str, checkpoint: Path | None):
-        """checkpoint: one of the same run to continue from; None: start from the seed."""
-        self.source, self.model, self.base_hash = source, model, base_hash
-        args, self.parts = source.args, source.parts
+    def __init__(self, model: Qwen, record: dict, checkpoint: Path | None):
+        """record: the run's; checkpoint: to continue from, or None to start from the seed."""
+        args = argparse.Namespace(**record["arguments"])
+        self.model, self.base_hash = model, record["base_fingerprint"]
+        self.parts = parts_of(record["method"], record["arguments"])
         torch.manual_seed(args.seed)
         weight, words = None, self.parts.head is None
         targets = TARGETS.get(args.lora_targets, tuple(args.lora_targets.split(",")))
@@ -201,7 +132,9 @@ class Trainable:
             raise UserError(str(error)) from None
         if self.parts.lora and checkpoint:
             adapter = checkpoint / ADAPTER
-            weight = attach_adapter(model, adapter, base_hash, args.dropout, self.parts.vectors)
+            weight = attach_adapter(
+                model, adapter, self.base_hash, args.dropout, self.parts.vectors
+            )
         self.parameters = lora.lora_parameters(model)
         self.vectors, self.vectors_before = {}, {}
         if self.parts.vectors:
@@ -210,24 +143,21 @@ class Trainable:
             self.vectors_before = token_vectors.token_vectors(model, words)
             self.vectors = token_vectors.unfreeze(model, words)
             if checkpoint:
-                token_vectors.load(checkpoint / VECTORS, model, words, base_hash)
+                token_vectors.load(checkpoint / VECTORS, model, words, self.base_hash)
             self.parameters |= self.vectors
         self.weight: nn.Parameter | None = None
         if not words:
             # Small random values, as transformers starts its classifiers; fp32 whatever the base's.
-            drawn = torch.randn(len(source.task.labels), model.config.hidden_size) * 0.02
+            drawn = torch.randn(len(record["labels"]), model.config.hidden_size) * 0.02
             if checkpoint and weight is None:
                 weight = load_head(checkpoint / HEAD).weight
             self.weight = nn.Parameter((drawn if weight is None else weight).to(model.device))
             self.parameters["score"] = self.weight
 
     @property
-    def classifier(self) -> Classifier:
-        """What is trained, as it is now."""
-        if self.weight is None:
-            return self.source.classifier(self.model, "label words")
-        head = final_head(self.model, self.weight.detach())
-        return self.source.classifier(self.model, "head", head)
+    def head(self) -> LinearHead | None:
+        """The head as it is now; None where label words score."""
+        return None if self.weight is None else final_head(self.model, self.weight.detach())
 
     def save(self, directory: Path) -> None:
         """Write all parts."""
@@ -237,7 +167,7 @@ class Trainable:
             head = self.weight if self.parts.head == "adapter" else None
             lora.save_adapter(directory / ADAPTER, self.model, self.config, head, metadata)
         if self.parts.head == "file":
-            save_head(directory / HEAD, self.classifier.head)
+            save_head(directory / HEAD, self.head)
         if self.vectors:
             from qwen_min.lab import token_vectors
 

@@ -18,19 +18,8 @@ from qwen_min.files.data import Example, examples_hash, read_examples
 from qwen_min.metrics import wilson_interval
 from qwen_min.prompt import parse_labels
 
+Training = tuple[str, list[Example]] | None  # the name of a file and its examples; None: no file
 FED = "fed.safetensors"  # in a model's directory: `text_hashes` of its own training texts
-
-
-class _Dropped(dict):
-    """A table for str.translate that removes punctuation, white space and invisible characters."""
-
-    def __missing__(self, code: int) -> int | None:
-        # Unicode's categories P, Z and C; tabs and newlines are Cc, a zero-width space is Cf.
-        self[code] = None if category(chr(code))[0] in "PZC" else code
-        return self[code]
-
-
-_DROPPED = _Dropped()
 
 
 def normalised(text: str) -> str:
@@ -39,7 +28,9 @@ def normalised(text: str) -> str:
     A text of punctuation alone ("？！") keeps it; otherwise all such texts would be equal.
     """
     whole = normalize("NFKC", text)
-    return whole.translate(_DROPPED) or "".join(whole.split())
+    # Unicode's categories P, Z and C; tabs and newlines are Cc, a zero-width space is Cf.
+    kept = "".join(char for char in whole if category(char)[0] not in "PZC")
+    return kept or "".join(whole.split())
 
 
 def stand_in(texts: Iterable[str], known: Iterable[str]) -> list[int]:
@@ -50,7 +41,7 @@ def stand_in(texts: Iterable[str], known: Iterable[str]) -> list[int]:
 
 def training_examples(
     file: str | None, encoding: str, labels: Sequence[str], record: dict | None
-) -> tuple[str, list[Example]] | None:
+) -> Training:
     """The name of the training file, and its examples; None if there is none.
 
     file: named by the user; None: the file in `record`, the run.json of the evaluated run. If that
@@ -60,21 +51,18 @@ def training_examples(
         return file, read_examples(file, labels, encoding)
     if record is None:
         return None
-    arguments = record["arguments"]
-    file = arguments["data"]
+    own = record["arguments"]
+    file = own["data"]
     try:
-        own = parse_labels(arguments["labels"])
-        examples = read_examples(file, own, arguments["encoding"], arguments["limit"])
+        examples = read_examples(file, parse_labels(own["labels"]), own["encoding"], own["limit"])
         if examples_hash(examples) != record["data_hash"]:
             raise UserError(f"{file}: has changed since the run was trained on it")
+        return file, examples
     except UserError as error:
-        print(
-            f"note: accuracy on texts outside the training data is not computed: {error} "
-            "(name the training data with --train-data FILE)",
-            file=sys.stderr,
-        )
-        return None
-    return file, examples
+        skipped = "accuracy on texts outside the training data is not computed"
+        advice = "name the training data with --train-data FILE"
+        print(f"note: {skipped}: {error} ({advice})", file=sys.stderr)
+    return None
 
 
 def text_hashes(texts: Iterable[str]) -> np.ndarray:
@@ -95,7 +83,7 @@ def fed_rows(directory: Path, examples: Sequence[Example]) -> list[int]:
     if not (path := directory / FED).exists():
         return []
     known = load_file(path)["texts"]
-    fed = [i for i, e in enumerate(examples) if np.isin(text_hashes([e.text]), known).all()]
+    fed = [i for i, e in enumerate(examples) if text_hashes([e.text])[0] in known]
     if fed:
         print(
             f"warning: {len(fed)} of these {len(examples)} texts are in the training data of the "
@@ -106,10 +94,7 @@ def fed_rows(directory: Path, examples: Sequence[Example]) -> list[int]:
 
 
 def clean_part(
-    training: tuple[str, list[Example]] | None,
-    examples: Sequence[Example],
-    predictions: Sequence[int],
-    fed: Sequence[int] = (),
+    training: Training, examples: Sequence[Example], predictions: Sequence[int], fed: Sequence[int]
 ) -> dict | None:
     """Accuracy on the examples that are in no training data.
 
@@ -117,21 +102,18 @@ def clean_part(
     numbers. fed: from `fed_rows`. The result is None if both are empty. Accuracy and interval are
     None if no example is left.
     """
-    sources = [] if training is None else [training[0]]
-    sources += ["what the model itself was made from"] * bool(fed)
-    if not sources:
+    if not training and not fed:
         return None
+    file, known = training or (None, [])
+    sources = [file, "what the model itself was made from" if fed else None]
+    texts = [normalised(example.text) for example in examples]
     # Texts that are equal are also equal when normalised.
-    known = {normalised(row.text) for row in training[1]} if training else set()
-    fed = set(fed)
-    correct = [
-        example.label == prediction
-        for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True))
-        if i not in fed and normalised(example.text) not in known
-    ]
-    n, hits = len(correct), sum(map(int, correct))
+    seen = {*stand_in(texts, [normalised(row.text) for row in known]), *fed}
+    correct = [e.label == y for e, y in zip(examples, predictions, strict=True)]
+    clean = [hit for i, hit in enumerate(correct) if i not in seen]
+    n, hits = len(clean), int(sum(clean))
     return {
-        "train_data": " or ".join(sources),
+        "train_data": " or ".join(filter(None, sources)),
         "n": n,
         "accuracy": hits / n if n else None,
         "accuracy_interval": list(wilson_interval(hits, n)) if n else None,

@@ -9,9 +9,10 @@ texts are compared without punctuation, white space and differences in character
 """
 
 import argparse
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from qwen_min.files.overlap import normalised, stand_in
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, parse_labels
 from qwen_min.tokenizer import Tokenizer
 
+FORMS = ("verbatim", "normalised")
+
 
 @dataclass(frozen=True)
 class File:
@@ -32,42 +35,32 @@ class File:
 
     name: str
     examples: list[Example]
-    texts: dict[str, list[str]]  # "verbatim" and "normalised"
+    texts: dict[str, list[str]]  # by form
     tokens: list[int] | None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("first", metavar="A", help="a data file, .tsv, .csv or .jsonl")
-    add("second", metavar="B", nargs="?", help="another one, such as the test data")
-    words = ",".join(DEFAULT_LABELS)
-    about = "the word for each class, in class order (0 first)"
-    add("--labels", metavar="WORD,WORD", default=words, help=about)
-    add("--encoding", default="utf-8", help="of the files")
-    add("--model", help="count tokens too: tiny, a directory, or a hub name")
-    add(
-        "--max-text-tokens",
-        type=positive_int,
-        metavar="N",
-        default=DEFAULT_MAX_TEXT_TOKENS,
-        help="with --model, report the texts that have more than N tokens",
-    )
-    add("--list", action="store_true", help="print every row that was counted")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    return run_command(audit, build_parser().parse_args(argv))
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("first", metavar="A", help="a data file, .tsv, .csv or .jsonl")
+    add("second", metavar="B", nargs="?", help="another one, such as the test data")
+    about = "the word for each class, in class order (0 first)"
+    add("--labels", metavar="WORD,WORD", default=",".join(DEFAULT_LABELS), help=about)
+    add("--encoding", default="utf-8", help="of the files")
+    add("--model", help="count tokens too: tiny, a directory, or a hub name")
+    count = {"type": positive_int, "metavar": "N", "default": DEFAULT_MAX_TEXT_TOKENS}
+    about = "with --model, report the texts that have more than N tokens"
+    add("--max-text-tokens", **count, help=about)
+    add("--list", action="store_true", help="print every row that was counted")
+    return run_command(audit, parser.parse_args(argv))
 
 
 def audit(args: argparse.Namespace) -> int:
     """Read the files, count, print."""
     labels = parse_labels(args.labels)
     tokenizer = Tokenizer(resolve_model(args.model)) if args.model else None
-    names = [name for name in (args.first, args.second) if name is not None]
+    names = [args.first, *filter(None, [args.second])]
     if len({Path(name).resolve() for name in names}) < len(names):
         raise UserError(f"{args.second}: given twice; name two files, or one alone")
     files = [read(name, labels, args.encoding, tokenizer) for name in names]
@@ -82,28 +75,8 @@ def read(name: str, labels: Sequence[str], encoding: str, tokenizer: Tokenizer |
     examples = read_examples(name, labels, encoding)
     texts = [example.text for example in examples]
     tokens = [len(ids) for ids in tokenizer.encode_batch(texts)] if tokenizer else None
-    forms = {"verbatim": texts, "normalised": [normalised(text) for text in texts]}
-    return File(name, examples, forms, tokens)
-
-
-def format_audit(files: Sequence[File], labels: Sequence[str], max_tokens: int) -> str:
-    """A table of counts with a column for each file; below it, what two files have in common."""
-    columns = [file_counts(file, labels, max_tokens) for file in files]
-    rows = [[what, *(column[what] for column in columns)] for what in columns[0]]
-    names = short_names(files)
-    lines = [text_table(["", *names], rows)]
-    if len(files) == 2:
-        a, b = files
-        n = len(b.examples)
-        copies = {form: len(stand_in(texts, a.texts[form])) for form, texts in b.texts.items()}
-        lines += [
-            "",
-            f"rows of {names[1]} that stand in {names[0]}: {copies['verbatim']} of {n} verbatim, "
-            f"{copies['normalised']} normalised ({copies['normalised'] / n:.1%})",
-            f"texts with several labels in the two together: {conflicts(files, 'verbatim')} "
-            f"verbatim, {conflicts(files, 'normalised')} normalised",
-        ]
-    return "\n".join(lines)
+    forms = (texts, [normalised(text) for text in texts])
+    return File(name, examples, dict(zip(FORMS, forms, strict=True)), tokens)
 
 
 def short_names(files: Sequence[File]) -> list[str]:
@@ -112,37 +85,52 @@ def short_names(files: Sequence[File]) -> list[str]:
     return names if len(set(names)) == len(names) else [file.name for file in files]
 
 
-def file_counts(file: File, labels: Sequence[str], max_tokens: int) -> dict[str, str]:
+def format_audit(files: Sequence[File], labels: Sequence[str], max_tokens: int) -> str:
+    """A table of counts with a column for each file; below it, what two files have in common."""
+    columns = [file_counts(file, labels, max_tokens) for file in files]
+    rows = [[what, *(str(column[what]) for column in columns)] for what in columns[0]]
+    names = short_names(files)
+    table = text_table(["", *names], rows)
+    if len(files) == 1:
+        return table
+    copies, same = (len(stand_in(files[1].texts[form], files[0].texts[form])) for form in FORMS)
+    n = len(files[1].examples)
+    verbatim, normal = (conflicts(files, form) for form in FORMS)
+    return (
+        f"{table}\n\nrows of {names[1]} that stand in {names[0]}: {copies} of {n} verbatim, "
+        f"{same} normalised ({same / n:.1%})\n"
+        f"texts with several labels in the two together: {verbatim} verbatim, {normal} normalised"
+    )
+
+
+def file_counts(file: File, labels: Sequence[str], max_tokens: int) -> dict[str, str | int]:
     """One file's column of the table: what is counted → the count."""
-    n = len(file.examples)
-    counts = {"rows": str(n)}
+    n, texts = len(file.examples), file.texts
+    counts: dict[str, str | int] = {"rows": n}
     for word, count in zip(labels, class_counts(file.examples, len(labels)), strict=True):
         counts[f"class {word}"] = f"{count} ({count / n:.1%})"
-    lengths = {"characters": [len(example.text) for example in file.examples]}
-    if file.tokens is not None:
-        lengths["tokens"] = file.tokens
+    lengths = {"characters": [len(text) for text in texts["verbatim"]], "tokens": file.tokens}
     for unit, values in lengths.items():
-        middle, high = np.percentile(values, [50, 95])
-        what = f"{unit}: median, 95th percentile, longest"
-        counts[what] = f"{middle:.0f}, {high:.0f}, {max(values)}"
-    if file.tokens is not None:
+        if values:
+            middle, high = np.percentile(values, [50, 95])
+            spread = f"{middle:.0f}, {high:.0f}, {max(values)}"
+            counts[f"{unit}: median, 95th percentile, longest"] = spread
+    if file.tokens:
         over = sum(tokens > max_tokens for tokens in file.tokens)
-        counts[f"texts that the cut at {max_tokens} tokens shortens"] = str(over)
-    copies = {form: n - len(set(texts)) for form, texts in file.texts.items()}
-    counts["duplicates: rows with an earlier row's text"] = str(copies["verbatim"])
-    counts["  the same, normalised"] = str(copies["normalised"])
-    counts["texts with several labels"] = str(conflicts([file], "verbatim"))
-    counts["  these, normalised"] = str(conflicts([file], "normalised"))
-    return counts
+        counts[f"texts that the cut at {max_tokens} tokens shortens"] = over
+    return counts | {
+        "duplicates: rows with an earlier row's text": n - len(set(texts["verbatim"])),
+        "  the same, normalised": n - len(set(texts["normalised"])),
+        "texts with several labels": conflicts([file], "verbatim"),
+        "  these, normalised": conflicts([file], "normalised"),
+    }
 
 
 def conflicts(files: Sequence[File], form: str) -> int:
     """The number of distinct texts that have several labels, in all files together."""
-    labels_of: defaultdict[str, set[int]] = defaultdict(set)
-    for file in files:
-        for text, example in zip(file.texts[form], file.examples, strict=True):
-            labels_of[text].add(example.label)
-    return sum(len(labels) > 1 for labels in labels_of.values())
+    rows = [row for file in files for row in zip(file.texts[form], file.examples, strict=True)]
+    labels_of = Counter(text for text, _ in {(text, example.label) for text, example in rows})
+    return sum(labels > 1 for labels in labels_of.values())
 
 
 def findings(files: Sequence[File], labels: Sequence[str], max_tokens: int) -> list[str]:
@@ -150,34 +138,30 @@ def findings(files: Sequence[File], labels: Sequence[str], max_tokens: int) -> l
     titles = dict(zip((file.name for file in files), short_names(files), strict=True))
     # (form, text, file name or label) → file name and line of the first such row.
     first: dict[tuple[str, str, str | int], tuple[str, int]] = {}
-    for file in files:
-        for form, texts in file.texts.items():
-            for text, example in zip(texts, file.examples, strict=True):
-                for mark in (file.name, example.label):
-                    first.setdefault((form, text, mark), (file.name, example.line))
+    for file, form in product(files, FORMS):
+        for text, example in zip(file.texts[form], file.examples, strict=True):
+            for mark in (file.name, example.label):
+                first.setdefault((form, text, mark), (file.name, example.line))
 
-    def twin(file: File, i: int, marks: Iterable[str | int]) -> str | None:
+    def twin(file: File, i: int, marks: Sequence[str | int]) -> str | None:
         """Where row i's text occurs again with one of the marks; a verbatim copy comes first."""
         here = (file.name, file.examples[i].line)
-        for form, texts in file.texts.items():
-            for mark in marks:
-                name, line = first.get((form, texts[i], mark), here)
-                if (name, line) != here:
-                    place = f"line {line}" if name == file.name else f"{titles[name]}, line {line}"
-                    return place if form == "verbatim" else f"{place}, {form}"
+        for form, mark in product(FORMS, marks):
+            name, line = first.get((form, file.texts[form][i], mark), here)
+            if (name, line) != here:
+                place = f"line {line}" if name == file.name else f"{titles[name]}, line {line}"
+                return place if form == "verbatim" else f"{place}, {form}"
         return None
 
     lines = []
     for file in files:
+        earlier = [] if file is files[0] else [files[0].name]
         for i, example in enumerate(file.examples):
             others = [c for c in range(len(labels)) if c != example.label]
-            reasons = []
-            if place := twin(file, i, [file.name]):
-                reasons.append(f"duplicate of {place}")
-            if file is not files[0] and (place := twin(file, i, [files[0].name])):
-                reasons.append(f"stands in {place}")
-            if place := twin(file, i, others):
-                reasons.append(f"labelled {labels[example.label]}, otherwise in {place}")
+            labelled = f"labelled {labels[example.label]}, otherwise in"
+            marks = {"duplicate of": [file.name], "stands in": earlier, labelled: others}
+            places = {what: twin(file, i, marks[what]) for what in marks}
+            reasons = [f"{what} {place}" for what, place in places.items() if place]
             if file.tokens and file.tokens[i] > max_tokens:
                 reasons.append(f"{file.tokens[i]} tokens, cut to {max_tokens}")
             text = " ".join(example.text.split())

@@ -6,19 +6,27 @@ belong to one method.
 
 import json
 import statistics
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from qwen_min.errors import UserError
+from qwen_min.files.disk import read_json
 from qwen_min.files.run import FREE, read_run
 from qwen_min.metrics import confusion_matrix, mcnemar_exact, paired_bootstrap
 
-NEEDED = ("method", "n", "accuracy", "accuracy_interval", "per_class", "macro", "auc_roc", "brier")
-NEEDED += ("ece", "confusion_matrix", "examples_hash", "seconds", "arguments")
+NEEDED = dict.fromkeys(("accuracy_interval", "per_class", "confusion_matrix"), list)
+NEEDED |= {"method": str, "examples_hash": str, "n": int, "accuracy": float, "seconds": float}
+NEEDED |= {"macro": dict, "arguments": dict}
+# Numbers of a row, and their headings. The recall of each class stands between the two.
+HEADLINE = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
+OTHERS = {"auc_roc": "AUC", "brier": "Brier", "ece": "ECE", "trained_parameters": "trained"}
+OTHERS |= {"training_seconds": "train s", "seconds": "eval s"}
 # Arguments that do not make another method. The examples are identified by their hash instead.
 IGNORED = {*FREE, "method", "seed", "run", "predictions", "train_data", "data", "limit", "encoding"}
 IGNORED |= {"label_sets", "calibrate", "explain"}
@@ -46,23 +54,13 @@ class Result:
     run: Path | None
 
     @property
-    def measures(self) -> dict[str, float | None]:
-        """The numbers of one row of the table; None if undefined."""
-        results = self.results
-        headline = results if len(results["per_class"]) == 2 else results["macro"]
-        return {
-            "accuracy": results["accuracy"],
-            **{key: headline[key] for key in ("precision", "recall", "f1")},
-            **{f"recall_{c}": row["recall"] for c, row in enumerate(results["per_class"])},
-            **{key: results[key] for key in ("auc_roc", "brier", "ece")},
-            **{key: results.get(key) for key in ("trained_parameters", "training_seconds")},
-            "seconds": results["seconds"],
-        }
-
-    @property
     def row(self) -> dict[str, float | list[float] | None]:
-        """The measures and the 95 % interval of the accuracy."""
-        return {**self.measures, "accuracy_interval": self.results["accuracy_interval"]}
+        """The numbers of one row of the table; None if undefined."""
+        classes = self.results["per_class"]
+        recalls = {f"recall_{c}": row["recall"] for c, row in enumerate(classes)}
+        values = self.results | recalls | (self.results["macro"] if len(classes) > 2 else {})
+        keys = (*HEADLINE, *recalls, *OTHERS, "accuracy_interval")
+        return {key: values.get(key) for key in keys}
 
 
 @dataclass(frozen=True)
@@ -83,10 +81,11 @@ class Method:
         return [row["name"] for row in self.first.results["per_class"]]
 
     def summary(self) -> tuple[dict, dict]:
-        """Mean and sample standard deviation of each measure over the seeds; None if undefined."""
+        """Mean and sample standard deviation of each number over the seeds; None if undefined."""
         mean, sd = {}, {}
-        for key in self.first.measures:
-            values = [result.measures[key] for result in self.seeds.values()]
+        rows = [result.row for result in self.seeds.values()]
+        for key in [key for key in rows[0] if key != "accuracy_interval"]:
+            values = [row[key] for row in rows]
             defined = None not in values
             mean[key] = statistics.fmean(values) if defined else None
             sd[key] = statistics.stdev(values) if defined and len(values) > 1 else None
@@ -94,21 +93,20 @@ class Method:
 
 
 @contextmanager
-def reading(path: Path, what: str, advice: str) -> Iterator[None]:
-    """Turn an error of the block into one line: `path` cannot be read, or is not `what`."""
+def reading(path: Path, kind: str, advice: str) -> Iterator[None]:
+    """Turn an error of the block into one line: `path` is not `kind`."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; {advice}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"without {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise UserError(f"{path}: not {what} ({reason}); {advice}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"without {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: not {kind} ({reason}); {advice}") from None
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSON Lines file. Not str.splitlines: JSON strings may contain U+2028."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+def read_columns(path: Path, *keys: str) -> list[list]:
+    """The values of each key in all lines of a JSON Lines file."""
+    # Not str.splitlines: JSON strings may contain U+2028.
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return [[row[key] for row in rows] for key in keys]
 
 
 def read_all(arguments: Sequence[str]) -> list[Result]:
@@ -117,10 +115,8 @@ def read_all(arguments: Sequence[str]) -> list[Result]:
     for argument in map(Path, arguments):
         found = sorted(argument.glob("results-*.json")) if argument.is_dir() else [argument]
         if not found:
-            raise UserError(
-                f"{argument}: holds no results-*.json; make one with: "
-                f"python evaluate.py --run {argument} --data FILE"
-            )
+            make = f"python evaluate.py --run {argument} --data FILE"
+            raise UserError(f"{argument}: holds no results-*.json; make one with: {make}")
         for path in found:
             paths.setdefault(path.resolve(), path)
     return [read_result(path) for path in paths.values()]
@@ -128,39 +124,26 @@ def read_all(arguments: Sequence[str]) -> list[Result]:
 
 def read_result(path: Path) -> Result:
     """Read a results file and its predictions. Raises UserError for any other file."""
-    advice = "expected the file that evaluate.py writes as --output, or a run directory"
-    with reading(path, "results of evaluate.py", advice):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if missing := [key for key in NEEDED if key not in results]:
-            raise ValueError(f"without {', '.join(missing)}")
-        arguments = dict(results["arguments"])
-    run = None
-    if arguments.get("run") is not None:
-        # The run directory may have been moved since, with the results in it.
-        places = (path.parent, Path(arguments["run"]))
-        run = next((place for place in places if (place / "run.json").exists()), None)
+    advice = "give the file that evaluate.py writes as --output, or a run directory"
+    results = read_json(path, "results of evaluate.py", advice, **NEEDED)
+    arguments = results["arguments"]
+    # The run directory may have been moved since, with the results in it.
+    places = (path.parent, Path(arguments["run"])) if arguments.get("run") else ()
+    run = next((place for place in places if (place / "run.json").exists()), None)
     training = results.get("training_arguments")
     if training is None and run:
         training = read_run(run)["arguments"]
     settings = {name: value for name, value in arguments.items() if name not in IGNORED}
     for name, value in (training or {}).items():
         # data and limit stay: training rows must match between seeds. Equal values: listed once.
-        if name in IGNORED - {"data", "limit"} or (name, value) in settings.items():
-            continue
-        settings[f"train_{name}" if name in arguments else name] = value
-    return Result(
-        path=path,
-        results=results,
-        identity={
-            "examples": results["examples_hash"][:8],
-            **{k: v for k, v in settings.items() if v is not None and v is not False},
-            "method": results["method"],
-        },
-        seed=(training or arguments).get("seed", 0),
-        trained=training is not None,
-        predictions=read_predictions(path, results),
-        run=run,
-    )
+        if name not in IGNORED - {"data", "limit"} and (name, value) not in settings.items():
+            settings[f"train_{name}" if name in arguments else name] = value
+    settings = {name: v for name, v in settings.items() if v is not None and v is not False}
+    examples = {"examples": results["examples_hash"][:8]}
+    identity = examples | settings | {"method": results["method"]}
+    seed = (training or arguments).get("seed", 0)
+    predictions = read_predictions(path, results)
+    return Result(path, results, identity, seed, training is not None, predictions, run)
 
 
 def read_predictions(path: Path, results: dict) -> Predictions | None:
@@ -177,41 +160,33 @@ def read_predictions(path: Path, results: dict) -> Predictions | None:
     n, classes = results["n"], len(results["per_class"])
     advice = "evaluate again, or move it away to do without"
     with reading(place, f"the predictions of {path.name}", advice):
-        rows = read_lines(place)
-        if [row["index"] for row in rows] != list(range(n)):
+        columns = read_columns(place, "index", "label", "prediction", "scores")
+        index, labels, predicted, scores = columns
+        if index != list(range(n)):
             raise ValueError(f"rows are not numbered 0 to {n - 1}")
-        labels = np.array([row["label"] for row in rows])
-        predicted = np.array([row["prediction"] for row in rows])
-        scores = None
-        if all(row["scores"] is not None for row in rows):
-            scores = np.array([row["scores"] for row in rows], dtype=np.float64)
-            if scores.shape != (n, classes) or not np.isfinite(scores).all():
-                raise ValueError(f"scores are not {classes} numbers for each row")
-        matrix = confusion_matrix(labels, predicted, classes).tolist()
-        if matrix != results["confusion_matrix"]:
+        scores = None if None in scores else np.array(scores, dtype=np.float64)
+        if scores is not None and not (scores.shape == (n, classes) and np.isfinite(scores).all()):
+            raise ValueError(f"scores are not {classes} numbers for each row")
+        if confusion_matrix(labels, predicted, classes).tolist() != results["confusion_matrix"]:
             raise ValueError(f"they make another confusion matrix than {path.name} has")
-    return Predictions(labels, predicted, scores)
+        return Predictions(np.array(labels), np.array(predicted), scores)
 
 
 def gather(results: Sequence[Result]) -> list[Method]:
     """Group the seeds of each method, in the order given, and give each method a unique name."""
-    groups: list[list[Result]] = []
+    groups, seen = defaultdict(list), Counter()
     for result in results:
-        for group in groups:
-            seeds = [other.seed for other in group]
-            if group[0].identity == result.identity and result.seed not in seeds:
-                group.append(result)
-                break
-        else:
-            groups.append([result])
-    firsts = [group[0] for group in groups]
+        same = json.dumps(result.identity, sort_keys=True)
+        # A method with a seed that occurs twice becomes two rows.
+        seen[same, result.seed] += 1
+        groups[same, seen[same, result.seed]].append(result)
+    firsts = [group[0] for group in groups.values()]
     names = [method_name(first, firsts) for first in firsts]
     methods = []
-    for name, group in zip(names, groups, strict=True):
-        # The same evaluation twice, or values that look alike once shortened.
+    for name, group in zip(names, groups.values(), strict=True):
+        # Equal names: the same evaluation twice, or values that look alike once shortened.
         path = f" ({group[0].path})" if names.count(name) > 1 else ""
-        seeds = {result.seed: result for result in sorted(group, key=lambda result: result.seed)}
-        methods.append(Method(name + path, seeds))
+        methods.append(Method(name + path, dict(sorted((r.seed, r) for r in group))))
     return methods
 
 
@@ -237,41 +212,35 @@ def compare(a: Method, b: Method) -> dict:
     has seed_a, seed_b, difference (A's accuracy minus B's), interval (95 %, paired bootstrap),
     only_a and only_b (rows that only one has right) and p (exact McNemar).
     """
-    pair = {"a": a.name, "b": b.name, "tests": [], "not_compared": None}
-    if a.first.results["examples_hash"] != b.first.results["examples_hash"]:
-        about = " and ".join(
-            f"{m.first.results['n']} examples with hash {m.first.results['examples_hash'][:8]}"
-            for m in (a, b)
-        )
-        return pair | {"not_compared": f"evaluated on different examples: {about}"}
-    for result in [*a.seeds.values(), *b.seeds.values()]:
-        if result.predictions is None:
-            return pair | {"not_compared": f"no predictions beside {result.path}"}
-    seeds = paired_seeds(a, b)
-    if not seeds:
-        found = " and ".join(", ".join(map(str, m.seeds)) for m in (a, b))
-        return pair | {"not_compared": f"no seed in common: {found}"}
-    return pair | {"tests": [paired_test(a.seeds[i], b.seeds[j]) for i, j in seeds]}
+    first, other = a.first.results, b.first.results
+    results = [*a.seeds.values(), *b.seeds.values()]
+    without = [result.path for result in results if result.predictions is None]
+    seeds, reason = paired_seeds(a, b), None
+    if first["examples_hash"] != other["examples_hash"]:
+        about = [f"{r['n']} examples with hash {r['examples_hash'][:8]}" for r in (first, other)]
+        reason = f"evaluated on different examples: {' and '.join(about)}"
+    elif without:
+        reason = f"no predictions beside {without[0]}"
+    elif not seeds:
+        found = [", ".join(map(str, method.seeds)) for method in (a, b)]
+        reason = f"no seed in common: {' and '.join(found)}"
+    tests = [] if reason else [paired_test(a.seeds[i], b.seeds[j]) for i, j in seeds]
+    return {"a": a.name, "b": b.name, "tests": tests, "not_compared": reason}
 
 
 def paired_seeds(a: Method, b: Method) -> list[tuple[int, int]]:
     """Pairs (seed of A, seed of B) to test: equal seeds; every seed with an untrained method."""
-    if len(a.seeds) == len(b.seeds) == 1:
-        return [(a.first.seed, b.first.seed)]
-    if len(a.seeds) == 1 and not a.first.trained:
-        return [(a.first.seed, seed) for seed in b.seeds]
-    if len(b.seeds) == 1 and not b.first.trained:
-        return [(seed, b.first.seed) for seed in a.seeds]
+    single = [method.first for method in (a, b) if len(method.seeds) == 1]
+    if len(single) == 2 or not all(result.trained for result in single):
+        return list(product(a.seeds, b.seeds))
     return [(seed, seed) for seed in a.seeds if seed in b.seeds]
 
 
 def paired_test(a: Result, b: Result) -> dict:
     """One paired test of two results on the same examples; its keys as in `compare`."""
     if not np.array_equal(a.predictions.labels, b.predictions.labels):
-        raise UserError(
-            f"{b.path}: its predictions have other labels than those of {a.path}, although both "
-            "name the same examples; evaluate both again"
-        )
+        others = f"its predictions have other labels than those of {a.path}"
+        raise UserError(f"{b.path}: {others}, but the same examples_hash; evaluate both again")
     correct = [r.predictions.predicted == r.predictions.labels for r in (a, b)]
     difference, low, high = paired_bootstrap(*correct)
     test = {"seed_a": a.seed, "seed_b": b.seed, "difference": difference, "interval": [low, high]}

@@ -12,7 +12,7 @@ in pairs. Runs that differ only in --seed form one row.
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from itertools import combinations, zip_longest
@@ -21,11 +21,13 @@ from qwen_min.command.cli import make_parser, run_command
 from qwen_min.command.terminal import text_table
 from qwen_min.errors import UserError
 from qwen_min.files.output import commit_outputs, open_outputs
-from qwen_min.report.compare import Method, compare, gather, read_all
+from qwen_min.report.compare import HEADLINE, OTHERS, Method, compare, gather, read_all
+
+DECIMALS = {"trained_parameters": 0, "training_seconds": 1, "seconds": 1}  # others: 4
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("results", nargs="+", metavar="RESULTS", help="a results file or a run directory")
@@ -33,30 +35,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", metavar="FILE", help="write the report to FILE instead of the terminal")
     drawn = "ROC curves, reliability diagrams and training curves"
     add("--plots", metavar="DIR", help=f"also draw {drawn} (needs matplotlib)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    return run_command(report, build_parser().parse_args(argv))
+    return run_command(report, parser.parse_args(argv))
 
 
 def report(args: argparse.Namespace) -> int:
     """Read and compare the results, print or write the report, then draw the pictures."""
     if args.plots and find_spec("matplotlib") is None:
-        raise UserError(
-            "--plots needs matplotlib, which is not installed: pip install matplotlib, or leave "
-            "--plots out"
-        )
+        install = "pip install matplotlib, or leave --plots out"
+        raise UserError(f"--plots needs matplotlib, which is not installed: {install}")
     with ExitStack() as stack:
-        outputs = open_outputs([args.output], stack, args.results)
+        (output,) = open_outputs([args.output], stack, args.results)
         methods = gather(read_all(args.results))
         pairs = [compare(a, b) for a, b in combinations(methods, 2)]
         if args.format == "json":
             text = json.dumps(as_json(methods, pairs), ensure_ascii=False, indent=2)
         else:
             text = format_report(methods, pairs, args.format == "markdown")
-        commit_outputs([(outputs[0], text + "\n")])
+        commit_outputs([(output, text + "\n")])
     if not args.output:
         print(text)
     if args.plots:
@@ -74,8 +69,8 @@ def as_json(methods: Sequence[Method], pairs: Sequence[dict]) -> dict:
         mean, sd = method.summary()
         shared = {key: method.first.results[key] for key in ("n", "examples_hash")}
         seeds = [{"seed": seed, "file": str(r.path), **r.row} for seed, r in method.seeds.items()]
-        summary = {"mean": mean, "standard_deviation": sd}
-        rows.append({"name": method.name, **shared, **summary, "seeds": seeds})
+        numbers = {"mean": mean, "standard_deviation": sd, "seeds": seeds}
+        rows.append({"name": method.name} | shared | numbers)
     return {"methods": rows, "pairs": list(pairs)}
 
 
@@ -90,11 +85,9 @@ def format_report(methods: Sequence[Method], pairs: Sequence[dict], markdown: bo
             mean, sd = method.summary()
             interval = f"sd {sd['accuracy']:.4f}, {len(method.seeds)} seeds"
             values = mean | {"accuracy_interval": interval}
-            seed_rows.append(
-                [f"{method.name}, sd", *cells(sd | {"accuracy_interval": ""}, columns)]
-            )
-            for seed, result in method.seeds.items():
-                seed_rows.append([f"{method.name}, seed {seed}", *cells(result.row, columns)])
+            named = {"sd": sd | {"accuracy_interval": ""}}
+            named |= {f"seed {seed}": result.row for seed, result in method.seeds.items()}
+            seed_rows += [[f"{method.name}, {k}", *cells(row, columns)] for k, row in named.items()]
         rows.append([method.name, str(method.first.results["n"]), *cells(values, columns)])
     parts = [draw(["method", "n", *columns.values()], rows), "\n".join(notes(methods))]
     if seed_rows:
@@ -116,66 +109,50 @@ def format_report(methods: Sequence[Method], pairs: Sequence[dict], markdown: bo
             f"p < {0.05 / len(tests):.2g}\n(0.05 / {len(tests)}) stands up to that."
         )
     bullet = "- " if markdown else ""
-    refused = [
-        f"{bullet}{pair['a']} and {pair['b']}: not compared, {pair['not_compared']}"
-        for pair in pairs
-        if pair["not_compared"]
-    ]
-    parts.append("\n".join(refused))
-    return "\n\n".join(part for part in parts if part)
+    refused = [(f"{pair['a']} and {pair['b']}", pair["not_compared"]) for pair in pairs]
+    lines = [f"{bullet}{names}: not compared, {reason}" for names, reason in refused if reason]
+    return "\n\n".join(filter(None, [*parts, "\n".join(lines)]))
 
 
 def table_columns(methods: Sequence[Method]) -> dict[str, str]:
     """Measure → heading, in the order of the columns."""
-    columns = {"accuracy": "accuracy", "accuracy_interval": "95 % interval"}
-    columns |= {"precision": "precision", "recall": "recall", "f1": "F1"}
+    columns = {"accuracy": "accuracy", "accuracy_interval": "95 % interval"} | HEADLINE
     for c, words in enumerate(zip_longest(*(method.classes for method in methods))):
         word, *others = {*words} - {None}
         columns[f"recall_{c}"] = f"recall of class {c}" if others else f"recall {word}"
-    columns |= {"auc_roc": "AUC", "brier": "Brier", "ece": "ECE"}
-    columns |= {"trained_parameters": "trained", "training_seconds": "train s"}
-    return columns | {"seconds": "eval s"}
+    return columns | OTHERS
 
 
 def notes(methods: Sequence[Method]) -> list[str]:
     """What the columns mean: this depends on the number of classes."""
     lines = []
-    two = [method.classes for method in methods if len(method.classes) == 2]
-    if two:
-        word, *others = {classes[1] for classes in two}
-        named = "" if others else f" ({word})"
+    positive = {method.classes[1] for method in methods if len(method.classes) == 2}
+    if positive:
+        named = f" ({min(positive)})" if len(positive) == 1 else ""
         lines.append(f"Two classes: precision, recall and F1 of class 1{named}.")
-    if len(two) < len(methods):
-        lines.append(
-            "More than two classes: precision, recall, F1 and AUC are means over the classes; "
-            "Brier is summed over them."
-        )
+    if any(len(method.classes) > 2 for method in methods):
+        more = "precision, recall, F1 and AUC are means over the classes; Brier is summed over them"
+        lines.append(f"More than two classes: {more}.")
     return lines
 
 
-def cells(values: dict, measures: Iterable[str]) -> list[str]:
+def cells(values: dict, columns: dict[str, str]) -> list[str]:
     """The values of a row as text; "-" for one that is undefined or does not exist."""
-    texts = []
-    for measure in measures:
-        value = values.get(measure)
+
+    def cell(measure: str, value: float | list[float] | str | None) -> str:
         if value is None:
-            texts.append("-")
-        elif isinstance(value, str):
-            texts.append(value)
-        elif measure == "accuracy_interval":
-            texts.append("{:.4f} to {:.4f}".format(*value))
-        else:
-            decimals = {"trained_parameters": 0, "training_seconds": 1, "seconds": 1}
-            texts.append(f"{value:.{decimals.get(measure, 4)}f}")
-    return texts
+            return "-"
+        if isinstance(value, list):
+            return "{:.4f} to {:.4f}".format(*value)
+        return value if isinstance(value, str) else f"{value:.{DECIMALS.get(measure, 4)}f}"
+
+    return [cell(measure, values.get(measure)) for measure in columns]
 
 
 def pair_row(pair: dict, test: dict, several: set[str]) -> list[str]:
     """One test as a row of the table of pairs. The methods in `several` are named with the seed."""
-    names = [
-        f"{pair[side]}, seed {test[f'seed_{side}']}" if pair[side] in several else pair[side]
-        for side in "ab"
-    ]
+    seeds = [f", seed {test[f'seed_{side}']}" if pair[side] in several else "" for side in "ab"]
+    names = [pair["a"] + seeds[0], pair["b"] + seeds[1]]
     interval = "{:+.4f} to {:+.4f}".format(*test["interval"])
     counts = [str(test["only_a"]), str(test["only_b"])]
     return [*names, f"{test['difference']:+.4f}", interval, *counts, p_value(test["p"])]

@@ -101,7 +101,7 @@ def roc() -> Figure:
     """ROC curves of the main methods, every seed."""
     scored = [(name, {s: r.predictions for s, r in find(name).items()}) for name in RANKED]
     words = [readable(e["name"], DRAWABLE) for e in first("zero_shot").results["per_class"]]
-    return plot_roc(scored, [(word, word) for word in words])
+    return plot_roc(scored, words)
 
 
 def reliability() -> Figure:
