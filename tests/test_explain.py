@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_reference
 
-from qwen_min.command.terminal import clipped, columns, visible
+from qwen_min.command.terminal import WIDTH, clipped, columns, visible
 from qwen_min.fast.features import pooled_features
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.weights import load_model
@@ -23,7 +23,6 @@ from qwen_min.prompt import Prompt, build_prompts
 from qwen_min.scoring import label_mass, score_label
 from qwen_min.tokenizer import Tokenizer
 
-WIDTH = 100  # of a terminal, in columns
 WORDS = ("差评", "好评")
 TEXT = "房间很干净，服务员 态度也好。\n😀"
 TEMPLATE = "评论：{text}\n情感倾向：\n"

@@ -16,9 +16,13 @@ import train
 from qwen_min.command.terminal import columns, visible
 from qwen_min.files.data import read_examples
 from qwen_min.files.weights import load_model
-from qwen_min.lab.calibration import fit_temperature, log_mean_probability
+from qwen_min.lab.calibration import (
+    CONTENT_FREE,
+    fit_temperature,
+    held_out_rows,
+    log_mean_probability,
+)
 from qwen_min.lab.generation import MAX_NEW_TOKENS, first_label, greedy, stop_ids
-from qwen_min.lab.neutral import CONTENT_FREE, held_out_rows
 from qwen_min.metrics import log_loss
 from qwen_min.prompt import build_prompts
 from qwen_min.report.compare import read_result

@@ -3,16 +3,12 @@
 from collections.abc import Sequence
 from unicodedata import category, east_asian_width
 
+WIDTH = 100  # of a terminal, in columns
+
 
 def columns(text: str) -> int:
     """Width in a terminal, where a Chinese character takes two columns."""
     return sum(2 if east_asian_width(char) in "WF" else 1 for char in text)
-
-
-def pad(text: str, width: int, left: bool = False) -> str:
-    """Fill with spaces to a width in terminal columns."""
-    space = " " * max(0, width - columns(text))
-    return space + text if left else text + space
 
 
 def clipped(text: str, width: int = 9) -> str:
@@ -28,7 +24,10 @@ def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int =
     widths = [max(map(columns, column)) for column in zip(*table, strict=True)]
     lines = []
     for row in table:
-        cells = [pad(cell, widths[i], left=i >= words) for i, cell in enumerate(row)]
+        cells = []
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            space = " " * (width - columns(cell))
+            cells.append(cell + space if i < words else space + cell)
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 

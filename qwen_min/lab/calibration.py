@@ -14,21 +14,23 @@ No correction uses the labels of evaluated rows. `best_threshold` does: it is a 
 correction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from qwen_min.command.terminal import text_table
+from qwen_min.files.data import HELD_OUT, Example, held_out_split
+from qwen_min.files.overlap import normalised
 from qwen_min.metrics import evaluate_predictions, softmax
+from qwen_min.prompt import FIELD, Prompt
 
+# The average is over these three inputs, as in Zhao et al. 2021, section 5.
+CONTENT_FREE = ("N/A", "[MASK]", "")
+RANDOM_TEXTS = 20  # as Fei et al. 2023
+# Enough to fit one number; the held-out part may have thousands of rows, each with a forward.
+TEMPERATURE_ROWS = 256
 MEASURES = ("accuracy", "auc_roc", "log_loss", "ece")
-
-
-def length_normalised(scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """s_y / (number of y's tokens): the mean log-probability of a token (Brown et al. 2020,
-    arXiv:2005.14165, section 2.4). lengths (n, C). If all lengths are k, this is temperature k."""
-    return scores / lengths
 
 
 def log_mean_probability(scores: np.ndarray) -> np.ndarray:
@@ -89,6 +91,61 @@ class Neutral:
     held_out: tuple[np.ndarray, np.ndarray] | None  # labels (m,) and scores, if there are any
 
 
+def random_texts(texts: Sequence[str], seed: int, count: int = RANDOM_TEXTS) -> list[str]:
+    """Texts of characters drawn at random from all of `texts`, each as long as their average.
+
+    Fei et al. draw words. Chinese does not mark word borders, so characters are drawn here.
+    """
+    characters = np.array(list("".join(texts)))
+    length = max(1, round(len(characters) / len(texts)))
+    drawn = np.random.default_rng(seed).choice(characters, size=(count, length))
+    return ["".join(row) for row in drawn]
+
+
+def premise_template(template: str) -> str:
+    """The template without the part before the text.
+
+    With an empty text only the words that ask for the label remain. If the template has no words
+    after the text, it is returned whole.
+    """
+    _, _, behind = template.partition(FIELD)
+    return FIELD + behind.lstrip() if behind.strip() else template
+
+
+def held_out_rows(
+    training: Sequence[Example], evaluated: Sequence[Example], data_seed: int
+) -> list[Example]:
+    """Rows of the training data's held-out part, without texts that are evaluated."""
+    _, held_out = held_out_split(training, HELD_OUT, data_seed)
+    seen = {normalised(example.text) for example in evaluated}
+    rows = [training[i] for i in held_out if normalised(training[i].text) not in seen]
+    return rows[:TEMPERATURE_ROWS]
+
+
+def score_neutral(
+    prompts_of: Callable[..., list[Prompt]],
+    template: str,
+    examples: Sequence[Example],
+    training: Sequence[Example] | None,
+    seeds: tuple[int, int],
+    score: Callable[[list[Prompt]], np.ndarray],
+) -> Neutral:
+    """Scores of all inputs that calibration needs besides the evaluated `examples`.
+
+    prompts_of(texts) builds prompts in `template`, prompts_of(texts, other) in another template.
+    training: the training data, if known. seeds: of the random texts, and of the training data's
+    split. score: from prompts to the model's class scores (n, C).
+    """
+    held_out = None
+    if rows := training and held_out_rows(training, examples, seeds[1]):
+        labels = np.array([row.label for row in rows])
+        held_out = labels, score(prompts_of([row.text for row in rows]))
+    content_free = score(prompts_of(CONTENT_FREE))
+    random = score(prompts_of(random_texts([example.text for example in examples], seeds[0])))
+    premise = score(prompts_of([""], premise_template(template)))
+    return Neutral(content_free, random, premise, held_out)
+
+
 def log_priors(scores: np.ndarray, neutral: Neutral) -> dict[str, np.ndarray]:
     """The log priors (C,) by the name of their correction.
 
@@ -113,12 +170,14 @@ def log_priors(scores: np.ndarray, neutral: Neutral) -> dict[str, np.ndarray]:
 def calibrations(
     labels: np.ndarray, scores: np.ndarray, lengths: np.ndarray, neutral: Neutral
 ) -> dict[str, dict]:
-    """For each correction of `scores`: its measures, its prior (C,) and temperature, if any."""
+    """For each correction of `scores`: its measures, its prior (C,) and temperature, if any.
+
+    lengths (n, C): the numbers of the words' tokens. length_normalised is s_y / (y's tokens), the
+    mean log-probability of a token (Brown et al. 2020, arXiv:2005.14165, section 2.4).
+    """
     none = {"prior": None, "temperature": None}
-    found = {
-        "raw": measures(labels, scores) | none,
-        "length_normalised": measures(labels, length_normalised(scores, lengths)) | none,
-    }
+    found = {"raw": measures(labels, scores) | none}
+    found["length_normalised"] = measures(labels, scores / lengths) | none
     for name, log_prior in log_priors(scores, neutral).items():
         prior = softmax([log_prior])[0].tolist()
         found[name] = measures(labels, scores - log_prior) | none | {"prior": prior}

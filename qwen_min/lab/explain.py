@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from qwen_min.command.terminal import clipped, text_table, visible
+from qwen_min.command.terminal import WIDTH, clipped, columns, text_table, visible
 from qwen_min.head import LinearHead, pooled_state
 from qwen_min.metrics import softmax
 from qwen_min.model import Qwen
@@ -154,11 +154,12 @@ def explain_head(
 
 
 def prompt_part(tokenizer: Tokenizer, prompt: Prompt) -> str:
-    """The prompt's tokens, each above its id, seven in a line."""
-    pieces = [clipped(visible(tokenizer.decode([token])), 12) for token in prompt.ids]
-    lines = range(0, len(pieces), 7)  # of seven tokens: at most 96 columns
+    """The prompt's tokens, each above its id, in lines that fit the terminal."""
+    pieces = [visible(tokenizer.decode([token])) for token in prompt.ids]
     ids = list(map(str, prompt.ids))
-    tables = [text_table(pieces[i : i + 7], [ids[i : i + 7]], words=7) for i in lines]
+    n = max(1, WIDTH // (max(map(columns, pieces + ids)) + 2))  # tokens in a line
+    starts = range(0, len(ids), n)
+    tables = [text_table(pieces[i : i + n], [ids[i : i + n]], words=n) for i in starts]
     cut = ", the text cut to its first tokens" * prompt.truncated
     shown = f"prompt: {len(prompt.ids)} tokens{cut}\n" + "\n\n".join(tables)
     return shown + "\n\n\ufffd: a part of a character" * ("\ufffd" in shown)
