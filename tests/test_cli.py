@@ -315,7 +315,7 @@ def test_a_full_device(temporary):
 
 def test_where_even_the_rescue_fails_it_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", fails)
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", fails)
+    monkeypatch.setattr(tempfile, "mkstemp", fails)
     with pytest.raises(UserError, match=r"nor can a temporary file .*run again"):  # noqa: SIM117
         with Output(tmp_path / "r.json") as output:
             output.commit("lost")

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qwen_min.errors import UserError
+from qwen_min.files import disk
 from qwen_min.files import weights as loading
 from qwen_min.files.weights import (
     INDEX,
@@ -23,7 +24,6 @@ from qwen_min.files.weights import (
     load_model,
     read_tensors,
     save_model,
-    tensor_hashes,
 )
 
 IDS = torch.arange(7, 71)[None]  # (1, 64)
@@ -138,7 +138,6 @@ def test_shards_equal_the_single_file(tmp_path, untied):
     config = json.loads((directory / "config.json").read_text())
     write(tmp_path, config, {k: v.contiguous() for k, v in model.state_dict().items()})
     single, sharded = load_model(tmp_path), load_model(directory)
-    assert tensor_hashes(single.state_dict().items()) == tensor_hashes(sharded.state_dict().items())
     assert fingerprint(single.state_dict().items()) == fingerprint(sharded.state_dict().items())
     assert checkpoint_fingerprint(tmp_path) == checkpoint_fingerprint(directory)
 
@@ -321,7 +320,7 @@ def test_unreadable_file(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / SINGLE).write_bytes(WHOLE)
-    monkeypatch.setattr(loading, "safe_open", denied)  # root may read every file
+    monkeypatch.setattr(disk, "safe_open", denied)  # root may read every file
     refused(read_tensors, tmp_path, tmp_path / SINGLE, "Permission denied")
 
 
@@ -465,15 +464,10 @@ def test_an_empty_weight_map(tmp_path, tied):
 @pytest.mark.parametrize(
     "name", ["model.embed_tokens.weight", "model.layers.2.self_attn.k_proj.bias", NORM]
 )
-def test_one_bit_changes_the_hash_of_its_tensor_alone(tmp_path, tied, name):
+def test_one_bit_changes_the_fingerprint(tmp_path, tied, name):
     config, tensors = tied
-    before = tensor_hashes(tensors.items())
-    assert before.keys() == tensors.keys() and len(set(before.values())) == len(before)
     changed = tensors[name].clone()
     changed.view(torch.int32).view(-1)[-1] ^= 1  # the last number's last bit
-    after = tensor_hashes((tensors | {name: changed}).items())
-    assert {key for key in before if before[key] != after[key]} == {name}
-
     whole = fingerprint(tensors.items())
     assert fingerprint((tensors | {name: changed}).items()) != whole
     checkpoint = checkpoint_fingerprint(write(tmp_path, config, tensors))
@@ -509,7 +503,7 @@ def test_fingerprint_is_of_names_too_and_of_no_order(tied):
 
 def test_hash_is_of_dtype_shape_and_bytes():
     def digest(tensor: Tensor) -> str:
-        return tensor_hashes([("x", tensor)])["x"]
+        return fingerprint([("x", tensor)])
 
     x = torch.arange(6.0).view(2, 3)
     assert digest(x) == digest(x.clone())

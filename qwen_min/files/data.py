@@ -11,10 +11,11 @@ import hashlib
 import io
 import json
 import os
+import re
 import reprlib
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -55,26 +56,13 @@ def read_examples(
         raise UserError(f"--limit is {limit}, expected at least 1 row: give a positive number")
     suffix = path.suffix.lower()
     if os.path.isfile(path) and suffix not in (".tsv", ".csv", ".jsonl"):
-        raise UserError(
-            f"{path}: extension is {suffix!r}, expected .tsv, .csv or .jsonl: rename it"
-        )
-    text = _decode(path, encoding)
-    # Not str.splitlines: it also splits at U+2028, U+0085, \v and \f, which reviews contain.
-    lines = ((n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), start=1))
-    if suffix == ".jsonl":
-        records = _objects(path, _refuse_blank(path, ((n, [line]) for n, line in lines)))
-    elif suffix == ".csv":
-        records = _table(path, _refuse_blank(path, _csv_rows(path, text)))
-    else:
-        records = _table(path, _refuse_blank(path, ((n, line.split("\t")) for n, line in lines)))
+        raise UserError(f"{path}: extension {suffix!r}, expected .tsv, .csv or .jsonl: rename it")
+    records = _records(path, _decode(path, encoding))
     # islice refuses numbers above sys.maxsize; --limit may be one.
-    rows = [
-        (line, record["label"], _checked_text(path, line, record))
-        for line, record in islice(records, limit and min(limit, sys.maxsize))
-    ]
+    rows = list(islice(records, limit and min(limit, sys.maxsize)))
     if not rows:
         raise UserError(f"{path}: found no rows, expected examples: give the right file")
-    classes = _class_indices(path, [(line, label) for line, label, _ in rows], labels)
+    classes = _class_indices(path, rows, labels)
     return [Example(text, y, line) for (line, _, text), y in zip(rows, classes, strict=True)]
 
 
@@ -84,10 +72,8 @@ def examples_hash(examples: Sequence[Example]) -> str:
     Each example is hashed as one line of ASCII JSON, `[text, label]`. JSON escapes a newline inside
     a text, so different examples always give different bytes.
     """
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.text, example.label]).encode("ascii") + b"\n")
-    return digest.hexdigest()
+    lines = [json.dumps([example.text, example.label]) + "\n" for example in examples]
+    return hashlib.sha256("".join(lines).encode("ascii")).hexdigest()
 
 
 def held_out_split(
@@ -105,9 +91,9 @@ def held_out_split(
     """
     if not 0 < fraction < 1:
         raise UserError(f"held-out fraction is {fraction}, expected between 0 and 1: try 0.1")
-    rows_of: dict[str, list[int]] = {}
+    rows_of = defaultdict(list)
     for index, example in enumerate(examples):
-        rows_of.setdefault(example.text, []).append(index)
+        rows_of[example.text].append(index)
     if len(rows_of) < 2:
         raise UserError(f"found {len(rows_of)} distinct texts, at least 2 are needed: add data")
     ranked = sorted(rows_of, key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest())
@@ -123,55 +109,63 @@ def held_out_split(
 
 def class_counts(examples: Sequence[Example], num_classes: int) -> list[int]:
     """Number of examples of each class, in class order: (C,)."""
-    counts = Counter(example.label for example in examples)
-    return [counts[label] for label in range(num_classes)]
+    labels = [example.label for example in examples]
+    return [labels.count(label) for label in range(num_classes)]
 
 
 def _decode(path: Path, encoding: str) -> str:
     try:
         data = path.read_bytes()
         codec = codecs.lookup(encoding).name
-        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        if utf16 and not codec.startswith("utf-16"):
-            raise UserError(
-                f"{path}: found a UTF-16 byte-order mark, expected {encoding}: "
-                "add --encoding utf-16"
-            )
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff") and not codec.startswith("utf-16"):
+            raise UserError(f"{path}: found a UTF-16 byte-order mark: add --encoding utf-16")
         # Not utf-8-sig: it counts the offset of an error from after the mark.
         return data.decode(encoding).removeprefix("\ufeff")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; check the path") from None
     except LookupError:
-        raise UserError(
-            f"--encoding {encoding}: not a text encoding; try utf-8 or gb18030"
-        ) from None
+        raise UserError(f"--encoding {encoding}: not a text encoding; try utf-8") from None
     except UnicodeDecodeError as error:
         line = data[: error.start].decode(encoding, errors="replace").count("\n") + 1
-        raise UserError(
-            f"{path}, line {line}: byte offset {error.start} is not valid {encoding}: try "
-            f"--encoding {'utf-8' if codec == 'gb18030' else 'gb18030'}"
-        ) from None
+        found = f"byte offset {error.start} is not valid {encoding}"
+        other = "utf-8" if codec == "gb18030" else "gb18030"
+        raise UserError(f"{path}, line {line}: {found}: try --encoding {other}") from None
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    # newline="\n" keeps each line as it is, so that line_num counts lines as an editor does.
-    reader = csv.reader(io.StringIO(text, newline="\n"), strict=True)
-    line = 1
-    try:
-        for fields in reader:
-            yield line, fields
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(
-            f"{path}, line {line}: the row that starts here is not valid CSV ({error}): put a "
-            'field with a comma, a newline or a quote in "...", and write " inside it as ""'
-        ) from None
+def _records(path: Path, content: str) -> Iterator[tuple[int, object, str]]:
+    """Line number, label and text of each row."""
+    header = None
+    for line, fields in _rows(path, content):
+        place = f"{path}, line {line}"
+        if path.suffix.lower() == ".jsonl":
+            record = _parse_object(place, *fields)
+            _check_names(place, list(record))
+        elif header is None:
+            header = fields
+            _check_names(place, header)
+            continue
+        elif len(fields) != len(header):
+            found = f"found {len(fields)} fields, expected {len(header)} as in the header"
+            raise UserError(f"{place}: {found}: remove tabs from .tsv texts, quote .csv texts")
+        else:
+            record = dict(zip(header, fields, strict=True))
+        text = record["text_a" if "text_a" in record else "text"]
+        # JSON can escape half of a surrogate pair, which no tokenizer and no file can encode.
+        if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
+            found = f"found the text {reprlib.repr(text)}, expected valid characters"
+            raise UserError(f"{place}: {found}, not all of them spaces: correct or remove the row")
+        yield line, record["label"], text
 
 
-def _refuse_blank(
-    path: Path, rows: Iterable[tuple[int, list[str]]]
-) -> Iterator[tuple[int, list[str]]]:
-    """The rows without the blank ones at the end of the file; any other blank row is an error."""
+def _rows(path: Path, content: str) -> Iterator[tuple[int, list[str]]]:
+    """Line number and fields of each row, without blank rows at the end; others are an error."""
+    if path.suffix.lower() == ".csv":
+        rows = _csv_rows(path, content)
+    else:
+        separator = "\n" if path.suffix.lower() == ".jsonl" else "\t"  # no line has a "\n" in it
+        # Not str.splitlines: it also splits at U+2028, U+0085, \v and \f, which reviews contain.
+        lines = enumerate(content.split("\n"), start=1)
+        rows = ((line, row.removesuffix("\r").split(separator)) for line, row in lines)
     blank = None
     for line, fields in rows:
         if not any(field.strip() for field in fields):
@@ -182,76 +176,54 @@ def _refuse_blank(
             yield line, fields
 
 
-def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, dict]]:
-    """Line number and fields by name, of each row below the header."""
-    for line, header in islice(rows, 1):
-        _check_names(path, line, header)
-    for line, fields in rows:
-        if len(fields) != len(header):
-            raise UserError(
-                f"{path}, line {line}: found {len(fields)} fields, expected {len(header)} as in "
-                "the header: remove tabs from a .tsv text, quote a .csv text that has commas"
-            )
-        yield line, dict(zip(header, fields, strict=True))
+def _csv_rows(path: Path, content: str) -> Iterator[tuple[int, list[str]]]:
+    # newline="\n" keeps each line as it is, so that line_num counts lines as an editor does.
+    reader = csv.reader(io.StringIO(content, newline="\n"), strict=True)
+    line = 1
+    try:
+        for fields in reader:
+            yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        advice = 'write a field with commas, newlines or quotes in "...", and " inside it as ""'
+        raise UserError(f"{path}, line {line}: not valid CSV ({error}): {advice}") from None
 
 
-def _objects(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, dict]]:
-    """Line number and JSON object of each row."""
-    for line, (source,) in rows:
-        try:
-            record = json.loads(source)
-            if not isinstance(record, dict):
-                raise ValueError("a value of another kind")
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)  # str(JSONDecodeError) adds a "line 1" of its own
-            raise UserError(
-                f"{path}, line {line}: not a JSON object ({reason}), expected one on each line, "
-                'such as {"label": 1, "text": "..."}: correct the line'
-            ) from None
-        _check_names(path, line, list(record))
-        yield line, record
+def _parse_object(place: str, source: str) -> dict:
+    try:
+        record = json.loads(source)
+        if not isinstance(record, dict):
+            raise ValueError("a value of another kind")
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", error)  # str(JSONDecodeError) adds a "line 1" of its own
+        expected = '{"label": 1, "text": "..."}: correct the line'
+        raise UserError(f"{place}: not a JSON object ({reason}), expected {expected}") from None
+    return record
 
 
-def _check_names(path: Path, line: int, names: Sequence[str]) -> None:
+def _check_names(place: str, names: Sequence[str]) -> None:
     """Raise UserError unless there are a label and one text; two texts would be ambiguous."""
     one_text = ("text" in names) != ("text_a" in names)
     if "label" not in names or not one_text or len(set(names)) < len(names):
-        raise UserError(
-            f"{path}, line {line}: found the columns {', '.join(map(reprlib.repr, names))}, "
-            "expected 'label' and either 'text_a' or 'text', no name twice: rename them"
-        )
+        found = ", ".join(map(reprlib.repr, names))
+        expected = "'label' and either 'text_a' or 'text', no name twice"
+        raise UserError(f"{place}: found the columns {found}, expected {expected}: rename them")
 
 
-def _checked_text(path: Path, line: int, record: dict) -> str:
-    text = record["text_a" if "text_a" in record else "text"]
-    valid = isinstance(text, str) and text.strip()
-    # JSON can escape half of a surrogate pair, which no tokenizer and no file can encode.
-    if not valid or any("\ud800" <= char <= "\udfff" for char in text):
-        raise UserError(
-            f"{path}, line {line}: found the text {reprlib.repr(text)}, expected a string of valid "
-            "characters, not all of them spaces: fill it in or remove the row"
-        )
-    return text
-
-
-def _class_indices(
-    path: Path, found: Sequence[tuple[int, object]], labels: Sequence[str]
-) -> list[int]:
-    """One class index for each (line, label).
+def _class_indices(path: Path, rows: Sequence[tuple], labels: Sequence[str]) -> list[int]:
+    """One class index for each row (line, label, text).
 
     All rows together decide between words and indices, because words that are digits fit both.
     """
     words = {word: i for i, word in enumerate(labels)}
     indices = {str(i): i for i in range(len(labels))}
-    as_words = [words.get(label) if isinstance(label, str) else None for _, label in found]
-    as_indices = [indices.get(str(label)) for _, label in found]  # str(True) is no index
+    as_words = [words.get(label) if isinstance(label, str) else None for _, label, _ in rows]
+    as_indices = [indices.get(str(label)) for _, label, _ in rows]  # str(True) is no index
     for classes in (as_words, as_indices):
         if None not in classes:
             return classes
     kind = as_indices if as_words[0] is None else as_words
-    line, label = found[kind.index(None)]
-    raise UserError(
-        f"{path}, line {line}: found the label {reprlib.repr(label)}, expected an index "
-        f"0..{len(labels) - 1} or one of {', '.join(labels)}, the same kind in every row: correct "
-        "it, or name the file's words with --labels"
-    )
+    line, label, _ = rows[kind.index(None)]
+    found = f"{path}, line {line}: found the label {reprlib.repr(label)}"
+    expected = f"an index 0..{len(labels) - 1} or one of {', '.join(labels)}, one kind in all rows"
+    raise UserError(f"{found}, expected {expected}: correct it, or name the words with --labels")

@@ -1,4 +1,4 @@
-"""Files and directories that are complete or absent, and JSON that is checked when it is read.
+"""Files and directories that are complete or absent; JSON and safetensors checked when read.
 
 A new file or directory is written under another name, synced and then renamed, so a process that
 dies at any moment leaves the old content or the new one, never a part.
@@ -12,21 +12,34 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from qwen_min.errors import UserError
 
 RESUME = "what was saved before is intact: make room, then continue with --resume"
+WRITING = (OSError, SafetensorError)  # safetensors reports a full disk as its own error
+READING = (*WRITING, KeyError, TypeError, ValueError, RuntimeError)
 
 
 @contextlib.contextmanager
-def one_line_error(path: Path, advice: str = RESUME) -> Iterator[None]:
-    """Turn a failure to write `path` into a UserError that ends with `advice`."""
+def one_line_error(
+    path: Path, advice: str = RESUME, problem: str = "cannot be written", errors: tuple = WRITING
+) -> Iterator[None]:
+    """Turn a failure, by default to write `path`, into a UserError that ends with `advice`."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({reason}); {advice}") from None
+    except errors as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise UserError(f"{path}: {problem} ({reason}); {advice}") from None
+
+
+def refuse_malformed(path: Path, kind: str, advice: str) -> contextlib.AbstractContextManager:
+    """Turn a failure to read `path`, or a wrong value in it, into a UserError of one line.
+
+    kind: what the file should be, such as "a run's record". advice: what the user should do.
+    """
+    return one_line_error(path, advice, f"not {kind}", READING)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -86,12 +99,11 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path, kind: str, advice: str, **fields: type) -> dict:
-    """Read a JSON object. Raises UserError, in one line, if it is not `kind`.
+    """Read a JSON object. fields: the fields that must be there, and the type of each.
 
-    kind: what the file should be, such as "a run's record". advice: what the user should do.
-    fields: the fields that must be there, and the type of each.
+    Raises UserError as `refuse_malformed` does.
     """
-    try:
+    with refuse_malformed(path, kind, advice):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"found {reprlib.repr(content)}, expected an object")
@@ -99,8 +111,14 @@ def read_json(path: Path, kind: str, advice: str, **fields: type) -> dict:
             if not isinstance(content.get(name), type_):
                 found = reprlib.repr(content.get(name))
                 raise ValueError(f"{name} is {found}, expected type {type_.__name__}")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected {kind}: {advice}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not {kind} ({error}); {advice}") from None
     return content
+
+
+def read_safetensors(path: Path, kind: str, advice: str) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a safetensors file, mapped from it, and its metadata (strings by name).
+
+    Raises UserError as `refuse_malformed` does.
+    """
+    with refuse_malformed(path, kind, advice), safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}

@@ -13,7 +13,7 @@ from qwen_min.files.disk import one_line_error
 STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 
-class Output:
+class Output(contextlib.AbstractContextManager):
     """A result file that is opened before the work starts and appears, complete, at its end.
 
     An unwritable path fails immediately and not after an hour. The text is written under another
@@ -35,8 +35,8 @@ class Output:
             elif self.path.exists() and not os.access(self.path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             else:
-                opened = self._target.with_name(f".{self._target.name}.{os.getpid()}.partial")
-                self._aside = opened
+                name = f".{self._target.name}.{os.getpid()}.partial"
+                opened = self._aside = self._target.with_name(name)
             self._file = open(opened, "wb")  # noqa: SIM115
 
     def commit(self, text: str) -> None:
@@ -50,23 +50,15 @@ class Output:
             if self._aside:
                 os.replace(self._aside, self._target)
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); {self._rescue(data)}"
-            ) from None
-
-    def _rescue(self, data: bytes) -> str:
-        """Write `data` to the temporary directory; returns where it is and what to do."""
-        try:
-            with tempfile.NamedTemporaryFile(
-                prefix="qwen_min-", suffix=self.path.suffix, delete=False
-            ) as file:
-                file.write(data)
-        except OSError as error:
-            return f"nor can a temporary file ({error.strerror}); make room and run again"
-        return f"its content is in {file.name}: move that to a disk with room"
-
-    def __enter__(self) -> "Output":
-        return self
+            problem = f"{self.path}: cannot be written ({error.strerror})"
+            try:
+                descriptor, name = tempfile.mkstemp(self.path.suffix, "qwen_min-")
+                with open(descriptor, "wb") as file:
+                    file.write(data)
+                advice = f"its content is in {name}: move that to a disk with room"
+            except OSError as second:
+                advice = f"nor can a temporary file ({second.strerror}); make room and run again"
+            raise UserError(f"{problem}; {advice}") from None
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
@@ -84,10 +76,9 @@ def open_outputs(
     """
     taken = {os.path.realpath(path) for path in inputs}
     for path in (path for path in paths if path is not None):
-        real = os.path.realpath(path)
-        if real in taken:
+        if os.path.realpath(path) in taken:
             raise UserError(f"{path}: is already the data or another output; give each its own")
-        taken.add(real)
+        taken.add(os.path.realpath(path))
     return [None if path is None else stack.enter_context(Output(path)) for path in paths]
 
 

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from qwen_min.errors import UserError
-from qwen_min.files.run import write_atomically
+from qwen_min.files import disk
 from qwen_min.head import POOLINGS, LinearHead
 from qwen_min.prompt import Prompt
 
@@ -23,32 +22,25 @@ def save_head(path: Path, head: LinearHead) -> None:
 
     (Several keys would be written in changing order: equal heads would give unequal files.)
     """
-    tensors = {"weight": head.weight.cpu().contiguous()}
-    if head.bias is not None:
-        tensors["bias"] = head.bias.cpu().contiguous()
+    parts = {"weight": head.weight, "bias": head.bias}
+    tensors = {name: part.cpu().contiguous() for name, part in parts.items() if part is not None}
     metadata = json.dumps({"layer": head.layer, "pooling": head.pooling})
-    write_atomically(path, save(tensors, {"head": metadata}))
+    disk.write_atomically(path, save(tensors, {"head": metadata}))
 
 
 def load_head(path: Path) -> LinearHead:
     """Read what `save_head` wrote. Raises UserError for anything else."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names, metadata = set(file.keys()), file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in names}
-        weight, bias = tensors.pop("weight"), tensors.pop("bias", None)
-        head = LinearHead(weight, bias, **json.loads(metadata["head"]))
-        whole = (
-            weight.ndim == 2
-            and weight.dtype == torch.float32
-            and (bias is None or bias.shape == weight.shape[:1])
-        )
-        if tensors or not whole or type(head.layer) is not int or head.pooling not in POOLINGS:
-            raise ValueError(f"tensors {sorted(names)}, {metadata}")
-        return head
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a head that train.py wrote ({reason}); train again") from None
+    kind, advice = "a head that train.py wrote", "train again"
+    mapped, metadata = disk.read_safetensors(path, kind, advice)
+    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
+    with disk.refuse_malformed(path, kind, advice):
+        head = LinearHead(tensors["weight"], tensors.get("bias"), **json.loads(metadata["head"]))
+        whole = head.weight.ndim == 2 and head.weight.dtype == torch.float32
+        shapes = {"weight": head.weight.shape, "bias": head.weight.shape[:1]}
+        whole &= all(tensor.shape == shapes.get(name) for name, tensor in tensors.items())
+        if not whole or type(head.layer) is not int or head.pooling not in POOLINGS:
+            raise ValueError(f"tensors {sorted(tensors)}, {metadata}")
+    return head
 
 
 def cached_features(
@@ -65,26 +57,21 @@ def cached_features(
     number of rows that were there already. Raises UserError if a feature is not finite, or if
     nothing can be kept.
     """
-    try:
+    with disk.one_line_error(directory, "name a directory for features by --feature-cache"):
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{directory}: {error.strerror}; name a directory for features by --feature-cache"
-        ) from None
     parts = []
     for start in range(0, len(prompts), CACHE_ROWS):
         chunk = prompts[start : start + CACHE_ROWS]
         key = hashlib.sha256(f"{setting} {[prompt.ids for prompt in chunk]}".encode()).hexdigest()
         path = directory / f"{key}.safetensors"
         try:
-            part = load(path.read_bytes())["features"]
+            part = disk.read_safetensors(path, "kept features", "compute them again")[0]["features"]
             progress(len(chunk))
-        except (OSError, SafetensorError, KeyError):  # absent, or damaged
+        except (UserError, KeyError):  # absent, or damaged
             part = compute(chunk)
             if not part.isfinite().all():
-                raise UserError(
-                    "a hidden state is not finite; fetch the weights again, or try --dtype float32"
-                ) from None
-            write_atomically(path, save({"features": part}))
+                advice = "fetch the weights again, or try --dtype float32"
+                raise UserError(f"a hidden state is not finite; {advice}") from None
+            disk.write_atomically(path, save({"features": part}))
         parts.append(part)
     return torch.cat(parts)

@@ -3,8 +3,8 @@
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -17,8 +17,7 @@ def off_track_examples(
 ) -> list[dict]:
     """The first five answers without a label word, each with the line number of its text."""
     rows = zip(examples, predictions, answers, strict=True)
-    found = [{"line": e.line, "answer": answer} for e, y, answer in rows if y == OFF_TRACK]
-    return found[:5]
+    return [{"line": e.line, "answer": answer} for e, y, answer in rows if y == OFF_TRACK][:5]
 
 
 def name_outputs(args: argparse.Namespace, record: dict, data_hash: str) -> None:
@@ -27,14 +26,12 @@ def name_outputs(args: argparse.Namespace, record: dict, data_hash: str) -> None
     The name depends on the data, and on settings that differ from the run's (`args.changed`), so
     that different results never replace each other.
     """
-    parts = [data_hash[:12]]
-    if args.method != record["method"]:
-        parts.insert(0, args.method)
+    parts = [data_hash[:12]] if args.method == record["method"] else [args.method, data_hash[:12]]
     if args.changed:
         parts.append(hashlib.sha256(" ".join(args.changed).encode()).hexdigest()[:8])
     ending = "-".join(parts)
-    args.output = args.output or str(Path(args.run) / f"results-{ending}.json")
-    args.predictions = args.predictions or str(Path(args.run) / f"predictions-{ending}.jsonl")
+    args.output = args.output or os.path.join(args.run, f"results-{ending}.json")
+    args.predictions = args.predictions or os.path.join(args.run, f"predictions-{ending}.jsonl")
 
 
 def prediction_lines(
@@ -49,12 +46,8 @@ def prediction_lines(
     """
     lines = []
     for index, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
-        row = {
-            "index": index,
-            "label": example.label,
-            "prediction": int(prediction),
-            "scores": None if scores is None else scores[index].tolist(),
-        }
+        row = {"index": index, "label": example.label, "prediction": int(prediction)}
+        row["scores"] = None if scores is None else scores[index].tolist()
         if answers is not None:
             row["answer"] = answers[index]
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")

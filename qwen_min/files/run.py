@@ -19,28 +19,21 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from qwen_min.errors import UserError
-from qwen_min.files.disk import (
-    new_directory,
-    one_line_error,
-    read_json,
-    write_atomically,
-    write_json,
-)
+from qwen_min.files import disk
+from qwen_min.files.disk import write_atomically, write_json
 
 MANIFEST = "manifest.json"
 
 
 def read_run(directory: str | Path) -> dict:
     """Read run.json of a run directory. Raises UserError if it is missing or not a run's record."""
-    path = Path(directory) / "run.json"
-    kind, advice = "a run's record", "give a directory that train.py made"
-    run = read_json(path, kind, advice, method=str, arguments=dict)
+    path, advice = Path(directory) / "run.json", "give a directory that train.py made"
+    run = disk.read_json(path, "a run's record", advice, method=str, arguments=dict)
     if run.get("finished") and not isinstance(run.get("labels"), list):
-        raise UserError(f"{path}: not {kind} (finished, but without a list of labels); {advice}")
+        raise UserError(f"{path}: not a run's record (it has no list of labels); {advice}")
     return run
 
 
@@ -63,23 +56,19 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
             raise UserError("--method is missing; name the method to train")
         # A new run would wrongly continue from checkpoints that are there without a run.json.
         if any((Path(args.output) / name).exists() for name in ("run.json", "checkpoints")):
-            raise UserError(
-                f"--output {args.output} holds a run already; add --resume or change it"
-            )
+            raise UserError(f"--output {args.output} has a run already; add --resume or change it")
         return args
     if args.output is None:
         raise UserError("--resume needs --output, the directory of the run to continue")
     before = read_run(args.output)["arguments"]
     for name, value in given.items():
         if name not in FREE and before.get(name) != value:
-            raise UserError(
-                f"--resume: --{name.replace('_', '-')} is {value!r} but the run has "
-                f"{before.get(name)!r}; leave it out, or start another run"
-            )
+            found = f"--{name.replace('_', '-')} is {value!r} but the run has {before.get(name)!r}"
+            raise UserError(f"--resume: {found}; leave it out, or start another run")
     free = {name: given[name] for name in FREE if name in given}
     # --merge applies to one command only. --output is where the run was found: it may have moved.
-    fixed = {"merge": None, **free, "output": args.output}
-    return argparse.Namespace(**(vars(args) | before | fixed))
+    changed = {"merge": None, **free, "output": args.output}
+    return argparse.Namespace(**(vars(args) | before | changed))
 
 
 def start_record(run: Path, record: dict, resume: bool) -> dict:
@@ -89,17 +78,15 @@ def start_record(run: Path, record: dict, resume: bool) -> dict:
     run began with.
     """
     if not resume:
-        with one_line_error(run, "name another directory with --output"):
+        with disk.one_line_error(run, "name another directory with --output"):
             run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", record)
         return record
     before = read_run(run)
     for key, what in (("base_fingerprint", "model"), ("data_hash", "data")):
         if before[key] != record[key]:
-            raise UserError(
-                f"--resume: the {what} is not the one that the run in {run} began with ({key} "
-                f"differs); give the same {what}, or start another run"
-            )
+            problem = f"the {what} is not the one that the run in {run} began with"
+            raise UserError(f"--resume: {problem}; give the same {what}, or start another run")
     return before
 
 
@@ -110,7 +97,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Path
     """
     target = run / "checkpoints" / f"step-{step}"
     if not target.exists():
-        with new_directory(target) as directory:
+        with disk.new_directory(target) as directory:
             write(directory)
             files = sorted(path for path in directory.rglob("*") if path.is_file())
             manifest = {str(path.relative_to(directory)): _size_and_hash(path) for path in files}
@@ -125,15 +112,11 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """
     found = []
     for path in (run / "checkpoints").glob("step-*"):
-        try:
+        with disk.refuse_malformed(path, "a whole checkpoint", "remove it, then use --resume"):
             step = int(path.name.removeprefix("step-"))
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            matches = [_size_and_hash(path / name) == entry for name, entry in manifest.items()]
-            whole = bool(matches) and all(matches)
-        except (OSError, ValueError, AttributeError):
-            whole = False
-        if not whole:
-            raise UserError(f"{path}: does not match its {MANIFEST}; remove it, then use --resume")
+            entries = dict(json.loads((path / MANIFEST).read_text(encoding="utf-8"))).items()
+            if not entries or any(_size_and_hash(path / name) != entry for name, entry in entries):
+                raise ValueError(f"it does not match its {MANIFEST}")
         found.append((step, path))
     return sorted(found)
 
@@ -152,7 +135,7 @@ def prune_checkpoints(run: Path, keep: Sequence[int | None]) -> None:
 
 def publish(source: Path, target: Path) -> None:
     """Replace the directory `target` by a copy of the (small) files in `source`."""
-    with new_directory(target, replace=True) as directory:
+    with disk.new_directory(target, replace=True) as directory:
         for path in source.iterdir():
             if path.is_file():
                 (directory / path.name).write_bytes(path.read_bytes())
@@ -168,14 +151,10 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> b
 
     names: of the parameters, in the order in which the optimizer was given them.
     """
-    states = optimizer.state_dict()["state"]
-    return save(
-        {
-            f"{name}/{key}": tensor.cpu().contiguous()
-            for i, name in enumerate(names)
-            for key, tensor in states.get(i, {}).items()
-        }
-    )
+    tensors = {}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"{names[i]}/{key}": value.cpu().contiguous() for key, value in state.items()}
+    return save(tensors)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], path: Path) -> None:
@@ -183,15 +162,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], pa
 
     Raises UserError if it is not the state of exactly these parameters.
     """
-    try:
-        tensors = load(path.read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not an optimizer's state ({error}); start a new run") from None
+    tensors, _ = disk.read_safetensors(path, "an optimizer's state", "start a new run")
     keys = ("exp_avg", "exp_avg_sq", "step")
     if odd := sorted(tensors.keys() ^ {f"{name}/{key}" for name in names for key in keys}):
         found = f"{len(odd)} tensors missing or not of this run (first: {odd[0]})"
         raise UserError(f"{path}: {found}; start a new run")
-    state = {i: {key: tensors[f"{name}/{key}"] for key in keys} for i, name in enumerate(names)}
+    state = {}
+    for i, name in enumerate(names):  # copies, because an optimizer's step changes them
+        state[i] = {key: tensors[f"{name}/{key}"].clone() for key in keys}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -209,7 +187,7 @@ def trim_log(path: Path, step: int) -> None:
 
 def append_log(path: Path, **fields: object) -> None:
     """Append one line. It is handed to the system at once, so it survives a kill of the process."""
-    with one_line_error(path), path.open("a", encoding="utf-8") as file:
+    with disk.one_line_error(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(fields) + "\n")
 
 
@@ -221,10 +199,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._before = {
-            number: signal.signal(number, self._record)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._before = {n: signal.signal(n, self._record) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

@@ -10,19 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen_min.config import QwenConfig
 from qwen_min.errors import UserError
-from qwen_min.files.disk import new_directory, read_json, write_json
+from qwen_min.files.disk import new_directory, read_json, read_safetensors, write_json
 from qwen_min.files.hub import INDEX, SINGLE, read_index
 from qwen_min.model import Qwen
 
 # A merged checkpoint copies these from its base. The last holds hashes of the texts that the base
 # was trained on.
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "fed.safetensors")
+AGAIN = "fetch it again"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,82 +39,57 @@ def load_model(directory: str | Path, dtype: str = "auto", device: str = "cpu") 
     config = QwenConfig.from_json(directory / "config.json")
     with torch.device("meta"):  # shapes without memory: every tensor comes from the file
         model = Qwen(config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-
     tensors = read_tensors(directory)
     if config.tie_word_embeddings:
         # Some tied checkpoints also store the head. The model uses the embedding in its place.
         tensors.pop("lm_head.weight", None)
-    _check_tensors(tensors, shapes, directory)
-    found = {tensor.dtype for tensor in tensors.values()}
-    if dtype != "auto":
-        wanted = DTYPES[dtype]
-    elif len(found) == 1:
-        (wanted,) = found
+    _check(tensors, model.state_dict(), directory)
+    if dtype == "auto":
+        found = {tensor.dtype for tensor in tensors.values()}
+        wanted = found.pop() if len(found) == 1 else DTYPES.get(config.torch_dtype, torch.float32)
     else:
-        wanted = DTYPES.get(config.torch_dtype, torch.float32)
-    model.load_state_dict(
-        {name: tensor.to(device=device, dtype=wanted) for name, tensor in tensors.items()},
-        assign=True,
-    )
+        wanted = DTYPES[dtype]
+    weights = {name: tensor.to(device, wanted) for name, tensor in tensors.items()}
+    model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors or, if it is missing, of the index's shards; mapped."""
-    if (directory / SINGLE).is_file() or not (directory / INDEX).exists():
-        return _read_file(directory / SINGLE)
-    index = directory / INDEX
-    weight_map = read_index(index)
+    index, weight_map, files = directory / INDEX, {}, [SINGLE]
+    if index.exists() and not (directory / SINGLE).is_file():
+        weight_map = read_index(index)
+        files = sorted(set(weight_map.values()))
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        for name, tensor in _read_file(directory / shard).items():
-            if name in tensors or weight_map.get(name, shard) != shard:
-                raise UserError(
-                    f"{index}: {name!r} is in {shard}, but the index names another shard, or it is "
-                    "in two shards; fetch it again"
-                )
+    for file in files:
+        path = directory / file
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; expected {SINGLE}, or {INDEX} and its shards")
+        for name, tensor in read_safetensors(path, "a whole safetensors file", AGAIN)[0].items():
+            if name in tensors or weight_map.get(name, file) != file:
+                problem = "but the index names another shard, or it is in two shards"
+                raise UserError(f"{index}: {name!r} is in {file}, {problem}; {AGAIN}")
             tensors[name] = tensor
     if absent := weight_map.keys() - tensors.keys():
-        raise UserError(f"{index}: {_some(absent)} not in the shard named; fetch it again")
+        raise UserError(f"{index}: {_some(absent)} not in the shard named; {AGAIN}")
     return tensors
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected {SINGLE}, or {INDEX} and its shards")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: not a whole safetensors file ({reason}); fetch it again"
-        ) from None
-
-
-def _check_tensors(
-    tensors: dict[str, Tensor], shapes: dict[str, torch.Size], directory: Path
-) -> None:
-    both = tensors.keys() & shapes.keys()
+def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor], directory: Path) -> None:
+    both = [name for name in tensors if name in expected]
     problems = {
-        "missing": shapes.keys() - tensors.keys(),
-        "unknown to this architecture": tensors.keys() - shapes.keys(),
-        "of the wrong shape": {name for name in both if tensors[name].shape != shapes[name]},
-        f"of a dtype other than {', '.join(DTYPES)}": {
-            name for name in both if tensors[name].dtype not in DTYPES.values()
-        },
+        "missing": expected.keys() - tensors.keys(),
+        "unknown to this architecture": tensors.keys() - expected.keys(),
+        "of the wrong shape": [n for n in both if tensors[n].shape != expected[n].shape],
+        f"not {', '.join(DTYPES)}": [n for n in both if tensors[n].dtype not in DTYPES.values()],
     }
+    found = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+    shapes = {name: list(tensor.shape) for name, tensor in expected.items()}
     for problem, names in problems.items():
         if names:
-            first = min(names)
-            tensor, shape = tensors.get(first), shapes.get(first)
-            found = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            raise UserError(
-                f"{directory}: {_some(names)} {problem} (first: found {found}, expected "
-                f"{'nothing' if shape is None else list(shape)}); take config.json and unquantised "
-                "weights from one checkpoint"
-            )
+            first = f"found {found.get(min(names))}, expected {shapes.get(min(names))}"
+            advice = "take config.json and unquantised weights from one checkpoint"
+            raise UserError(f"{directory}: {_some(names)} {problem} (first: {first}); {advice}")
 
 
 def _some(names: Collection[str]) -> str:
@@ -135,7 +110,7 @@ def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
         for name in COPIED:
             if (source / name).exists():
                 shutil.copyfile(source / name, directory / name)
-        config = read_json(source / "config.json", "a model's config", "fetch it again")
+        config = read_json(source / "config.json", "a model's config", AGAIN)
         config["torch_dtype"] = str(model.lm_head_weight.dtype).removeprefix("torch.")
         config.pop("dtype", None)
         write_json(directory / "config.json", config)
@@ -143,20 +118,14 @@ def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
         save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
 
 
-def tensor_hashes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """SHA-256 of each tensor's dtype, shape and bytes."""
-    hashes = {}
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """One SHA-256 over every tensor's name, dtype, shape and bytes, in whatever order they come."""
+    lines = []
     for name, tensor in tensors:
         digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        hashes[name] = digest.hexdigest()
-    return hashes
-
-
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """One SHA-256 over the names and hashes of all tensors, in whatever order they come."""
-    lines = [f"{name} {digest}\n" for name, digest in sorted(tensor_hashes(tensors).items())]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+        lines.append(f"{name} {digest.hexdigest()}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
 def checkpoint_fingerprint(directory: str | Path) -> str:
