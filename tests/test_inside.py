@@ -171,7 +171,8 @@ def test_generation_is_greedy_and_its_first_label_word_the_class(reference, tmp_
     shown = results["off_track_examples"]
     assert [e["answer"] for e in shown] == [row["answer"] for row in astray][:5]
     assert f"off track     {len(astray) / N:.4f}" in out and "AUC" not in out
-    assert f"line {shown[0]['line']}: " in out
+    first = re.escape(repr(shown[0]["answer"]))
+    assert re.search(rf"^  line {shown[0]['line']} +{first}$", out, re.MULTILINE)
     # The report reads what generation leaves, classes that are none included, and answers with
     # what Python takes for the end of a line and JSON does not.
     odd = [json.dumps(row | {"answer": "\u2028\x85"}, ensure_ascii=False) for row in rows]

@@ -27,7 +27,6 @@ from qwen_min.prompt import FIELD, Prompt
 
 # The average is over these three inputs, as in Zhao et al. 2021, section 5.
 CONTENT_FREE = ("N/A", "[MASK]", "")
-RANDOM_TEXTS = 20  # as Fei et al. 2023
 # Enough to fit one number; the held-out part may have thousands of rows, each with a forward.
 TEMPERATURE_ROWS = 256
 MEASURES = ("accuracy", "auc_roc", "log_loss", "ece")
@@ -91,10 +90,11 @@ class Neutral:
     held_out: tuple[np.ndarray, np.ndarray] | None  # labels (m,) and scores, if there are any
 
 
-def random_texts(texts: Sequence[str], seed: int, count: int = RANDOM_TEXTS) -> list[str]:
+def random_texts(texts: Sequence[str], seed: int, count: int = 20) -> list[str]:
     """Texts of characters drawn at random from all of `texts`, each as long as their average.
 
-    Fei et al. draw words. Chinese does not mark word borders, so characters are drawn here.
+    20 texts, as in Fei et al. 2023. They draw words. Chinese does not mark word borders, so
+    characters are drawn here.
     """
     characters = np.array(list("".join(texts)))
     length = max(1, round(len(characters) / len(texts)))
@@ -224,8 +224,8 @@ def format_calibrations(found: dict[str, dict], words: Sequence[str]) -> str:
     rows = []
     for name, row in found.items():
         figures = [number(row[key]) for key in MEASURES]
-        learned = shares(row["prior"]) if row["prior"] else ""
-        learned = f"T = {row['temperature']:.3g}" if row["temperature"] else learned
+        t, prior = row["temperature"], row["prior"]
+        learned = f"T = {t:.3g}" if t else shares(prior) if prior else ""
         rows.append([NAMES[name], *figures, shares(row["predicted"]), learned])
     fit = "not fitted, no held-out rows; --train-data FILE names the training data."
     if "temperature" in found:

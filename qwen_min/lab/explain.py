@@ -6,7 +6,6 @@ the ones that were added, so a reader can check every line by hand.
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from math import exp
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +83,7 @@ def explain_labels(
         reasons[name] = {
             "margin by token (missing: 0)": " ".join(f"{x:+.4f}" for x in differences),
             "p(any label word)": f"{mass:.2%}",
-            "most likely token": f"{piece(likeliest)} {exp(log_p):.2%}",
+            "most likely token": f"{piece(likeliest)} {np.exp(log_p):.2%}",
             "begins a label word": "yes" if begins else "no",
         }
     heads = ["model", "word", "id", "token", "logit", "- log Σ exp", "= log p"]
@@ -96,7 +95,7 @@ def explain_labels(
         after = " + ".join(["the prompt", *map(piece, beginning)])
         rows = []
         for name in models:
-            pairs = [(clipped(piece(i)), exp(log_p)) for i, log_p in found[name][y][t].likeliest]
+            pairs = [(clipped(piece(i)), np.exp(log_p)) for i, log_p in found[name][y][t].likeliest]
             rows.append([name, *(f"{text} {p:.4f}" for text, p in pairs)])
         table = text_table(rows[0], rows[1:], words=1 + LIKELIEST)
         parts.append(f"the {LIKELIEST} most likely tokens after {after}\n{table}")
@@ -197,7 +196,7 @@ def decision(
             "decision": words[best] + " (a tie; try --dtype float32)" * (margin == 0),
             "second": words[second],
             "margin": f"{margin:.4f}",
-            "odds = e^margin": f"{exp(margin):.4g}" if margin < 20 else f"e^{margin:.0f}",
+            "odds = e^margin": f"{np.exp(margin):.4g}" if margin < 20 else f"e^{margin:.0f}",
             **reasons[name],
         }
         if empty_scores:

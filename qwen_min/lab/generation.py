@@ -45,8 +45,7 @@ def stop_ids(directory: str | Path, markup: dict[str, int]) -> set[int]:
     found = read_json(path, "a generation config", "fetch it again").get("eos_token_id") or []
     found = found if isinstance(found, list) else [found]
     if any(type(token) is not int for token in found):
-        reason = f"eos_token_id is {found}, expected token ids"
-        raise UserError(f"{path}: not a generation config ({reason}); fetch it again")
+        raise UserError(f"{path}: not a generation config: eos_token_id is {found}; fetch it again")
     return stop | set(found)
 
 

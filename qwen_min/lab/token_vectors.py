@@ -13,13 +13,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from qwen_min.command.terminal import text_table, visible
 from qwen_min.errors import UserError
-from qwen_min.files.run import write_atomically
+from qwen_min.files.disk import read_safetensors, write_atomically
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.tokenizer import Tokenizer
@@ -74,17 +73,14 @@ def load(path: Path, model: Qwen, scores_words: bool, base_fingerprint: str) -> 
     file is damaged, or if its names, shapes, dtype or base differ from the expected ones.
     """
     own = token_vectors(model, scores_words)
+    kind = "the token vectors that train.py wrote for this base"
+    tensors, metadata = read_safetensors(path, kind, "train again")
+    found = {name: (list(t.shape), t.dtype) for name, t in tensors.items()}
+    found["base"] = metadata.get("base_fingerprint")
     expected = {name: (list(p.shape), torch.float32) for name, p in own.items()}
-    try:
-        with safe_open(path, framework="pt") as file:
-            base, names = (file.metadata() or {}).get("base_fingerprint"), file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-        found = {name: (list(t.shape), t.dtype) for name, t in tensors.items()}
-        if (base, found) != (base_fingerprint, expected):
-            raise ValueError(f"found {found} of base {base}, expected {expected}")
-    except (OSError, SafetensorError, ValueError) as error:
-        kind = "not the token vectors that train.py wrote for this base"
-        raise UserError(f"{path}: {kind} ({error}); train again") from None
+    expected["base"] = base_fingerprint
+    if found != expected:
+        raise UserError(f"{path}: not {kind} (found {found}, expected {expected}); train again")
     for name, tensor in tensors.items():
         # A new tensor, since the model's own may be mapped from the checkpoint's file.
         own[name].data = tensor.to(device=own[name].device, dtype=own[name].dtype).clone()
