@@ -8,16 +8,18 @@ from scipy.optimize import minimize_scalar
 
 from qwen_min.files.data import HELD_OUT, Example, held_out_split
 from qwen_min.lab.calibration import (
+    TEMPERATURE_ROWS,
     Neutral,
     best_threshold,
     calibrations,
     fit_temperature,
     format_calibrations,
-    length_normalised,
+    held_out_rows,
     log_mean_probability,
     log_priors,
+    premise_template,
+    random_texts,
 )
-from qwen_min.lab.neutral import TEMPERATURE_ROWS, held_out_rows, premise_template, random_texts
 from qwen_min.metrics import auc_roc, log_loss, softmax
 
 ln = np.log
@@ -38,8 +40,12 @@ def drawn(n: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_length_normalised():
-    found = length_normalised(np.array([[-6.0, -4.0]]), np.array([[3, 1]]))
-    assert found.tolist() == [[-2.0, -4.0]]  # three tokens of -2 each beat one of -4
+    scores, lengths, other = np.array([[-6.0, -4.0]]), np.array([[3, 1]]), np.zeros((1, 2))
+    found = calibrations(np.array([0]), scores, lengths, Neutral(other, other, other, None))
+    # Three tokens of -2 each beat one of -4.
+    assert found["raw"]["accuracy"] == 0 and found["length_normalised"]["accuracy"] == 1
+    expected = log_loss(np.array([0]), np.array([[-2.0, -4.0]]))
+    assert found["length_normalised"]["log_loss"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_prior_of_two_inputs_is_the_mean_of_renormalised_probabilities():

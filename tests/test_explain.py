@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_reference
 
-from qwen_min.command.terminal import WIDTH, clipped, columns, paragraph, visible
+from qwen_min.command.terminal import WIDTH, clipped, columns, visible
 from qwen_min.fast.features import pooled_features
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.weights import load_model
@@ -18,10 +18,9 @@ from qwen_min.lab.explain import (
     explain_labels,
     label_positions,
     prompt_part,
-    text_reason,
 )
 from qwen_min.prompt import Prompt, build_prompts
-from qwen_min.scoring import score_label
+from qwen_min.scoring import label_mass, score_label
 from qwen_min.tokenizer import Tokenizer
 
 WORDS = ("差评", "好评")
@@ -49,6 +48,12 @@ def prompts_of(tokenizer: Tokenizer, words: tuple[str, ...] = WORDS) -> tuple[Pr
 def shows(out: str, value: float) -> bool:
     """Whether a number is printed, to the last of its three or four digits."""
     return any(abs(x - value) < 1.6e-3 for x in numbers(out))
+
+
+def why(shown: str) -> dict[str, list[str]]:
+    """The table of reasons: for each row, what it says of each model."""
+    rows = [re.split(r" {2,}", row) for row in shown[shown.index("\nwhy ") + 1 :].split("\n")]
+    return {fact: of_models for fact, *of_models in rows}
 
 
 def numbers(line: str) -> list[float]:
@@ -117,17 +122,27 @@ def test_what_is_shown_for_label_words(words, several, models, tokenizer):
         assert all(shows(shown, share) for share in p)
         assert words[scores.argmax()] in shown
     assert shown.count("<- decision") == len(shown_models)
-    why = shown[shown.index("Why\n") :]
-    assert "Without a text in the template" in " ".join(why.split())
-    assert ("From base to adapted" in why) == several
+    said = why(shown)
+    assert said["why"] == list(shown_models)
+    assert ("base to adapted: the margin of" in shown) == several
     starts = {ids[0] for ids in prompt.labels}
-    begins = [
-        label_positions(m, prompt.ids, (0,))[0].likeliest[0][0] in starts
-        for m in shown_models.values()
-    ]
-    flat = " ".join(why.split())
-    assert flat.count("begins one of them") == sum(begins)
-    assert flat.count("does not begin one of them") == len(begins) - sum(begins)
+    for i, model in enumerate(shown_models.values()):
+        (scores,), (empty,) = score_labels(model, [prompt]), score_labels(model, [blank])
+        second, best = np.argsort(scores)[-2:]
+        assert (said["decision"][i], said["second"][i]) == (words[best], words[second])
+        margin, before = scores[best] - scores[second], empty[best] - empty[second]
+        assert float(said["margin"][i]) == pytest.approx(margin, abs=1e-4)
+        by_token = [float(x) for x in said["margin by token (missing: 0)"][i].split()]
+        assert len(by_token) == max(len(prompt.labels[y]) for y in (best, second))
+        assert sum(by_token) == pytest.approx(margin, abs=3e-4)  # of up to five rounded numbers
+        assert float(said["margin without a text"][i]) == pytest.approx(before, abs=1e-4)
+        assert float(said["the text adds"][i]) == pytest.approx(margin - before, abs=1e-4)
+        mass = label_mass(scores[None], [prompt.labels]).item()
+        assert said["p(any label word)"][i] == f"{mass:.2%}"
+        likeliest, log_p = label_positions(model, prompt.ids, (0,))[0].likeliest[0]
+        piece = visible(tokenizer.decode([likeliest]))
+        assert said["most likely token"][i] == f"{piece} {np.exp(log_p):.2%}"
+        assert said["begins a label word"][i] == ("yes" if likeliest in starts else "no")
     # Each beginning that is followed by a token has its likeliest tokens shown once.
     beginnings = {ids[:t] for ids in prompt.labels for t in range(len(ids))}
     assert shown.count("the 5 most likely tokens after the prompt") == len(beginnings)
@@ -145,56 +160,62 @@ def test_what_is_shown_for_a_head(bias, models, tokenizer):
         assert all(shows(shown, score) for score in scores)
         assert shows(shown, h.norm().item()) and shows(shown, h[0].item())
     # Every sum that is shown is right to the last of four digits.
-    table = shown[shown.index("W h + b\n") :].split("\n")[2:4]
+    table = shown[shown.index("W h + b\n") :].split("\n")[2:6]
     for line in table:
-        _, *found = numbers(line)
-        assert len(found) == 6
-        for product, b, score in (found[:3], found[3:]):
-            assert product + b == pytest.approx(score, abs=1.01e-4)
+        _, product, b, score = numbers(line)
+        assert product + b == pytest.approx(score, abs=1.01e-4)
+    said = why(shown)
+    for i in range(2):
+        product, b = (float(said[k][i]) for k in said if "w(decision)" in k or "b(decision)" in k)
+        assert product + b == pytest.approx(float(said["margin"][i]), abs=1.6e-4)
+        norms = numbers(said["d·h = |d| |h| cos"][i])
+        # The cosine has four digits after the point.
+        assert np.prod(norms) == pytest.approx(product, abs=1e-4 * norms[0] * norms[1])
     assert shown.count("<- decision") == 2 and "cosine between both" in shown
 
 
 def test_without_a_blank_prompt_nothing_is_compared_with_it(models, tokenizer):
     prompt, _ = prompts_of(tokenizer)
     shown = explain_labels(tokenizer, prompt, None, WORDS, {"the model": models["base"]})
-    assert "Without a text" not in shown
+    assert "without a text" not in shown and "the text adds" not in shown
 
 
 @pytest.mark.parametrize(
-    ("blank", "verdict"),
-    [
-        ([0.0, -1.0], "Most of the margin is there without the text: the template favours a."),
-        ([0.0, -0.4], "The text contributes more than the template."),
-        ([-3.0, 0.0], "The text decides."),
-    ],
+    ("blank", "larger"),
+    [([0.0, -1.0], "the template"), ([0.0, -0.4], "the text"), ([-3.0, 0.0], "the text")],
 )
-def test_whether_the_text_or_the_words_decided(blank, verdict):
-    reason = text_reason(("a", "b"), [-1.0, -2.5], blank)
-    side = "3.0000 behind" if blank[0] < -2 else f"{blank[0] - blank[1]:.4f} ahead of"
-    assert verdict in reason and f"a is {side} b" in reason
+def test_whether_the_text_or_the_words_decided(blank, larger):
+    said = why(decision("score", ("a", "b"), {"x": [-1.0, -2.5]}, {"x": blank}, {"x": {}}))
+    assert said["margin without a text"] == [f"{blank[0] - blank[1]:+.4f}"]
+    assert said["the text adds"] == [f"{1.5 - blank[0] + blank[1]:+.4f}"]
+    assert said["the larger part"] == [larger]
+
+
+@pytest.mark.parametrize(("margin", "odds"), [(0.5, "1.649"), (30.0, "e^30"), (5000.0, "e^5000")])
+def test_the_odds(margin, odds):
+    said = why(decision("score", ("a", "b"), {"x": [0.0, margin]}, {}, {"x": {}}))
+    assert said["odds = e^margin"] == [odds]
 
 
 def test_a_tie_is_called_one():
-    shown = decision("score", ("a", "b"), {"base": [-1.0, -1.0]}, {}, {"base": []})
-    assert "\n  Base says a" in shown and "\n  A tie: the first" in shown
+    shown = decision("score", ("a", "b"), {"base": [-1.0, -1.0]}, {}, {"base": {}})
+    assert why(shown)["decision"] == ["a (a tie; try --dtype float32)"]
 
 
-@pytest.mark.parametrize(
-    ("after", "turn"), [([2.0, 0.5], "stays a"), ([0.0, 0.5], "changes from a to b")]
-)
-def test_what_the_second_model_changes(after, turn):
-    shown = decision("score", ("a", "b"), {"x": [1.0, 0.0], "y": after}, {}, {"x": [], "y": []})
-    best, second = ("a", "b") if after[0] > after[1] else ("b", "a")
-    old, new = (1.0, 1.5) if best == "a" else (-1.0, 0.5)
-    said = f"From x to y the margin of {best} over {second} changes by {new - old:+.4f}, from"
-    assert f"{said} {old:+.4f} to {new:+.4f}. The decision {turn}." in " ".join(shown.split())
+@pytest.mark.parametrize(("after", "best"), [([2.0, 0.5], "a"), ([0.0, 0.5], "b")])
+def test_what_the_second_model_changes(after, best):
+    shown = decision("score", ("a", "b"), {"x": [1.0, 0.0], "y": after}, {}, {"x": {}, "y": {}})
+    old, new, second = (1.0, 1.5, "b") if best == "a" else (-1.0, 0.5, "a")
+    said = f"x to y: the margin of {best} over {second} goes from"
+    assert f"{said} {old:+.4f} to {new:+.4f} ({new - old:+.4f})" in shown
+    assert why(shown)["decision"] == ["a", best]
 
 
 def test_tokens_stand_above_their_ids(tokenizer):
     prompt, _ = prompts_of(tokenizer)
     lines = prompt_part(tokenizer, prompt).split("\n")
     assert max(map(columns, lines)) <= WIDTH
-    assert lines[-2:] == ["", "  \ufffd: a part of a character"]  # of the emoji
+    assert lines[-2:] == ["", "\ufffd: a part of a character"]  # of the emoji
     del lines[-2:]
     ids, starts = [], []
     for above, below in zip(lines[1::3], lines[2::3], strict=True):
@@ -214,10 +235,3 @@ def test_what_takes_no_column_is_written_out():
 def test_a_long_token_is_clipped():
     assert clipped("情感倾向") == "情感倾向" and clipped("very long token") == "very lon…"
     assert clipped("情感倾向。") == "情感倾向…" and columns(clipped("a情感倾向")) == 9
-
-
-def test_a_paragraph_fits_the_terminal():
-    filled = paragraph(["词 " * 60 + "end", "", "next", ""])
-    assert filled.endswith("end\n\n  next")
-    assert max(map(columns, filled.split("\n"))) <= WIDTH
-    assert filled.split() == ["词"] * 60 + ["end", "next"]

@@ -224,7 +224,7 @@ def test_the_project_keeps_the_rules():
         ("qwen_min.fast.packed", "import qwen_min.files.weights", "(fast) imports"),
         ("qwen_min.fast.features", "import lora.layer", "(fast) imports lora.layer"),
         ("qwen_min.files.run", "import qwen_min.fast.batching", "(files) imports"),
-        ("qwen_min.lab.neutral", "import qwen_min.command.task", "(lab) imports"),
+        ("qwen_min.lab.calibration", "import qwen_min.command.task", "(lab) imports"),
         ("qwen_min.report.audit", "import qwen_min.fast.packed", "(report) imports"),
         ("qwen_min.report.compare", "import qwen_min.lab.chat", "(report) imports"),
         ("qwen_min.command.task", "import qwen_min.report.audit", "(command) imports"),

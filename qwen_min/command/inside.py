@@ -68,8 +68,7 @@ def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict:
 
 def calibrate(evaluation: Evaluation, scores: np.ndarray) -> list[dict]:
     """--calibrate: the scores (n, C) corrected in each way, and how the corrections do."""
-    from qwen_min.lab.calibration import calibrations
-    from qwen_min.lab.neutral import score_neutral
+    from qwen_min.lab.calibration import calibrations, score_neutral
 
     source, task = evaluation.source, evaluation.source.task
 

@@ -14,19 +14,22 @@ No correction uses the labels of evaluated rows. `best_threshold` does: it is a 
 correction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from qwen_min.command.terminal import text_table
-from qwen_min.metrics import auc_roc, expected_calibration_error, log_loss, softmax
+from qwen_min.files.data import HELD_OUT, Example, held_out_split
+from qwen_min.files.overlap import normalised
+from qwen_min.metrics import evaluate_predictions, softmax
+from qwen_min.prompt import FIELD, Prompt
 
-
-def length_normalised(scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """s_y / (number of y's tokens): the mean log-probability of a token (Brown et al. 2020,
-    arXiv:2005.14165, section 2.4). lengths (n, C). If all lengths are k, this is temperature k."""
-    return scores / lengths
+# The average is over these three inputs, as in Zhao et al. 2021, section 5.
+CONTENT_FREE = ("N/A", "[MASK]", "")
+# Enough to fit one number; the held-out part may have thousands of rows, each with a forward.
+TEMPERATURE_ROWS = 256
+MEASURES = ("accuracy", "auc_roc", "log_loss", "ece")
 
 
 def log_mean_probability(scores: np.ndarray) -> np.ndarray:
@@ -71,9 +74,8 @@ def best_threshold(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float
     middles = (distinct[:-1] + distinct[1:]) / 2
     candidates = np.array([0.0, distinct[0] - 1, *middles, distinct[-1]])
     # Correct are the rows of class 0 at or below t, and those of class 1 above it.
-    zeros, ones = np.sort(odds[y == 0]), np.sort(odds[y == 1])
-    below = [rows.searchsorted(candidates, side="right") for rows in (zeros, ones)]
-    hits = below[0] + len(ones) - below[1]
+    below = [np.sort(odds[y == c]).searchsorted(candidates, side="right") for c in (0, 1)]
+    hits = below[0] + (y == 1).sum() - below[1]
     best = candidates[hits == hits.max()]
     return float(hits.max() / len(y)), float(best[np.abs(best).argmin()])
 
@@ -86,6 +88,62 @@ class Neutral:
     random: np.ndarray
     premise: np.ndarray  # one row
     held_out: tuple[np.ndarray, np.ndarray] | None  # labels (m,) and scores, if there are any
+
+
+def random_texts(texts: Sequence[str], seed: int, count: int = 20) -> list[str]:
+    """Texts of characters drawn at random from all of `texts`, each as long as their average.
+
+    20 texts, as in Fei et al. 2023. They draw words. Chinese does not mark word borders, so
+    characters are drawn here.
+    """
+    characters = np.array(list("".join(texts)))
+    length = max(1, round(len(characters) / len(texts)))
+    drawn = np.random.default_rng(seed).choice(characters, size=(count, length))
+    return ["".join(row) for row in drawn]
+
+
+def premise_template(template: str) -> str:
+    """The template without the part before the text.
+
+    With an empty text only the words that ask for the label remain. If the template has no words
+    after the text, it is returned whole.
+    """
+    _, _, behind = template.partition(FIELD)
+    return FIELD + behind.lstrip() if behind.strip() else template
+
+
+def held_out_rows(
+    training: Sequence[Example], evaluated: Sequence[Example], data_seed: int
+) -> list[Example]:
+    """Rows of the training data's held-out part, without texts that are evaluated."""
+    _, held_out = held_out_split(training, HELD_OUT, data_seed)
+    seen = {normalised(example.text) for example in evaluated}
+    rows = [training[i] for i in held_out if normalised(training[i].text) not in seen]
+    return rows[:TEMPERATURE_ROWS]
+
+
+def score_neutral(
+    prompts_of: Callable[..., list[Prompt]],
+    template: str,
+    examples: Sequence[Example],
+    training: Sequence[Example] | None,
+    seeds: tuple[int, int],
+    score: Callable[[list[Prompt]], np.ndarray],
+) -> Neutral:
+    """Scores of all inputs that calibration needs besides the evaluated `examples`.
+
+    prompts_of(texts) builds prompts in `template`, prompts_of(texts, other) in another template.
+    training: the training data, if known. seeds: of the random texts, and of the training data's
+    split. score: from prompts to the model's class scores (n, C).
+    """
+    held_out = None
+    if rows := training and held_out_rows(training, examples, seeds[1]):
+        labels = np.array([row.label for row in rows])
+        held_out = labels, score(prompts_of([row.text for row in rows]))
+    content_free = score(prompts_of(CONTENT_FREE))
+    random = score(prompts_of(random_texts([example.text for example in examples], seeds[0])))
+    premise = score(prompts_of([""], premise_template(template)))
+    return Neutral(content_free, random, premise, held_out)
 
 
 def log_priors(scores: np.ndarray, neutral: Neutral) -> dict[str, np.ndarray]:
@@ -112,11 +170,14 @@ def log_priors(scores: np.ndarray, neutral: Neutral) -> dict[str, np.ndarray]:
 def calibrations(
     labels: np.ndarray, scores: np.ndarray, lengths: np.ndarray, neutral: Neutral
 ) -> dict[str, dict]:
-    """For each correction of `scores`: its measures, its prior (C,) and temperature, if any."""
+    """For each correction of `scores`: its measures, its prior (C,) and temperature, if any.
+
+    lengths (n, C): the numbers of the words' tokens. length_normalised is s_y / (y's tokens), the
+    mean log-probability of a token (Brown et al. 2020, arXiv:2005.14165, section 2.4).
+    """
     none = {"prior": None, "temperature": None}
-    per_token = length_normalised(scores, lengths)
     found = {"raw": measures(labels, scores) | none}
-    found["length_normalised"] = measures(labels, per_token) | none
+    found["length_normalised"] = measures(labels, scores / lengths) | none
     for name, log_prior in log_priors(scores, neutral).items():
         prior = softmax([log_prior])[0].tolist()
         found[name] = measures(labels, scores - log_prior) | none | {"prior": prior}
@@ -129,15 +190,10 @@ def calibrations(
 
 def measures(labels: np.ndarray, scores: np.ndarray) -> dict:
     """Accuracy, AUC, log-loss, ECE, and the share of each class among the predictions."""
-    predictions = scores.argmax(axis=1)
-    counts = np.bincount(predictions, minlength=scores.shape[1])
-    return {
-        "accuracy": float((predictions == labels).mean()),
-        "auc_roc": auc_roc(labels, scores),
-        "log_loss": log_loss(labels, scores),
-        "ece": expected_calibration_error(labels, scores),
-        "predicted": (counts / len(labels)).tolist(),
-    }
+    predictions, num_classes = scores.argmax(axis=1), scores.shape[1]
+    found = evaluate_predictions(labels, predictions, scores, [""] * num_classes)
+    counts = np.bincount(predictions, minlength=num_classes)
+    return {key: found[key] for key in MEASURES} | {"predicted": (counts / len(labels)).tolist()}
 
 
 NAMES = {
@@ -163,24 +219,20 @@ def number(value: float | None) -> str:
 
 def format_calibrations(found: dict[str, dict], words: Sequence[str]) -> str:
     """A table with one row for each correction, and what its name means."""
-    of, share = "p(each class)", "the share of each class"
-    if len(words) == 2:
-        of, share = f"p({words[1]})", f"the share of {words[1]}"
-    heads = ["calibration", "accuracy", "AUC", "log-loss", "ECE", "predicted", f"prior {of}"]
+    of = words[1] if len(words) == 2 else "each class"
+    heads = ["calibration", "accuracy", "AUC", "log-loss", "ECE", "predicted", f"prior p({of})"]
     rows = []
     for name, row in found.items():
-        figures = [number(row[key]) for key in ("accuracy", "auc_roc", "log_loss", "ece")]
-        learned = shares(row["prior"]) if row["prior"] else ""
-        learned = f"T = {row['temperature']:.3g}" if row["temperature"] else learned
+        figures = [number(row[key]) for key in MEASURES]
+        t, prior = row["temperature"], row["prior"]
+        learned = f"T = {t:.3g}" if t else shares(prior) if prior else ""
         rows.append([NAMES[name], *figures, shares(row["predicted"]), learned])
-    fit = "temperature: not fitted, no held-out rows; --train-data FILE names the training data."
+    fit = "not fitted, no held-out rows; --train-data FILE names the training data."
     if "temperature" in found:
-        held_out = found["temperature"]["held_out_rows"]
-        fit = f"temperature: fitted on the log-loss of {held_out} held-out training rows."
+        fit = f"fitted on {found['temperature']['held_out_rows']} held-out training rows."
     return f"""{text_table(heads, rows)}
 
-predicted: {share} among the decisions. per token: score / number of the word's
-tokens. The next four subtract log prior from the scores. The prior is a mean over: contextual,
-inputs without content; domain-context, random characters of these texts; batch, these rows;
-for PMI_DC over a single input, the part of the template after the text.
-{fit}"""
+predicted: share of {of} among the decisions. per token: score / number of tokens.
+The next four subtract log prior, a mean over: contextual, inputs without content; domain-context,
+random characters of these texts; PMI_DC, the template's part after the text; batch, these rows.
+temperature: {fit}"""

@@ -17,21 +17,19 @@ empty thinking block: without it the model would start to think (`enable_thinkin
 """
 
 import ast
-import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_min.errors import UserError
+from qwen_min.files.disk import read_json
 from qwen_min.prompt import FIELD
 
 START, END = "<|im_start|>", "<|im_end|>"
 EMPTY_THOUGHTS = "<think>\n\n</think>\n\n"
 # A string literal in a Jinja template that holds the system message: its quote, the message.
-SYSTEM_LITERAL = re.compile(
-    r"""(['"])<\|im_start\|>system(?:\\n|\n)((?:\\.|(?!\1)[^\\])+?)<\|im_end\|>"""
-)
+SYSTEM = r"""(['"])<\|im_start\|>system(?:\\n|\n)((?:\\.|(?!\1)[^\\])+?)<\|im_end\|>"""
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
@@ -52,42 +50,28 @@ def read_chat_format(directory: str | Path, model_type: str) -> ChatFormat:
     releases of July 2025 have none). Without a template, the format is Qwen2.5's or Qwen3's.
     Raises UserError if the template cannot be read, or if every answer starts with thoughts.
     """
-    template = _template(Path(directory))
+    alone, config = (Path(directory) / n for n in ("chat_template.jinja", "tokenizer_config.json"))
+    template = None
+    if alone.exists():
+        # The parts that are searched for are ASCII: a wrong byte elsewhere does no harm.
+        template = alone.read_text(encoding="utf-8", errors="replace")
+    elif config.exists():
+        advice = "fetch it again, or leave out --chat"
+        template = read_json(config, "a tokenizer config", advice).get("chat_template")
+    if isinstance(template, list):  # several templates, with names
+        template = {t.get("name"): t.get("template") for t in template}.get("default")
     if template is None:
         qwen3 = model_type == "qwen3"
         return ChatFormat(None if qwen3 else QWEN25_SYSTEM, qwen3)
     switch = "enable_thinking" in template
     if not switch and re.search(r"assistant(\\n|\n)<think>", template):
-        raise UserError(
-            f"{directory}: its chat template starts every answer with thoughts, so no label can "
-            "follow the prompt; use a checkpoint that can answer directly, or leave out --chat"
-        )
-    system = SYSTEM_LITERAL.search(template)
-    if system is not None:
-        quote, text = system.groups()
-        # Jinja's string literals are Python's.
-        system = ast.literal_eval(quote + text.replace("\n", "\\n") + quote)
-    return ChatFormat(system, switch)
-
-
-def _template(directory: Path) -> str | None:
-    """The Jinja template of the checkpoint, if it has one."""
-    alone, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
-    try:
-        if alone.exists():
-            return alone.read_text(encoding="utf-8")
-        found = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{config}: no chat template can be read from it ({reason}); fetch it again, or leave "
-            "out --chat"
-        ) from None
-    if isinstance(found, list):  # several templates, with names
-        found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
-    return found
+        advice = "use a checkpoint that can answer directly, or leave out --chat"
+        raise UserError(f"{directory}: its template starts every answer with thoughts; {advice}")
+    if not (found := re.search(SYSTEM, template)):
+        return ChatFormat(None, switch)
+    quote, text = found.groups()
+    # Jinja's string literals are Python's.
+    return ChatFormat(ast.literal_eval(quote + text.replace("\n", "\\n") + quote), switch)
 
 
 def wrap_template(
@@ -100,19 +84,12 @@ def wrap_template(
     has some, or if the system message contains the text field.
     """
     if missing := sorted({START, END} - set(markup)):
-        raise UserError(
-            f"--chat: the tokenizer has no {', '.join(missing)}, which Qwen's markup needs; use a "
-            "checkpoint that was tuned for chat, or leave out --chat"
-        )
+        advice = "use a checkpoint that was tuned for chat, or leave out --chat"
+        raise UserError(f"--chat: the tokenizer has no {', '.join(missing)}; {advice}")
     if START in template or END in template:
-        raise UserError(
-            f"--chat: the template {template!r} contains chat markup already; leave out one of them"
-        )
+        raise UserError(f"--chat: {template!r} contains chat markup already; leave out one of them")
     if system is not None and FIELD in system:
-        raise UserError(
-            f"--system {system!r}: contains {FIELD}, which belongs in the template; write the "
-            "system message without it"
-        )
+        raise UserError(f"--system {system!r}: {FIELD} belongs in the template; leave it out here")
     system = chat.system if system is None else system
     first = "" if system is None else f"{START}system\n{system}{END}\n"
     answer = EMPTY_THOUGHTS if chat.empty_thoughts else ""

@@ -5,13 +5,13 @@ the ones that were added, so a reader can check every line by hand.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import exp
+from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from qwen_min.command.terminal import WIDTH, clipped, columns, pad, paragraph, text_table, visible
+from qwen_min.command.terminal import WIDTH, clipped, columns, text_table, visible
 from qwen_min.head import LinearHead, pooled_state
 from qwen_min.metrics import softmax
 from qwen_min.model import Qwen
@@ -19,22 +19,18 @@ from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_mass, score_label
 from qwen_min.tokenizer import Tokenizer
 
-Scores = list[float]  # one for each class
+Scores = dict[str, list[float]]  # for each model by name, a number for each class
 LIKELIEST = 5  # tokens listed at each position
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """One label token, as the hidden state at the previous position predicts it."""
 
     token: int
     logit: float
     log_sum_exp: float  # over the vocabulary
-    likeliest: tuple[tuple[int, float], ...]  # the most likely tokens here: (token, log p), falling
-
-    @property
-    def log_p(self) -> float:
-        return self.logit - self.log_sum_exp
+    log_p: float  # logit - log_sum_exp
+    likeliest: list[tuple[int, float]]  # the most likely tokens here: (token, log p), falling
 
 
 @torch.inference_mode()
@@ -45,10 +41,10 @@ def label_positions(model: Qwen, prompt: Sequence[int], label: Sequence[int]) ->
     h = model(ids)[0, first : first + len(label)]  # (label tokens, D)
     found = []
     for token, logits in zip(label, model.logits(h).cpu(), strict=True):  # logits (V,)
-        log_sum_exp = logits.logsumexp(dim=-1)
-        best = logits.topk(LIKELIEST)
-        pairs = zip(best.indices.tolist(), (best.values - log_sum_exp).tolist(), strict=True)
-        found.append(Position(token, logits[token].item(), log_sum_exp.item(), tuple(pairs)))
+        logit, log_sum_exp = logits[token].item(), logits.logsumexp(dim=-1).item()
+        values, tokens = logits.topk(LIKELIEST)
+        likeliest = list(zip(tokens.tolist(), (values - log_sum_exp).tolist(), strict=True))
+        found.append(Position(token, logit, log_sum_exp, logit - log_sum_exp, likeliest))
     return found
 
 
@@ -59,52 +55,54 @@ def explain_labels(
     words: Sequence[str],
     models: dict[str, Qwen],
 ) -> str:
-    """The computation of the label words' scores, for each of `models` by name, side by side.
+    """The computation of the label words' scores, by each of `models` (by name).
 
     empty_prompt: the prompt of an empty text, to compare with; None if the template allows none.
     """
-    found, scores, empty_scores, reasons, figures = {}, {}, {}, {}, {}
+
+    def piece(token: int) -> str:
+        return visible(tokenizer.decode([token]))
+
+    found, scores, empty_scores, reasons, rows = {}, {}, {}, {}, []
     for name, model in models.items():
         found[name] = [label_positions(model, prompt.ids, ids) for ids in prompt.labels]
         scores[name] = [sum(p.log_p for p in word) for word in found[name]]
-        figures[name] = [[p.logit, p.log_sum_exp, p.log_p] for word in found[name] for p in word]
         if empty_prompt:
-            empty = [score_label(model, empty_prompt.ids, ids) for ids in empty_prompt.labels]
-            empty_scores[name] = empty
+            labels = empty_prompt.labels
+            empty_scores[name] = [score_label(model, empty_prompt.ids, ids) for ids in labels]
+        # 1. logit - log-sum-exp = log p, for each token of each word.
+        for word, positions in zip(words, found[name], strict=True):
+            for p in positions:
+                figures = digits(p.logit, p.log_sum_exp, p.log_p)
+                rows.append([name, word, str(p.token), piece(p.token), *figures])
+        best, second = ([p.log_p for p in found[name][y]] for y in ranked(scores[name]))
+        differences = [a - b for a, b in zip_longest(best, second, fillvalue=0.0)]
+        likeliest, log_p = found[name][0][0].likeliest[0]
+        begins = likeliest in {ids[0] for ids in prompt.labels}
         mass = label_mass(np.array([scores[name]]), [prompt.labels]).item()
-        token, log_p = found[name][0][0].likeliest[0]
-        begins = "begins" if any(ids[0] == token for ids in prompt.labels) else "does not begin"
-        reasons[name] = [
-            margin_reason(words, found[name], scores[name]),
-            f"All label words together have {mass:.2%} of the probability. The most likely token, "
-            f"{visible(tokenizer.decode([token]))} ({exp(log_p):.2%}), {begins} one of them.",
-        ]
+        reasons[name] = {
+            "margin by token (missing: 0)": " ".join(f"{x:+.4f}" for x in differences),
+            "p(any label word)": f"{mass:.2%}",
+            "most likely token": f"{piece(likeliest)} {np.exp(log_p):.2%}",
+            "begins a label word": "yes" if begins else "no",
+        }
+    heads = ["model", "word", "id", "token", "logit", "- log Σ exp", "= log p"]
+    parts = [prompt_part(tokenizer, prompt), f"label words\n{text_table(heads, rows, words=4)}"]
 
-    # 1. logit - log-sum-exp = log p, for each token of each word.
-    rows, places = [], {}
-    for y, (word, ids) in enumerate(zip(words, prompt.labels, strict=True)):
-        for t, token in enumerate(ids):
-            rows.append(["" if t else word, str(token), visible(tokenizer.decode([token]))])
-            places.setdefault(ids[:t], (y, t))  # for each beginning, the first word that has it
-    heads = ["word", "id", "token"], ["logit", "- log Σ exp", "= log p"]
-    parts = ["label words\n" + side_by_side(*heads, rows, figures, words=3)]
-
-    # 2. The most likely tokens after each beginning.
-    lines = []
+    # 2. The most likely tokens after the prompt, and after each beginning of a word.
+    places = {ids[:t]: (y, t) for y, ids in enumerate(prompt.labels) for t in range(len(ids))}
     for beginning, (y, t) in places.items():
-        pieces = ["the prompt", *(visible(tokenizer.decode([token])) for token in beginning)]
-        lines.append(f"the {LIKELIEST} most likely tokens after {' + '.join(pieces)}")
-        for name, positions in found.items():
-            line = pad(f"  {name}", 12)
-            for token, log_p in positions[y][t].likeliest:
-                piece = clipped(visible(tokenizer.decode([token])))
-                line += pad(f"{piece} {exp(log_p):.4f}", 17)
-            lines.append(line.rstrip())
-    parts.append("\n".join(lines))
+        after = " + ".join(["the prompt", *map(piece, beginning)])
+        rows = []
+        for name in models:
+            pairs = [(clipped(piece(i)), np.exp(log_p)) for i, log_p in found[name][y][t].likeliest]
+            rows.append([name, *(f"{text} {p:.4f}" for text, p in pairs)])
+        table = text_table(rows[0], rows[1:], words=1 + LIKELIEST)
+        parts.append(f"the {LIKELIEST} most likely tokens after {after}\n{table}")
 
     # 3. Sums, softmax, decision.
     parts.append(decision("sum of log p", words, scores, empty_scores, reasons))
-    return "\n\n".join([prompt_part(tokenizer, prompt), *parts])
+    return "\n\n".join(parts)
 
 
 def explain_head(
@@ -118,157 +116,103 @@ def explain_head(
     """The computation of a head's scores; arguments as in `explain_labels`."""
     weight = head.weight.cpu()  # (C, D)
     bias = torch.zeros(len(weight)) if head.bias is None else head.bias.cpu()
-    states, scores, empty_scores, reasons, figures = {}, {}, {}, {}, {}
+    states, scores, empty_scores, reasons, rows, state_rows = {}, {}, {}, {}, [], []
     for name, model in models.items():
         states[name] = h = pooled_state(model, prompt.ids, head.pooling, head.layer).cpu()
-        scores[name] = s = head.scores(h[None])[0].tolist()
+        scores[name] = head.scores(h[None])[0].tolist()
         if empty_prompt:
-            empty = pooled_state(model, empty_prompt.ids, head.pooling, head.layer).cpu()
+            empty = pooled_state(model, empty_prompt.ids, head.pooling, head.layer)
             empty_scores[name] = head.scores(empty[None])[0].tolist()
-        figures[name] = [[weight[y] @ h, bias[y], s[y]] for y in range(len(words))]
-        best, second = ranked(s)
-        d, b = weight[best] - weight[second], bias[best] - bias[second]
-        reasons[name] = [
-            f"The margin is d·h + b with d = w({words[best]}) - w({words[second]}): {d @ h:.4f} + "
-            f"{b:.4f}. In it, d·h = |d| |h| cos = {d.norm():.4f} · {h.norm():.4f} · "
-            f"{torch.cosine_similarity(d, h, dim=0):.4f}."
-        ]
+        state_rows.append([name, *(f"{x:.3f}" for x in h[:6]), "…", f"{h.norm():.3f}"])
+        for y, (word, w) in enumerate(zip(words, weight, strict=True)):
+            rows.append([name, word, *digits(w.norm(), w @ h, bias[y], scores[name][y])])
+        best, second = ranked(scores[name])
+        d = weight[best] - weight[second]
+        cosine = torch.cosine_similarity(d, h, dim=0)
+        reasons[name] = {
+            "= d·h, d = w(decision) - w(second)": f"{d @ h:.4f}",
+            "+ b(decision) - b(second)": f"{bias[best] - bias[second]:.4f}",
+            "d·h = |d| |h| cos": " · ".join(digits(d.norm(), h.norm(), cosine)),
+        }
 
     # 1. The state h.
-    pooled = {"last": "the last token's state", "mean": "the mean of all states"}[head.pooling]
     norm = " and the final norm" * (head.layer == model.config.num_hidden_layers)
-    rows = [
-        [f"  {name}", *(f"{x:.3f}" for x in h[:6]), "…", f"{h.norm():.3f}"]
-        for name, h in states.items()
-    ]
-    table = text_table(["", *(f"h_{i}" for i in range(1, 7)), "", "|h|"], rows)
-    title = f"h: {pooled} after layer {head.layer}{norm}, {weight.shape[1]} numbers"
-    parts = [prompt_part(tokenizer, prompt), f"{title}\n{table}"]
+    pooled = {"last": "the last token's state", "mean": "the mean of all states"}[head.pooling]
+    state = f"h: {pooled} after layer {head.layer}{norm}, {weight.shape[1]} numbers\n"
+    state += text_table(["model", *(f"h_{i}" for i in range(1, 7)), "", "|h|"], state_rows)
     if len(states) == 2:
         a, b = states.values()
         cosine, distance = torch.cosine_similarity(a, b, dim=0), (b - a).norm() / a.norm()
-        parts[-1] += f"\n  cosine between both {cosine:.4f}, distance / first |h| {distance:.4f}"
+        state += f"\ncosine between both {cosine:.4f}, distance / first |h| {distance:.4f}"
 
     # 2. W h + b, softmax, decision.
-    rows = [[word, f"{w.norm():.4f}"] for word, w in zip(words, weight, strict=True)]
-    heads = ["class", "|w|"], ["w·h", "+ b", "= score"]
-    parts.append("W h + b\n" + side_by_side(*heads, rows, figures))
-    parts.append(decision("score", words, scores, empty_scores, reasons))
-    return "\n\n".join(parts)
+    heads = ["model", "class", "|w|", "w·h", "+ b", "= score"]
+    product = f"W h + b\n{text_table(heads, rows, words=2)}"
+    why = decision("score", words, scores, empty_scores, reasons)
+    return "\n\n".join([prompt_part(tokenizer, prompt), state, product, why])
 
 
 def prompt_part(tokenizer: Tokenizer, prompt: Prompt) -> str:
     """The prompt's tokens, each above its id, in lines that fit the terminal."""
+    pieces = [visible(tokenizer.decode([token])) for token in prompt.ids]
+    ids = list(map(str, prompt.ids))
+    n = max(1, WIDTH // (max(map(columns, pieces + ids)) + 2))  # tokens in a line
+    starts = range(0, len(ids), n)
+    tables = [text_table(pieces[i : i + n], [ids[i : i + n]], words=n) for i in starts]
     cut = ", the text cut to its first tokens" * prompt.truncated
-    lines, above, below = [f"prompt: {len(prompt.ids)} tokens{cut}"], "", ""
-    for token in prompt.ids:
-        text, number = visible(tokenizer.decode([token])), str(token)
-        width = max(columns(text), len(number)) + 2
-        if columns(above) + width + 2 > WIDTH:
-            lines += [f"  {above}".rstrip(), f"  {below}".rstrip(), ""]
-            above = below = ""
-        above, below = above + pad(text, width), below + pad(number, width)
-    lines += [f"  {above}".rstrip(), f"  {below}".rstrip()]
-    if "\ufffd" in "".join(lines):
-        lines += ["", "  \ufffd: a part of a character"]
-    return "\n".join(lines)
+    shown = f"prompt: {len(prompt.ids)} tokens{cut}\n" + "\n\n".join(tables)
+    return shown + "\n\n\ufffd: a part of a character" * ("\ufffd" in shown)
 
 
-def side_by_side(
-    heads: list[str],
-    figure_heads: list[str],
-    rows: list[list[str]],
-    figures: dict[str, list[list]],
-    words: int = 1,
-) -> str:
-    """A table of `rows`, followed in each row by the figures of each model: numbers or text."""
-    for name, of_model in figures.items():
-        first, *others = figure_heads
-        heads = [*heads, f"{name}: {first}" if len(figures) > 1 else first, *others]
-        cells = [[x if isinstance(x, str) else f"{x:.4f}" for x in row] for row in of_model]
-        rows = [[*row, *more] for row, more in zip(rows, cells, strict=True)]
-    return text_table(heads, rows, words)
+def digits(*numbers: float) -> list[str]:
+    """The numbers with four digits after the point."""
+    return [f"{x:.4f}" for x in numbers]
 
 
-def ranked(scores: Scores) -> tuple[int, int]:
-    """The classes with the highest and the second highest score."""
-    best, second, *_ = sorted(range(len(scores)), key=lambda y: -scores[y])
-    return best, second
+def ranked(scores: list[float]) -> list[int]:
+    """The classes with the highest and the second highest score; of equal ones the first."""
+    return np.argsort(np.negative(scores), kind="stable")[:2].tolist()
 
 
 def decision(
     quantity: str,
     words: Sequence[str],
-    scores: dict[str, Scores],
-    empty_scores: dict[str, Scores],
-    reasons: dict[str, list[str]],
+    scores: Scores,
+    empty_scores: Scores,
+    reasons: dict[str, dict[str, str]],
 ) -> str:
-    """Each model's softmax and decision, and in sentences why; of two models also what changed.
+    """Each model's softmax and decision, and why; of two models also how the margin changes.
 
-    All dicts are by model. quantity: what a score is. empty_scores: the scores without a text, or
-    none. reasons: sentences to add.
+    quantity: what a score is. empty_scores: the scores without a text, or none. reasons: for each
+    model, more rows of the table "why".
     """
-    figures, lines = {}, []
+    rows, why = [], {}
     for name, s in scores.items():
         best, second = ranked(s)
-        margin, p = s[best] - s[second], softmax([s])[0]
-        figures[name] = [[s[y], p[y], "<- decision" * (y == best)] for y in range(len(s))]
-        odds = f"{exp(margin):.4g}" if margin < 20 else f"e^{margin:.0f}"
-        lines.append(
-            f"{name[:1].upper()}{name[1:]} says {words[best]}: {quantity} {s[best]:.4f} against "
-            f"{s[second]:.4f} of {words[second]}, a margin of {margin:.4f}. {words[best]} is "
-            f"{odds} times as likely."
-        )
-        if margin == 0:
-            lines.append("A tie: the first class is taken. --dtype float32 may separate them.")
-        lines += reasons[name]
+        for y, p in enumerate(softmax([s])[0]):
+            rows.append([name, words[y], *digits(s[y], p), "<- decision" * (y == best)])
+        margin = s[best] - s[second]
+        why[name] = {
+            "decision": words[best] + " (a tie; try --dtype float32)" * (margin == 0),
+            "second": words[second],
+            "margin": f"{margin:.4f}",
+            "odds = e^margin": f"{np.exp(margin):.4g}" if margin < 20 else f"e^{margin:.0f}",
+            **reasons[name],
+        }
         if empty_scores:
-            lines.append(text_reason(words, s, empty_scores[name]))
-        lines.append("")
+            empty = empty_scores[name][best] - empty_scores[name][second]
+            why[name] |= {
+                "margin without a text": f"{empty:+.4f}",
+                "the text adds": f"{margin - empty:+.4f}",
+                "the larger part": "the text" if margin - empty >= empty else "the template",
+            }
+    table = text_table(["model", "class", quantity, "softmax", ""], rows, words=2)
+    facts = [[fact, *(of[fact] for of in why.values())] for fact in next(iter(why.values()))]
+    text = f"{table}\n\n{text_table(['why', *why], facts, words=1 + len(why))}"
     if len(scores) == 2:
         (base, before), (adapted, after) = scores.items()
-        was, (best, second) = ranked(before)[0], ranked(after)
+        best, second = ranked(after)
         old, new = before[best] - before[second], after[best] - after[second]
-        turn = "stays" if was == best else f"changes from {words[was]} to"
-        lines.append(
-            f"From {base} to {adapted} the margin of {words[best]} over {words[second]} changes by "
-            f"{new - old:+.4f}, from {old:+.4f} to {new:+.4f}. The decision {turn} {words[best]}."
-        )
-    table = side_by_side(["class"], [quantity, "softmax", ""], [[word] for word in words], figures)
-    return f"{table}\n\nWhy\n{paragraph(lines)}"
-
-
-def margin_reason(words: Sequence[str], found: Sequence[list[Position]], scores: Scores) -> str:
-    """How the tokens of the two best label words make the margin."""
-    best, second = ranked(scores)
-    a, b = found[best], found[second]
-    if len(a) == len(b) == 1:
-        return (
-            "Both words are one token, predicted at the same position with the same log Σ exp. So "
-            f"the margin is the difference of the logits, {a[0].logit:.4f} - {b[0].logit:.4f}."
-        )
-    if len(a) == len(b):
-        terms = " ".join(f"{p.log_p - q.log_p:+.4f}" for p, q in zip(a, b, strict=True))
-        return f"Token by token, the margin is {terms}."
-    sums = [" ".join([words[y], *(f"{p.log_p:+.4f}" for p in found[y])]) for y in (best, second)]
-    return (
-        "The words have different numbers of tokens, and each further token can only lower the "
-        f"sum: {', '.join(sums)}."
-    )
-
-
-def text_reason(words: Sequence[str], scores: Scores, empty_scores: Scores) -> str:
-    """Which part of the margin is there without the text, and which part the text adds."""
-    best, second = ranked(scores)
-    before, margin = empty_scores[best] - empty_scores[second], scores[best] - scores[second]
-    verdict = f"Most of the margin is there without the text: the template favours {words[best]}"
-    if before <= 0:
-        verdict = "The text decides"
-    elif margin - before >= before:
-        verdict = "The text contributes more than the template"
-    side = "behind" if before < 0 else "ahead of"
-    return (
-        f"Without a text in the template, {words[best]} is {abs(before):.4f} {side} "
-        f"{words[second]}. This text adds {margin - before:+.4f}, which gives {margin:+.4f}. "
-        f"{verdict}."
-    )
+        text += f"\n\n{base} to {adapted}: the margin of {words[best]} over {words[second]} goes "
+        text += f"from {old:+.4f} to {new:+.4f} ({new - old:+.4f})"
+    return text

@@ -3,13 +3,13 @@
 Then the class that an answer names. `qwen_min.fast.generation` has the batched form.
 """
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 
 from qwen_min.errors import UserError
+from qwen_min.files.disk import read_json
 from qwen_min.metrics import OFF_TRACK
 from qwen_min.model import Qwen
 
@@ -40,16 +40,12 @@ def stop_ids(directory: str | Path, markup: dict[str, int]) -> set[int]:
     """
     stop = {markup[token] for token in ("<|im_end|>", "<|endoftext|>") if token in markup}
     path = Path(directory) / "generation_config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
-        found = found if isinstance(found, list) else [found]
-        if any(type(token) is not int for token in found):
-            raise ValueError(f"eos_token_id is {found}")
-    except FileNotFoundError:
+    if not path.exists():
         return stop
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a generation config ({reason}); fetch it again") from None
+    found = read_json(path, "a generation config", "fetch it again").get("eos_token_id") or []
+    found = found if isinstance(found, list) else [found]
+    if any(type(token) is not int for token in found):
+        raise UserError(f"{path}: not a generation config: eos_token_id is {found}; fetch it again")
     return stop | set(found)
 
 

@@ -5,6 +5,7 @@ texts badly: the AUC shows this. Or one word may be more likely than the other i
 moves the best threshold and leaves the AUC as it is. Only the first depends on what the words mean.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -26,10 +27,8 @@ def parse_label_sets(argument: str, labels: Set) -> list[Set]:
     for part in argument.split(";"):
         words = parse_labels(part, "--label-sets")
         if len(words) != len(labels):
-            raise UserError(
-                f"--label-sets: {part!r} has {len(words)} words, expected {len(labels)}, one for "
-                f"each class of --labels {','.join(labels)}"
-            )
+            counts = f"has {len(words)} words, expected {len(labels)}"
+            raise UserError(f"--label-sets: {part!r} {counts}: one for each class of --labels")
         if words in sets[1:]:
             raise UserError(f"--label-sets {argument!r}: {part} is given twice; leave one out")
         sets.append(words)
@@ -62,83 +61,78 @@ def compare_sets(
     for chosen in sets:
         columns = [words.index(word) for word in chosen]
         own, first = scores[:, columns], scores[:, [len(words) + c for c in columns]]
-        ids = [prompts[0].labels[c] for c in columns]
         of_rows = [[prompt.labels[c] for c in columns] for prompt in prompts]
-        tokens = [token for word in ids for token in set(word)]
+        ids = of_rows[0]
+        uses = Counter(token for word in ids for token in set(word))
         # Words with the same first token tie there: the decision would be arbitrary.
         begin_alike = len({word[0] for word in ids}) < len(ids)
         corrected = own - log_mean_probability(own)  # batch calibration
         oracle, threshold = best_threshold(labels, own) if len(chosen) == 2 else (None, None)
-        found.append(
-            {
-                "labels": list(chosen),
-                "ids": [list(word) for word in ids],
-                "lengths": [len(word) for word in ids],
-                "shared_tokens": sorted({t for t in tokens if tokens.count(t) > 1}),
-                "mean_scores": own.mean(axis=0).tolist(),
-                "label_mass": float(label_mass(own, of_rows).mean()),
-                **measures(labels, own),
-                "oracle_accuracy": oracle,
-                "oracle_threshold": threshold,
-                "batch_accuracy": measures(labels, corrected)["accuracy"],
-                "first_token": None if begin_alike else measures(labels, first),
-            }
-        )
+        entry = {
+            "labels": list(chosen),
+            "ids": [list(word) for word in ids],
+            "lengths": [len(word) for word in ids],
+            "shared_tokens": sorted(token for token, count in uses.items() if count > 1),
+            "mean_scores": own.mean(axis=0).tolist(),
+            "label_mass": float(label_mass(own, of_rows).mean()),
+            **measures(labels, own),
+            "oracle_accuracy": oracle,
+            "oracle_threshold": threshold,
+            "batch_accuracy": measures(labels, corrected)["accuracy"],
+            "first_token": None if begin_alike else measures(labels, first),
+        }
+        found.append(entry)
     return found
 
 
 def format_sets(found: Sequence[dict], tokenizer: Tokenizer) -> str:
     """Tables of the sets' words, of their measures, and of what each set loses against the best."""
+
+    def pieces(ids: Sequence[int]) -> str:
+        return " ".join(visible(tokenizer.decode([token])) for token in ids)
+
     two = len(found[0]["labels"]) == 2
     word_rows, rows = [], []
     for entry in found:
-        name = ",".join(entry["labels"])
-        pieces = [[visible(tokenizer.decode([t])) for t in ids] for ids in entry["ids"]]
-        shared = " ".join(visible(tokenizer.decode([t])) for t in entry["shared_tokens"])
-        note = f"shared: {shared}" if shared else ""
-        for y, (word, ids) in enumerate(zip(entry["labels"], entry["ids"], strict=True)):
-            shown = [" ".join(pieces[y]), " ".join(map(str, ids)), f"{entry['mean_scores'][y]:.2f}"]
-            word_rows.append(["" if y else name, word, *shown, "" if y else note])
-        first_token = entry["first_token"] and entry["first_token"]["accuracy"]
-        row = [name, number(entry["label_mass"]), number(entry["accuracy"])]
-        row += [shares(entry["predicted"]), number(entry["auc_roc"]), number(first_token)]
-        row.append(number(entry["batch_accuracy"]))
+        name, shared = ",".join(entry["labels"]), pieces(entry["shared_tokens"])
+        columns = entry["labels"], entry["ids"], entry["mean_scores"]
+        for word, ids, mean in zip(*columns, strict=True):
+            shown = [pieces(ids), " ".join(map(str, ids)), f"{mean:.2f}"]
+            word_rows.append([name, word, *shown, f"shared: {shared}" if shared else ""])
+        row = [name, *(number(entry[key]) for key in ("label_mass", "accuracy", "auc_roc"))]
+        row.append(number(entry["first_token"] and entry["first_token"]["accuracy"]))
+        row += [number(entry["batch_accuracy"]), shares(entry["predicted"])]
         if two:
             row.append(f"{entry['oracle_accuracy']:.4f} at {entry['oracle_threshold']:+.2f}")
         rows.append(row)
-    heads = ["set", "mass", "accuracy", "predicted", "AUC", "first token", "batch-cal."]
-    share = "the second class" if two else "each class"
+    heads = ["set", "mass", "accuracy", "AUC", "first token", "batch-cal.", "predicted"]
     text = f"""label sets: all words scored in one pass over the prompts
 
 {text_table(["set", "word", "tokens", "ids", "mean log p", ""], word_rows, words=4)}
 
 {text_table(heads + ["best threshold"] * two, rows)}
 
-mass: probability of the set's words together. predicted: share of {share} among the
-decisions. first token: accuracy by the first token of each word alone. batch-cal.: accuracy after
-batch calibration (Zhou et al. 2023), which uses no labels."""
-    if two:
-        text += f"""
-best threshold: an oracle, the accuracy with the cut of s1 - s0 that is best on these same rows.
-
-{verdicts(found)}"""
-    return text.rstrip()
+mass: probability of the set's words together. first token: accuracy by the first token of each word
+alone. batch-cal.: accuracy after batch calibration (Zhou et al. 2023), which uses no labels.
+predicted: share of {"the second class" if two else "each class"} among the decisions."""
+    return text + losses(found) if two else text
 
 
-def verdicts(found: Sequence[dict]) -> str:
-    """How much accuracy each set loses against the best one by its threshold, and by its ranking.
+def losses(found: Sequence[dict]) -> str:
+    """What a best threshold is, and what each set loses against the most accurate one, two classes.
 
     The accuracy gap that remains at both best thresholds is due to ranking.
     """
+    text = """
+best threshold: an oracle, the accuracy with the cut of s1 - s0 that is best on these same rows."""
     best = max(found, key=lambda entry: entry["accuracy"])
     rows = []
     for entry in found:
         if loss := best["accuracy"] - entry["accuracy"]:
             ranking = best["oracle_accuracy"] - entry["oracle_accuracy"]
-            share = (loss - ranking) / loss
-            cause = "ranking more than threshold" if share < 0.5 else "threshold more than ranking"
-            cause = "threshold, not ranking" if share > 0.8 else cause
             figures = [f"{x:.4f}" for x in (loss, loss - ranking, ranking)]
+            cause = "ranking" if ranking >= loss / 2 else "threshold"
             rows.append([",".join(entry["labels"]), *figures, cause])
-    heads = ["set", "accuracy lost", "by threshold", "by ranking", "cause"]
-    return f"against {','.join(best['labels'])}:\n{text_table(heads, rows)}" if rows else ""
+    heads = ["set", "accuracy lost", "by threshold", "by ranking", "main cause"]
+    against = f"\n\nagainst {','.join(best['labels'])}:\n"
+    return text + against + text_table(heads, rows) if rows else text

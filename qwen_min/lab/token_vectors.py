@@ -13,19 +13,18 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from qwen_min.command.terminal import text_table, visible
 from qwen_min.errors import UserError
-from qwen_min.files.run import write_atomically
+from qwen_min.files.disk import read_safetensors, write_atomically
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.tokenizer import Tokenizer
 
+Matrices = dict[str, Tensor]  # (V, D), by name
 FILE = "embeddings.safetensors"
-TOGETHER = "token_vectors"  # a key of an adapter's metadata: trained together with FILE
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -40,11 +39,6 @@ class Fp32Embedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids).to(self.dtype)
-
-
-def trained_by(record: dict) -> bool:
-    """Whether a run trained token vectors, by its record (absent in records of older versions)."""
-    return bool(record["arguments"].get("train_embeddings"))
 
 
 def token_vectors(model: Qwen, scores_words: bool) -> dict[str, nn.Parameter]:
@@ -65,7 +59,7 @@ def unfreeze(model: Qwen, scores_words: bool) -> dict[str, nn.Parameter]:
     return token_vectors(model, scores_words)
 
 
-def write(path: Path, parameters: dict[str, Tensor], base_fingerprint: str) -> None:
+def write(path: Path, parameters: Matrices, base_fingerprint: str) -> None:
     """Write the trained token vectors, fp32, and the fingerprint of their base."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
     write_atomically(path, to_bytes(tensors, {"base_fingerprint": base_fingerprint}))
@@ -79,21 +73,14 @@ def load(path: Path, model: Qwen, scores_words: bool, base_fingerprint: str) -> 
     file is damaged, or if its names, shapes, dtype or base differ from the expected ones.
     """
     own = token_vectors(model, scores_words)
-    try:
-        with safe_open(path, framework="pt") as file:
-            names, metadata = file.keys(), file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in names}
-        if metadata.get("base_fingerprint") != base_fingerprint:
-            raise ValueError("they belong to another base")
-        expected = {name: (list(p.shape), torch.float32) for name, p in own.items()}
-        found = {name: (list(t.shape), t.dtype) for name, t in tensors.items()}
-        if found != expected:
-            raise ValueError(f"found {found}, expected {expected}")
-    except (OSError, SafetensorError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: not the token vectors that train.py wrote ({reason}); train again"
-        ) from None
+    kind = "the token vectors that train.py wrote for this base"
+    tensors, metadata = read_safetensors(path, kind, "train again")
+    found = {name: (list(t.shape), t.dtype) for name, t in tensors.items()}
+    found["base"] = metadata.get("base_fingerprint")
+    expected = {name: (list(p.shape), torch.float32) for name, p in own.items()}
+    expected["base"] = base_fingerprint
+    if found != expected:
+        raise UserError(f"{path}: not {kind} (found {found}, expected {expected}); train again")
     for name, tensor in tensors.items():
         # A new tensor, since the model's own may be mapped from the checkpoint's file.
         own[name].data = tensor.to(device=own[name].device, dtype=own[name].dtype).clone()
@@ -115,10 +102,7 @@ def movement(before: Tensor, after: Tensor, rows: Collection[int]) -> dict:
 
 
 def movements(
-    before: dict[str, Tensor],
-    after: dict[str, Tensor],
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
+    before: Matrices, after: Matrices, tokenizer: Tokenizer, prompts: Sequence[Prompt]
 ) -> dict[str, list[dict]]:
     """For each matrix (V, D), by name, the `movement` of three kinds of rows: every label token,
     the other tokens in the prompts together, and all other tokens together."""
@@ -127,14 +111,12 @@ def movements(
     others = set(range(len(before[EMBEDDING]))) - in_prompts - labels
     groups = {f"label {visible(tokenizer.decode([t]))} ({t})": {t} for t in sorted(labels)}
     groups |= {"others in the prompts, mean": in_prompts, "all others, mean": others}
-    return {
-        name: [
-            {"vectors": group, **movement(before[name], after[name], rows)}
-            for group, rows in groups.items()
-            if rows
-        ]
-        for name in before
-    }
+    groups = {group: rows for group, rows in groups.items() if rows}
+    found = {}
+    for name, matrix in before.items():
+        moved = [(group, movement(matrix, after[name], rows)) for group, rows in groups.items()]
+        found[name] = [{"vectors": group, **figures} for group, figures in moved]
+    return found
 
 
 def format_movements(found: dict[str, list[dict]]) -> str:
@@ -143,9 +125,6 @@ def format_movements(found: dict[str, list[dict]]) -> str:
     keys = ("cosine", "norm_before", "norm_after", "change")
     parts = []
     for name, groups in found.items():
-        rows = [
-            [group["vectors"], str(group["tokens"]), *(f"{group[key]:.6f}" for key in keys)]
-            for group in groups
-        ]
+        rows = [[g["vectors"], str(g["tokens"]), *(f"{g[k]:.6f}" for k in keys)] for g in groups]
         parts.append(f"{name}: how far its rows moved\n" + text_table(heads, rows))
     return "\n\n".join(parts)
