@@ -15,7 +15,8 @@ def keep_freed_memory() -> None:
     such block from the kernel and gives it back when it is freed, so that every layer faults in
     and clears every page anew: a third of an MLP's processor time, measured on one core (gate, up
     and their product, 2,048 tokens of a 0.5B model in bf16: 86 ms, 57 ms with this). Blocks of up
-    to 32 MB are kept, such as those 2,048 tokens times intermediate_size 4,864; larger ones still come and go.
+    to 32 MB are kept, such as those 2,048 tokens times intermediate_size 4,864; larger ones still
+    come and go.
     Torch is asked for large pages as well, which takes hold at its first large allocation. Without
     glibc (macOS, musl) nothing happens.
     """

@@ -186,17 +186,19 @@ def decision(
     quantity: what a score is. empty_scores: the scores without a text, or none. reasons: for each
     model, more rows of the table "why".
     """
-    rows, why = [], {}
+    rows, why, sentences = [], {}, []
     for name, s in scores.items():
         best, second = ranked(s)
         for y, p in enumerate(softmax([s])[0]):
             rows.append([name, words[y], *digits(s[y], p), "<- decision" * (y == best)])
         margin = s[best] - s[second]
+        odds = f"{np.exp(margin):.4g}" if margin < 20 else f"e^{margin:.0f}"
+        said = f"{name}: {words[best]} is {odds} times as likely as {words[second]}."
         why[name] = {
             "decision": words[best] + " (a tie; try --dtype float32)" * (margin == 0),
             "second": words[second],
             "margin": f"{margin:.4f}",
-            "odds = e^margin": f"{np.exp(margin):.4g}" if margin < 20 else f"e^{margin:.0f}",
+            "odds = e^margin": odds,
             **reasons[name],
         }
         if empty_scores:
@@ -206,13 +208,17 @@ def decision(
                 "the text adds": f"{margin - empty:+.4f}",
                 "the larger part": "the text" if margin - empty >= empty else "the template",
             }
+            said += f"\n  Without a text the margin is {empty:+.4f}; "
+            said += f"this text adds {margin - empty:+.4f}."
+        sentences.append(said)
     table = text_table(["model", "class", quantity, "softmax", ""], rows, words=2)
     facts = [[fact, *(of[fact] for of in why.values())] for fact in next(iter(why.values()))]
-    text = f"{table}\n\n{text_table(['why', *why], facts, words=1 + len(why))}"
+    text = f"{table}\n\n{text_table(['why', *why], facts, words=1 + len(why))}\n\n"
+    text += "\n".join(sentences)
     if len(scores) == 2:
         (base, before), (adapted, after) = scores.items()
         best, second = ranked(after)
         old, new = before[best] - before[second], after[best] - after[second]
-        text += f"\n\n{base} to {adapted}: the margin of {words[best]} over {words[second]} goes "
-        text += f"from {old:+.4f} to {new:+.4f} ({new - old:+.4f})"
+        text += f"\n{base} to {adapted}: the margin of {words[best]} over {words[second]} goes "
+        text += f"from {old:+.4f} to {new:+.4f} ({new - old:+.4f})."
     return text
