@@ -29,12 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from qwen_min.command.arguments import (
-    add_data_arguments,
-    add_machine_arguments,
-    add_prompt_arguments,
-    with_run,
-)
+from qwen_min.command import arguments
 from qwen_min.command.classifier import Classifier, Source, dtype_name
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.inside import Evaluation, Outcome, explain, look_inside, print_inside
@@ -100,11 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", metavar="DIR", help="a directory that train.py made")
     adapter = "instead of --run: a LoRA in PEFT's format, for lora_head or lora_label_scoring"
     parser.add_argument("--adapter", metavar="DIR", help=adapter)
-    add_data_arguments(parser, "test.tsv", batch_tokens=2048)
+    arguments.add_data_arguments(parser, "test.tsv", batch_tokens=2048)
     seen = "also measure on the rows that are not in it (default: what --run was trained on)"
     parser.add_argument("--train-data", metavar="FILE", help=seen)
-    add_prompt_arguments(parser)
-    add_machine_arguments(parser)
+    arguments.add_prompt_arguments(parser)
+    arguments.add_machine_arguments(parser)
     parser.add_argument("--seed", type=seed, default=0, help="of whatever is drawn at random")
     add = parser.add_argument_group("see inside").add_argument
     steps = "one text's whole computation, step by step; with --run base and adapted side by side"
@@ -123,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args, given = parse_with_given(build_parser(), argv)
-    return run_command(lambda args: evaluate(*with_run(args, given)), args)
+    return run_command(lambda args: evaluate(*arguments.with_run(args, given)), args)
 
 
 def evaluate(args: argparse.Namespace, record: dict | None) -> int:

@@ -26,14 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora import lora_parameters, merge_lora
-from qwen_min.command.arguments import (
-    add_data_arguments,
-    add_machine_arguments,
-    add_prompt_arguments,
-    add_training_arguments,
-    candidate_layers,
-    check_training,
-)
+from qwen_min.command import arguments
 from qwen_min.command.classifier import Source, forms
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.fit import Stopped, Training, fit
@@ -44,7 +37,7 @@ from qwen_min.errors import UserError
 from qwen_min.files.data import HELD_OUT, class_counts, examples_hash, held_out_split
 from qwen_min.files.overlap import fed_rows
 from qwen_min.files.probe import cached_features, save_head
-from qwen_min.files.run import checkpoints, publish, run_arguments, start_record, write_json
+from qwen_min.files.run import publish, run_arguments, start_record, write_json
 from qwen_min.files.weights import checkpoint_fingerprint, fingerprint, load_model, save_model
 from qwen_min.head import fit_layers
 from qwen_min.metrics import log_loss
@@ -76,7 +69,7 @@ def head_only(job: Job) -> dict:
         # Kept with the run: the head means nothing without the states that it was solved on.
         publish(Path(args.adapter), job.run / ADAPTER)
     last = model.config.num_hidden_layers
-    layers = candidate_layers(args.layer, last)
+    layers = arguments.candidate_layers(args.layer, last)
     started = time.perf_counter()
     with tqdm(total=len(job.prompts), unit=" rows", desc="features", disable=None) as bar:
         how = (args.pooling, layers != [last], args.batch_tokens, bar.update)
@@ -104,42 +97,30 @@ def head_only(job: Job) -> dict:
 
 def lora_head(job: Job) -> dict:
     """Train LoRA and a linear head together, by the cross-entropy of the head's scores."""
-    args = job.source.args
-    trained, checkpoint = start(job)
+    args, trained = job.source.args, Trainable(job.model, job.source.record, job.run)
 
     def loss(prompts: list[Prompt], classes: list[int]) -> Tensor:
         head_losses = forms(args.plain).head_losses
         return head_losses(job.model, trained.weight, prompts, classes, args.checkpointing)
 
-    return by_gradient(job, trained, checkpoint, loss)
+    return by_gradient(job, trained, loss)
 
 
 def lora_label_scoring(job: Job) -> dict:
     """Train LoRA by the log-probability of the true label word's tokens."""
-    args = job.source.args
-    trained, checkpoint = start(job)
+    args, trained = job.source.args, Trainable(job.model, job.source.record, job.run)
 
     def loss(prompts: list[Prompt], classes: list[int]) -> Tensor:
         return forms(args.plain).label_losses(job.model, prompts, classes, args.checkpointing)
 
-    return by_gradient(job, trained, checkpoint, loss)
+    return by_gradient(job, trained, loss)
 
 
 METHODS = {method.__name__: method for method in (head_only, lora_head, lora_label_scoring)}
 
 
-def start(job: Job) -> tuple[Trainable, Path | None]:
-    """What the method trains, on the job's model: new, or from the run's last checkpoint."""
-    found = checkpoints(job.run)
-    checkpoint = found[-1][1] if found else None
-    return Trainable(job.model, job.source.record, checkpoint), checkpoint
-
-
 def by_gradient(
-    job: Job,
-    trained: Trainable,
-    checkpoint: Path | None,
-    loss: Callable[[list[Prompt], list[int]], Tensor],
+    job: Job, trained: Trainable, loss: Callable[[list[Prompt], list[int]], Tensor]
 ) -> dict:
     """Train in steps; the best step on the held-out part becomes the run's result."""
     args, model = job.source.args, job.model
@@ -174,7 +155,7 @@ def by_gradient(
     )
     model.train()
     plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
-    state = fit(job.run, training, plan, checkpoint)
+    state = fit(job.run, training, plan, trained.checkpoint)
     trained.publish(job.run / "checkpoints" / f"step-{state['best_step']}", job.run)
     return {
         "history": state["history"],
@@ -213,16 +194,18 @@ def build_parser() -> argparse.ArgumentParser:
     """The command-line arguments, grouped as `--help` shows them."""
     parser = make_parser(__doc__)
     parser.add_argument("--method", choices=METHODS, help="required, unless --resume")
-    add_data_arguments(parser, "train.tsv", batch_tokens=1024)  # activation memory grows with it
+    arguments.add_data_arguments(
+        parser, "train.tsv", batch_tokens=1024
+    )  # activation memory grows with it
     parser.add_argument("--data-seed", type=seed, default=0, help="of the held-out part")
-    add_prompt_arguments(parser)
-    add_machine_arguments(parser)
+    arguments.add_prompt_arguments(parser)
+    arguments.add_machine_arguments(parser)
     add = parser.add_argument_group("run").add_argument
     add("--output", metavar="DIR", help="the run directory (default: runs/METHOD)")
     add("--resume", action="store_true", help="continue the run in --output")
     add("--merge", metavar="DIR", help="also write base + LoRA as a plain checkpoint")
     add("--seed", type=seed, default=0, help="of initial values, order and dropout")
-    add_training_arguments(parser)
+    arguments.add_training_arguments(parser)
     return parser
 
 
@@ -234,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Read, split, load, train, and write the run directory."""
-    check_training(args)
+    arguments.check_training(args)
     device, task, run = choose_device(args.device), read_task(args), Path(args.output)
     examples, prompts = read_rows(args, task)
     fed_rows(task.directory, examples)  # warns if the model was made from some of the rows

@@ -3,14 +3,7 @@
 The names below are the Python interface; command/interface.py has their code.
 """
 
-__all__ = [
-    "build_prompts",
-    "evaluate_predictions",
-    "load",
-    "load_run",
-    "score_labels",
-    "softmax",
-]
+__all__ = ["build_prompts", "evaluate_predictions", "load", "load_run", "score_labels", "softmax"]
 
 
 def __getattr__(name: str) -> object:

@@ -346,7 +346,7 @@ def test_a_signal_at_any_look_stops_after_a_checkpoint(tmp_path, monkeypatch):
         def restore(self) -> None:
             pass
 
-    monkeypatch.setattr(fit_module, "StopRequest", Late)
+    monkeypatch.setattr(fit_module.run_files, "StopRequest", Late)
     stops = []
     for Late.late in range(30):
         toy = Toy(tmp_path / str(Late.late))

@@ -9,17 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qwen_min.files.run import (
-    StopRequest,
-    append_log,
-    optimizer_bytes,
-    prune_checkpoints,
-    restore_optimizer,
-    save_checkpoint,
-    trim_log,
-    write_atomically,
-    write_json,
-)
+from qwen_min.files import run as run_files
+from qwen_min.files.disk import write_atomically, write_json
 from qwen_min.training import Plan, TrainingFailed, best_step, make_optimizer, training_steps
 
 
@@ -59,7 +50,7 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
     state = {"step": 0, "seconds": 0.0, "history": []}
     if checkpoint is not None:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        restore_optimizer(optimizer, names, checkpoint / "optimizer.safetensors")
+        run_files.restore_optimizer(optimizer, names, checkpoint / "optimizer.safetensors")
     per_epoch = plan.steps_per_epoch(len(training.lengths))
     steps = plan.epochs * per_epoch
     eval_every = training.eval_every or -(-per_epoch // 2)
@@ -67,12 +58,14 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
 
     def write(directory: Path) -> None:
         training.save(directory)
-        write_atomically(directory / "optimizer.safetensors", optimizer_bytes(optimizer, names))
+        write_atomically(
+            directory / "optimizer.safetensors", run_files.optimizer_bytes(optimizer, names)
+        )
         write_json(directory / "state.json", state)
 
     log = run / "log.jsonl"
-    trim_log(log, state["step"])
-    stop = StopRequest()
+    run_files.trim_log(log, state["step"])
+    stop = run_files.StopRequest()
     bar = tqdm(total=steps, initial=state["step"], unit=" steps", disable=None)
     try:
         step_started = time.perf_counter()
@@ -83,7 +76,7 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
             tokens = sum(training.lengths[row] for row in step.rows)
             speed = tokens / (time.perf_counter() - step_started)
             numbers = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}
-            append_log(log, step=step.number, **numbers, tokens_per_s=speed)
+            run_files.append_log(log, step=step.number, **numbers, tokens_per_s=speed)
             bar.update()
             bar.set_postfix(loss=f"{step.loss:.3f}", lr=f"{step.lr:.1e}", tok_s=f"{speed:.0f}")
             last = step.number == steps
@@ -91,8 +84,8 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
                 state["history"].append({"step": step.number, **training.evaluate()})
             if evaluates or step.number % training.save_every == 0 or stop.signal is not None:
                 state["seconds"] = before + time.perf_counter() - started
-                save_checkpoint(run, step.number, write)
-                prune_checkpoints(run, [step.number, best_step(state["history"])])
+                run_files.save_checkpoint(run, step.number, write)
+                run_files.prune_checkpoints(run, [step.number, best_step(state["history"])])
                 if stop.signal is not None and not last:
                     raise Stopped(stop.signal, step.number)
             # A signal after a step that was not saved waits for the next one.

@@ -20,7 +20,7 @@ import lora
 from qwen_min.errors import UserError
 from qwen_min.files.disk import write_atomically
 from qwen_min.files.probe import load_head, save_head
-from qwen_min.files.run import publish
+from qwen_min.files.run import checkpoints, publish
 from qwen_min.head import LinearHead
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
@@ -114,9 +114,11 @@ class Trainable:
     `parameters` are exactly these, by name; everything else of the model is frozen.
     """
 
-    def __init__(self, model: Qwen, record: dict, checkpoint: Path | None):
-        """record: the run's; checkpoint: to continue from, or None to start from the seed."""
+    def __init__(self, model: Qwen, record: dict, run: Path):
+        """Start from the seed, or from the last checkpoint in the directory `run` of `record`."""
         args = argparse.Namespace(**record["arguments"])
+        found = checkpoints(run)
+        self.checkpoint = checkpoint = found[-1][1] if found else None
         self.model, self.base_hash = model, record["base_fingerprint"]
         self.parts = parts_of(record["method"], record["arguments"])
         torch.manual_seed(args.seed)
