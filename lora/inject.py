@@ -39,9 +39,7 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linea
         if not targeted(model, [target]):
             names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
             kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
-            raise LoRAError(
-                f"LoRA target {target!r} names no linear layer of the model; use {kinds}"
-            )
+            raise LoRAError(f"LoRA target {target!r} names no linear layer; the model has {kinds}")
     return targeted(model, targets)
 
 

@@ -491,7 +491,7 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
     del other.model.layers[1]
     with pytest.raises(LoRAError, match=r"expected 8 tensors, 8 wrong \("):
         load_adapter(tmp_path, other)
-    with pytest.raises(LoRAError, match="'q_proj' names no linear layer of the model; use "):
+    with pytest.raises(LoRAError, match="'q_proj' names no linear layer; the model has "):
         load_adapter(tmp_path, nn.Sequential(nn.Linear(4, 4)))
     twice = copy.deepcopy(saved(tmp_path, "CAUSAL_LM"))
     with pytest.raises(LoRAError, match="already has LoRA"):
