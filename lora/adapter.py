@@ -87,11 +87,23 @@ def save_adapter(
     tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     # One entry: safetensors writes several in no fixed order, and equal adapters would differ.
     header = {"metadata": json.dumps(metadata or {}, sort_keys=True)}
+    fields = DEFAULTS | {
+        "base_model_name_or_path": config.base_model or None,
+        "inference_mode": True,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "modules_to_save": HEAD_MODULES if config.task_type == "SEQ_CLS" else None,
+        "peft_type": "LORA",
+        "r": config.r,
+        "target_modules": list(config.targets),
+        "task_type": config.task_type,
+        "use_rslora": config.use_rslora,
+    }
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     contents = {TENSOR_FILE: safetensors.torch.save(tensors, header)}
-    contents[CONFIG_FILE] = _config_json(config).encode()
+    contents[CONFIG_FILE] = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
     for name, content in contents.items():
         with open(directory / f"{name}.part", "wb") as file:
             file.write(content)
@@ -173,22 +185,6 @@ def _plain_lora(fields: object) -> LoRAConfig:
     numbers = (fields.get("r"), fields.get("lora_alpha"), fields["lora_dropout"])
     base_model = str(fields.get("base_model_name_or_path") or "")
     return LoRAConfig(*numbers, tuple(targets), fields["use_rslora"], task, base_model)
-
-
-def _config_json(config: LoRAConfig) -> str:
-    fields = DEFAULTS | {
-        "base_model_name_or_path": config.base_model or None,
-        "inference_mode": True,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "modules_to_save": HEAD_MODULES if config.task_type == "SEQ_CLS" else None,
-        "peft_type": "LORA",
-        "r": config.r,
-        "target_modules": list(config.targets),
-        "task_type": config.task_type,
-        "use_rslora": config.use_rslora,
-    }
-    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
