@@ -45,7 +45,9 @@ class QwenConfig:
         """
         path = Path(path)
         if not path.exists():
-            raise UserError(f"{path}: no such file; expected config.json, tokenizer.json, *.safetensors")
+            raise UserError(
+                f"{path}: no such file; expected config.json, tokenizer.json, *.safetensors"
+            )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

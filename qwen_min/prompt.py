@@ -145,6 +145,6 @@ def check_lengths(
         tokens = len(prompt.ids) + max(new_tokens, *(len(ids) for ids in prompt.labels))
         if tokens > max_positions:
             raise UserError(
-                f"{place}: prompt and label have {tokens} tokens, the model allows at most "
-                f"{max_positions}; lower --max-text-tokens or shorten the template"
+                f"{place}: prompt and label have {tokens} tokens, expected at most {max_positions} "
+                "(the model's limit); lower --max-text-tokens or shorten the template"
             )
