@@ -4,17 +4,6 @@ from lora.adapter import LoRAConfig, load_adapter, read_adapter_config, save_ada
 from lora.inject import ATTENTION, MLP, inject_lora, lora_modules, lora_parameters, merge_lora
 from lora.layer import LoRAError, LoRALinear
 
-__all__ = [
-    "ATTENTION",
-    "MLP",
-    "LoRAConfig",
-    "LoRAError",
-    "LoRALinear",
-    "inject_lora",
-    "load_adapter",
-    "lora_modules",
-    "lora_parameters",
-    "merge_lora",
-    "read_adapter_config",
-    "save_adapter",
-]
+__all__ = ["LoRAConfig", "load_adapter", "read_adapter_config", "save_adapter"]
+__all__ += ["ATTENTION", "MLP", "inject_lora", "lora_modules", "lora_parameters", "merge_lora"]
+__all__ += ["LoRAError", "LoRALinear"]

@@ -16,16 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lora.inject import (
-    ATTENTION,
-    MLP,
-    find_targets,
-    inject_lora,
-    lora_modules,
-    lora_parameters,
-    matches,
-)
-from lora.layer import LoRAError, LoRALinear, check_hyperparameters
+import lora.inject as inject
+from lora.layer import LoRAError, check_hyperparameters
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -34,27 +26,25 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_MODULES = ["classifier", "score"]  # PEFT's names for the head of any SEQ_CLS model
 
 # What the absence of a config field means in PEFT; for the other fields it means None.
-DEFAULTS = {"bias": "none", "init_lora_weights": True, "use_rslora": False, "lora_dropout": 0.0}
+DEFAULTS = {"bias": "none", "fan_in_fan_out": False, "init_lora_weights": True}
+DEFAULTS |= {"lora_dropout": 0.0, "use_dora": False, "use_rslora": False}
 # The values that are plain LoRA. PiSSA, OLoRA, CorDA and LoftQ, which are other values of
 # init_lora_weights, also change the base's weights, so A and B would not fit the unchanged base.
-PLAIN = {
-    "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", "SEQ_CLS"),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian"),
-    "use_rslora": (False, True),
-}
+PLAIN = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM", "SEQ_CLS"), "bias": ("none",)}
+PLAIN |= {"init_lora_weights": (True, False, "gaussian"), "use_rslora": (False, True)}
 # Fields that `read_adapter_config` checks one by one, and fields that do not change A and B.
 OTHER = {"r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"}
 OTHER |= {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core"}
 OTHER |= {"peft_version", "qalora_group_size", "revision", "runtime_config"}
+# Any other field asks for a variant of LoRA, unless it is off.
+OFF = (None, False, "", [], {})
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
     """The content of an adapter's config.
 
-    `targets` as in `inject.find_targets`; `base_model` is a name or path, for the reader only.
+    `targets` as in `inject.targeted`; `base_model` is a name or path, for the reader only.
     Raises LoRAError if r, alpha or dropout is out of range.
     """
 
@@ -84,37 +74,43 @@ def save_adapter(
     adapter. Raises ValueError if `config` does not describe the LoRA of `model`, if SEQ_CLS has no
     head, or if CAUSAL_LM has one.
     """
-    wrapped = lora_modules(model)
-    targeted = {
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, (nn.Linear, LoRALinear)) and any(matches(name, t) for t in config.targets)
-    }
+    wrapped = inject.lora_modules(model)
     settings = {(m.r, m.alpha, m.use_rslora) for m in wrapped.values()}
-    if wrapped.keys() != targeted or settings != {(config.r, config.alpha, config.use_rslora)}:
+    same = settings == {(config.r, config.alpha, config.use_rslora)}
+    if not same or wrapped.keys() != inject.targeted(model, config.targets).keys():
         raise ValueError(f"the model does not have the LoRA that the config describes: {config}")
     if (head is not None) != (config.task_type == "SEQ_CLS"):
         raise ValueError(f"task type {config.task_type}: SEQ_CLS needs a head, CAUSAL_LM none")
-    tensors = {_key(name): p for name, p in lora_parameters(model).items()}
+    tensors = {_key(name): p for name, p in inject.lora_parameters(model).items()}
     if head is not None:
         tensors[HEAD_KEY] = head.float()
     tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     # One entry: safetensors writes several in no fixed order, and equal adapters would differ.
     header = {"metadata": json.dumps(metadata or {}, sort_keys=True)}
+    fields = DEFAULTS | {
+        "base_model_name_or_path": config.base_model or None,
+        "inference_mode": True,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "modules_to_save": HEAD_MODULES if config.task_type == "SEQ_CLS" else None,
+        "peft_type": "LORA",
+        "r": config.r,
+        "target_modules": list(config.targets),
+        "task_type": config.task_type,
+        "use_rslora": config.use_rslora,
+    }
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    files = {
-        directory / TENSOR_FILE: safetensors.torch.save(tensors, header),
-        directory / CONFIG_FILE: _config_json(config).encode(),
-    }
-    for path, data in files.items():
-        with open(f"{path}.part", "wb") as file:
-            file.write(data)
+    contents = {TENSOR_FILE: safetensors.torch.save(tensors, header)}
+    contents[CONFIG_FILE] = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
+    for name, content in contents.items():
+        with open(directory / f"{name}.part", "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    for path in files:
-        os.replace(f"{path}.part", path)
+    for name in contents:
+        os.replace(directory / f"{name}.part", directory / name)
 
 
 def load_adapter(
@@ -131,104 +127,72 @@ def load_adapter(
     config = read_adapter_config(directory)
     path = Path(directory) / TENSOR_FILE
     tensors, metadata = _read_tensors(path)
-    expected: dict[str, tuple] = {}
-    for name, linear in find_targets(model, config.targets).items():
-        expected[_key(f"{name}.lora_A")] = (config.r, linear.in_features)
-        expected[_key(f"{name}.lora_B")] = (linear.out_features, config.r)
+    head = tensors.get(HEAD_KEY)
+    shapes: dict[str, tuple] = {}
+    for name, linear in inject.find_targets(model, config.targets).items():
+        shapes[_key(f"{name}.lora_A")] = (config.r, linear.in_features)
+        shapes[_key(f"{name}.lora_B")] = (linear.out_features, config.r)
     if config.task_type == "SEQ_CLS":
-        shape = tuple(tensors[HEAD_KEY].shape) if HEAD_KEY in tensors else ()
-        expected[HEAD_KEY] = shape if len(shape) == 2 else ("num_labels", "D")
-    _check_tensors(path, tensors, expected)
+        is_matrix = head is not None and head.ndim == 2
+        shapes[HEAD_KEY] = tuple(head.shape) if is_matrix else ("num_labels", "D")
+    _check_tensors(path, tensors, shapes)
 
     dropout = config.dropout if dropout is None else dropout
-    inject_lora(model, config.targets, config.r, config.alpha, dropout, config.use_rslora)
+    inject.inject_lora(model, config.targets, config.r, config.alpha, dropout, config.use_rslora)
     with torch.no_grad():
-        for name, parameter in lora_parameters(model).items():
+        for name, parameter in inject.lora_parameters(model).items():
             parameter.copy_(tensors[_key(name)])
-    head = tensors[HEAD_KEY].float() if HEAD_KEY in tensors else None
-    return config, head, metadata
+    return config, None if head is None else head.float(), metadata
 
 
 def read_adapter_config(directory: str | Path) -> LoRAConfig:
     """Read `adapter_config.json`. Raises LoRAError if it is unreadable or not plain LoRA."""
     path = Path(directory) / CONFIG_FILE
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        return _plain_lora(json.loads(path.read_text(encoding="utf-8")))
+    except LoRAError as error:
+        raise LoRAError(f"{path}: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
-        reason = f"cannot be read as JSON ({error}); expected an adapter's config"
-        raise LoRAError(f"{path}: {reason}") from error
-    if not isinstance(fields, dict):
-        raise LoRAError(f"{path}: found a {type(fields).__name__}; expected a JSON object")
-    fields = DEFAULTS | fields
+        raise LoRAError(f"{path}: cannot be read as JSON ({error}); save it again") from error
+
+
+def _plain_lora(fields: object) -> LoRAConfig:
+    """The config in these fields of PEFT's. Raises LoRAError if it is not plain LoRA."""
 
     def check(name: str, ok: bool, expected: str) -> None:
         if not ok:
-            found = repr(fields.get(name))[:80]
             raise LoRAError(
-                f"{path}: {name} is {found}; expected {expected} (only plain LoRA is read: with "
-                "PEFT, merge the adapter into its base and use the result)"
+                f"{name} is {repr(fields.get(name))[:80]}; expected {expected} (only plain LoRA is "
+                "read: with PEFT, merge the adapter into its base and use the result)"
             )
 
-    for name, values in PLAIN.items():
-        found = fields.get(name)
-        # The type counts too, because 1 == True in Python.
-        ok = any(found == value and type(found) is type(value) for value in values)
-        check(name, ok, " or ".join(map(str, values)))
-    # Any other field asks for a variant of LoRA, unless it is off. 0 is not off:
-    # `"layers_to_transform": 0` means only the first layer.
-    for name in sorted(fields.keys() - PLAIN.keys() - OTHER):
-        off = fields[name] is None or fields[name] is False or fields[name] in ("", [], {})
-        check(name, off, "none")
-    task = fields["task_type"]
-    saved = fields.get("modules_to_save") or []
-    savable = HEAD_MODULES if task == "SEQ_CLS" else []
-    ok = isinstance(saved, list) and all(module in savable for module in saved)
-    check("modules_to_save", ok, f"nothing outside {savable} with {task}")
+    if not isinstance(fields, dict):
+        raise LoRAError(f"found a {type(fields).__name__}; expected a JSON object")
+    fields = DEFAULTS | fields
+    for name in (*PLAIN, *sorted(fields.keys() - PLAIN.keys() - OTHER)):
+        # Compared as JSON, because in Python 1 == True and 0 == False. 0 is not off:
+        # `"layers_to_transform": 0` means only the first layer.
+        ok = json.dumps(fields.get(name)) in map(json.dumps, PLAIN.get(name, OFF))
+        check(name, ok, " or ".join(map(str, PLAIN.get(name, ["none"]))))
+    task, saved = fields["task_type"], fields.get("modules_to_save") or []
+    heads = HEAD_MODULES if task == "SEQ_CLS" else []
+    ok = isinstance(saved, list) and all(module in heads for module in saved)
+    check("modules_to_save", ok, f"nothing outside {heads} with {task}")
     targets = fields.get("target_modules")
-    targets = [*ATTENTION, *MLP] if targets == "all-linear" else targets
+    targets = [*inject.ATTENTION, *inject.MLP] if targets == "all-linear" else targets
     ok = isinstance(targets, list) and targets and all(isinstance(t, str) and t for t in targets)
     check("target_modules", ok, "a list of module names, not a pattern")
-    try:
-        return LoRAConfig(
-            r=fields.get("r"),
-            alpha=fields.get("lora_alpha"),
-            dropout=fields["lora_dropout"],
-            targets=tuple(targets),
-            use_rslora=fields["use_rslora"],
-            task_type=task,
-            base_model=str(fields.get("base_model_name_or_path") or ""),
-        )
-    except LoRAError as error:
-        raise LoRAError(f"{path}: {error}") from None
-
-
-def _config_json(config: LoRAConfig) -> str:
-    fields = {
-        "base_model_name_or_path": config.base_model or None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "modules_to_save": HEAD_MODULES if config.task_type == "SEQ_CLS" else None,
-        "peft_type": "LORA",
-        "r": config.r,
-        "target_modules": list(config.targets),
-        "task_type": config.task_type,
-        "use_dora": False,
-        "use_rslora": config.use_rslora,
-    }
-    return json.dumps(fields, indent=2) + "\n"
+    numbers = (fields.get("r"), fields.get("lora_alpha"), fields["lora_dropout"])
+    base_model = str(fields.get("base_model_name_or_path") or "")
+    return LoRAConfig(*numbers, tuple(targets), fields["use_rslora"], task, base_model)
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata, copied into memory, because the file can change while they are used."""
     try:
         with safe_open(path, framework="pt") as file:
-            keys, header = list(file.keys()), file.metadata() or {}
-            tensors = {key: file.get_tensor(key).clone() for key in keys}
-        metadata = json.loads(header.get("metadata", "{}"))
+            tensors = {key: file.get_tensor(key).clone() for key in list(file.keys())}
+            metadata = json.loads((file.metadata() or {}).get("metadata", "{}"))
         if not isinstance(metadata, dict):
             raise ValueError("its metadata is not an object")
     except (OSError, SafetensorError, ValueError) as error:
@@ -236,28 +200,23 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, tuple]) -> None:
-    """Raise LoRAError unless `tensors` has exactly the expected keys and shapes and is finite."""
-    problems = {
-        "missing": [key for key in expected if key not in tensors],
-        "unexpected": [key for key in tensors if key not in expected],
-        "misshapen": [
-            f"{key} {tuple(tensors[key].shape)} instead of {shape}"
-            for key, shape in expected.items()
-            if key in tensors and tuple(tensors[key].shape) != shape
-        ],
-        "not finite floats of 16 to 64 bits": [
-            key for key, t in tensors.items() if t.dtype not in FLOATS or not t.isfinite().all()
-        ],
-    }
-    # Two names of each kind are enough: an adapter has hundreds of tensors, a message has one line.
-    found = [
-        f"{len(names)} {kind} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
-        for kind, names in problems.items()
-        if names
-    ]
-    if found:
-        raise LoRAError(f"{path}: expected {len(expected)} tensors; {'; '.join(found)}")
+def _check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple]) -> None:
+    """Raise LoRAError unless `tensors` has exactly these names and shapes and is finite."""
+    problems = [f"{key} is missing" for key in shapes if key not in tensors]
+    for key, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        if key not in shapes:
+            problems.append(f"{key} is unexpected")
+        elif shape != shapes[key]:
+            problems.append(f"{key} has shape {shape}, expected {shapes[key]}")
+        elif tensor.dtype not in FLOATS or not tensor.isfinite().all():
+            problems.append(f"{key} has other values than finite floats of 16 to 64 bits")
+    if problems:  # two are enough: an adapter has hundreds of tensors, a message has one line
+        found = "; ".join(problems[:2]) + "; ..." * (len(problems) > 2)
+        raise LoRAError(
+            f"{path}: expected {len(shapes)} tensors, {len(problems)} wrong ({found}); give the "
+            "model that the adapter was trained on, and its whole file"
+        )
 
 
 def _key(parameter: str) -> str:

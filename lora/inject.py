@@ -10,37 +10,37 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """The nn.Linear modules that `targets` name, as {full name: module} in the model's order.
+def targeted(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear | LoRALinear]:
+    """The linear layers, with or without LoRA, that `targets` name, as {full name: module}.
 
-    `matches` says which names a target stands for. Raises LoRAError if `targets` is empty, if a
-    target names no Linear, or if the model already has LoRA.
+    A target stands for each module that has it as its full name or as its last components: `q_proj`
+    matches `layers.0.self_attn.q_proj` and never `my_q_proj`. This is PEFT's rule for a list of
+    targets.
+    """
+    endings = tuple(f".{target}" for target in targets)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear))}
+    return {name: m for name, m in linears.items() if f".{name}".endswith(endings)}
+
+
+def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """The modules to wrap: see `targeted`; in the model's order.
+
+    Raises LoRAError if `targets` is empty, if a target names no Linear, or if the model already has
+    LoRA.
     """
     if wrapped := list(lora_modules(model)):
         raise LoRAError(
             f"the model already has LoRA on {len(wrapped)} modules (first: {wrapped[0]}); "
             "merge it, or start from the base model"
         )
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if not targets:
         raise LoRAError("no LoRA targets; expected at least one module name such as q_proj")
     for target in targets:
-        if not any(matches(name, target) for name in linears):
-            kinds = dict.fromkeys(name.rpartition(".")[2] for name in linears)
-            raise LoRAError(
-                f"LoRA target {target!r} names no linear layer of the model; "
-                f"it has: {', '.join(kinds) or 'none'}"
-            )
-    return {n: m for n, m in linears.items() if any(matches(n, t) for t in targets)}
-
-
-def matches(name: str, target: str) -> bool:
-    """Whether `target` stands for the module `name`: by its full name or by its last components.
-
-    `q_proj` matches `layers.0.self_attn.q_proj` and never `my_q_proj`. This is PEFT's rule for a
-    list of targets.
-    """
-    return name == target or name.endswith("." + target)
+        if not targeted(model, [target]):
+            names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+            kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
+            raise LoRAError(f"LoRA target {target!r} names no linear layer; the model has {kinds}")
+    return targeted(model, targets)
 
 
 def inject_lora(
@@ -64,7 +64,7 @@ def inject_lora(
     # Freeze the whole base: choosing by name could leave a weight trainable.
     model.requires_grad_(False)
     for name, module in wrapped.items():
-        _replace(model, name, module)
+        model.set_submodule(name, module)
     return list(wrapped)
 
 
@@ -86,10 +86,5 @@ def merge_lora(model: nn.Module) -> int:
     """Replace every LoRALinear of `model` by its `merged()` Linear, in place; return the count."""
     modules = lora_modules(model)
     for name, module in modules.items():
-        _replace(model, name, module.merged())
+        model.set_submodule(name, module.merged())
     return len(modules)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)

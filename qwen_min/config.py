@@ -44,13 +44,12 @@ class QwenConfig:
         experts, a sliding window in use, scaled RoPE, another activation, quantised weights.
         """
         path = Path(path)
+        if not path.exists():
+            raise UserError(
+                f"{path}: no such file; expected config.json, tokenizer.json, *.safetensors"
+            )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(
-                f"{path}: no such file; a model directory holds config.json, tokenizer.json and "
-                "*.safetensors"
-            ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as JSON ({error}); fetch it again") from None
         if not isinstance(raw, dict):
@@ -74,10 +73,7 @@ class QwenConfig:
         # As in the reference: Qwen3's default is 128, whatever D / H is.
         head_dim = field("head_dim", int, 128 if is_qwen3 else hidden // heads)
         if heads % kv_heads:
-            raise UserError(
-                f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
-                f"{kv_heads}"
-            )
+            raise UserError(f"{path}: num_key_value_heads {kv_heads} does not divide {heads} heads")
         if head_dim % 2:
             raise UserError(f"{path}: head_dim {head_dim} is odd; RoPE rotates pairs")
         # As in the reference: rope_parameters.rope_theta takes precedence over the top-level one.
@@ -106,10 +102,7 @@ def _unsupported(raw: dict) -> str | None:
     """The first feature that the forward pass would compute wrongly, and what to do about it."""
     found = raw.get("model_type")
     if found not in MODEL_TYPES:
-        return (
-            f"model_type is {found!r}, expected {' or '.join(MODEL_TYPES)} (Qwen1.5, Qwen2, "
-            "Qwen2.5 or Qwen3, dense); choose such a checkpoint"
-        )
+        return f"model_type is {found!r}, expected qwen2 or qwen3; choose a dense Qwen1.5 to Qwen3"
     if raw.get("num_experts") or raw.get("num_local_experts"):
         return "mixture of experts is not supported; use a dense Qwen"
     if raw.get("quantization_config"):

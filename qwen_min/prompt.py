@@ -57,10 +57,7 @@ def parse_template(argument: str) -> str:
     """
     template = argument.replace("\\n", "\n")
     if (times := template.count(FIELD)) != 1:
-        raise UserError(
-            f"--template {argument!r}: {FIELD} occurs {times} times, expected once; write it where "
-            "the text goes"
-        )
+        raise UserError(f"--template {argument!r}: {FIELD} occurs {times} times; write it once")
     return template
 
 
@@ -121,21 +118,17 @@ def build_prompts(
             if ids[: len(end)] != end or ids == end:
                 raise UserError(
                     f"{place}: the end of the prompt, {tokenizer.decode(end[-3:])!r}, and the "
-                    f"label {label!r} merge into one token; end the template with a character "
-                    "that does not, such as `：`"
+                    f"label {label!r} merge into one token; end the template with `：`, say"
                 )
         label_ids = tuple(tuple(ids[len(end) :]) for ids in with_label)
         if len(set(label_ids)) < len(labels):
+            names = ", ".join(labels)
             raise UserError(
-                f"{place}: two of the labels {', '.join(labels)} are the same tokens, so their "
-                "scores would always be equal; choose words that differ"
+                f"{place}: two of the labels {names} are the same tokens; choose others"
             )
         prompt_ids = (*(id_ for ids in start_ids for id_ in ids[row]), *end)
         if not prompt_ids:
-            raise UserError(
-                f"{place}: the prompt has no tokens, so nothing could predict a label; write "
-                f"words around {FIELD} in the template, or allow more text tokens"
-            )
+            raise UserError(f"{place}: the prompt has no tokens; write words around {FIELD}")
         prompts.append(Prompt(prompt_ids, label_ids, truncated=short_texts[row] != text))
     return prompts
 
@@ -153,6 +146,5 @@ def check_lengths(
         if tokens > max_positions:
             raise UserError(
                 f"{place}: prompt and label have {tokens} tokens, expected at most {max_positions} "
-                "(max_position_embeddings in config.json); lower --max-text-tokens or shorten "
-                "the template"
+                "(the model's limit); lower --max-text-tokens or shorten the template"
             )

@@ -7,7 +7,6 @@ kept in a table, `markup`, for code that composes a prompt and needs the control
 
 import re
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 
 from tokenizers import Tokenizer as BaseTokenizer
@@ -26,22 +25,17 @@ class Tokenizer:
     def __init__(self, directory: str | Path):
         path = Path(directory) / "tokenizer.json"
         if not path.exists():
-            raise UserError(
-                f"{path}: no such file; a model directory holds tokenizer.json beside the weights"
-            )
+            raise UserError(f"{path}: no such file; give a model directory, which has one")
         try:
             whole = BaseTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for a malformed file
             reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{path}: not a usable tokenizer ({type(error).__name__}: {reason}); fetch it again"
-            ) from None
+            raise UserError(f"{path}: not a usable tokenizer ({reason}); fetch it again") from None
         if not isinstance(whole.model, models.BPE):
-            raise UserError(
-                f"{path}: the tokenizer is {type(whole.model).__name__}, expected BPE; take the "
-                "file that came with the weights"
-            )
+            kind = type(whole.model).__name__
+            raise UserError(f"{path}: is a {kind} tokenizer, expected BPE; fetch the model's own")
         self.markup = {t.content: id_ for id_, t in whole.get_added_tokens_decoder().items()}
+        self._whole = whole  # decodes the added tokens too
         # The same parts without added tokens, truncation, padding and post-processor.
         self._base = BaseTokenizer(whole.model)
         self._base.normalizer = whole.normalizer
@@ -74,11 +68,4 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids back to text, markup included; incomplete characters become U+FFFD."""
-        names = {id_: token for token, id_ in self.markup.items()}
-        parts = []
-        for is_markup, run in groupby(ids, names.__contains__):
-            if is_markup:
-                parts += [names[id_] for id_ in run]
-            else:
-                parts.append(self._base.decode(list(run), skip_special_tokens=False))
-        return "".join(parts)
+        return self._whole.decode(list(ids), skip_special_tokens=False)

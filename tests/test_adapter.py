@@ -419,27 +419,36 @@ KEY = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"  # (8, 4)
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda t: t.pop(KEY), f"expected 16 tensors; 1 missing ({KEY})"),
-        (lambda t: [t.pop(k) for k in sorted(t)[:3]], "3 missing ("),
-        (lambda t: t.update(extra=torch.ones(1)), "1 unexpected (extra)"),
-        (lambda t: t.update({HEAD_KEY: torch.ones(2, 16)}), f"1 unexpected ({HEAD_KEY})"),
+        (lambda t: t.pop(KEY), f"expected 16 tensors, 1 wrong ({KEY} is missing)"),
+        (lambda t: [t.pop(k) for k in sorted(t)[:3]], "3 wrong ("),
+        (lambda t: t.update(extra=torch.ones(1)), "1 wrong (extra is unexpected)"),
+        (lambda t: t.update({HEAD_KEY: torch.ones(2, 16)}), f"1 wrong ({HEAD_KEY} is unexpected)"),
         (
             lambda t: t.update({KEY.replace("k_proj", "z_proj"): t.pop(KEY)}),
-            f"1 missing ({KEY}); 1 unexpected ({KEY.replace('k_proj', 'z_proj')})",
+            f"2 wrong ({KEY} is missing; {KEY.replace('k_proj', 'z_proj')} is unexpected)",
         ),
         (
             lambda t: t.update({KEY: torch.ones(8, 5)}),
-            f"1 misshapen ({KEY} (8, 5) instead of (8, 4))",
+            f"1 wrong ({KEY} has shape (8, 5), expected (8, 4))",
         ),
-        (lambda t: t.update({KEY: t[KEY].T.contiguous()}), "(4, 8) instead of (8, 4)"),
+        (lambda t: t.update({KEY: t[KEY].T.contiguous()}), "shape (4, 8), expected (8, 4)"),
         (
             lambda t: t[KEY].view(-1)[3].fill_(float("nan")),
-            f"finite floats of 16 to 64 bits ({KEY})",
+            f"{KEY} has other values than finite floats of 16 to 64 bits",
         ),
-        (lambda t: t[KEY].view(-1)[3].fill_(float("-inf")), f"floats of 16 to 64 bits ({KEY})"),
-        (lambda t: t.update({KEY: t[KEY].to(torch.float8_e4m3fn)}), f"16 to 64 bits ({KEY})"),
-        (lambda t: t.update({KEY: t[KEY].int()}), f"floats of 16 to 64 bits ({KEY})"),
-        (lambda t: t.update({"two\nlines": torch.ones(1)}), "1 unexpected (two lines)"),
+        (
+            lambda t: t[KEY].view(-1)[3].fill_(float("-inf")),
+            f"{KEY} has other values than finite floats of 16 to 64 bits",
+        ),
+        (
+            lambda t: t.update({KEY: t[KEY].to(torch.float8_e4m3fn)}),
+            f"{KEY} has other values than finite floats of 16 to 64 bits",
+        ),
+        (
+            lambda t: t.update({KEY: t[KEY].int()}),
+            f"{KEY} has other values than finite floats of 16 to 64 bits",
+        ),
+        (lambda t: t.update({"two\nlines": torch.ones(1)}), "1 wrong (two lines is unexpected)"),
     ],
 )
 def test_other_tensors_than_expected_are_refused(
@@ -453,12 +462,18 @@ def test_other_tensors_than_expected_are_refused(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda t: t.pop(HEAD_KEY), f"expected 17 tensors; 1 missing ({HEAD_KEY})"),
-        (lambda t: t.update({HEAD_KEY: torch.ones(16)}), f"1 misshapen ({HEAD_KEY} (16,) instead"),
-        (lambda t: t[HEAD_KEY].fill_(float("nan")), f"bits ({HEAD_KEY})"),
+        (lambda t: t.pop(HEAD_KEY), f"expected 17 tensors, 1 wrong ({HEAD_KEY} is missing)"),
+        (
+            lambda t: t.update({HEAD_KEY: torch.ones(16)}),
+            f"1 wrong ({HEAD_KEY} has shape (16,), expected",
+        ),
+        (
+            lambda t: t[HEAD_KEY].fill_(float("nan")),
+            f"{HEAD_KEY} has other values than finite floats of 16 to 64 bits",
+        ),
         (
             lambda t: t.update({"base_model.model.score.bias": torch.ones(2)}),
-            "1 unexpected (base_model.model.score.bias)",
+            "1 wrong (base_model.model.score.bias is unexpected)",
         ),
     ],
 )
@@ -474,9 +489,9 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, "CAUSAL_LM")
     other = carrier()
     del other.model.layers[1]
-    with pytest.raises(LoRAError, match=r"expected 8 tensors; 8 unexpected \("):
+    with pytest.raises(LoRAError, match=r"expected 8 tensors, 8 wrong \("):
         load_adapter(tmp_path, other)
-    with pytest.raises(LoRAError, match="'q_proj' names no linear layer of the model; it has: "):
+    with pytest.raises(LoRAError, match="'q_proj' names no linear layer; the model has "):
         load_adapter(tmp_path, nn.Sequential(nn.Linear(4, 4)))
     twice = copy.deepcopy(saved(tmp_path, "CAUSAL_LM"))
     with pytest.raises(LoRAError, match="already has LoRA"):

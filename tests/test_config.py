@@ -388,7 +388,7 @@ def test_no_value_of_any_field_ends_in_a_traceback(tmp_path):
 
 
 def test_missing_file(tmp_path):
-    refused(tmp_path / "config.json", "no such file", "model directory")
+    refused(tmp_path / "config.json", "no such file", "expected config.json, tokenizer.json")
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_min.fast.kernels import (
-    PadFunction,
     RMSNormFunction,
     SwiGLUFunction,
-    UnpadFunction,
+    pad,
     padded_attention,
+    unpad,
 )
 from qwen_min.fast.label_scores import last_states
 from qwen_min.fast.layout import Text, pack, select_queries
@@ -71,16 +71,16 @@ def test_swiglu_equals_its_definition_to_the_bit(dtype):
 
 
 def test_padding_and_back():
-    lengths, x = [2, 4, 1], draw(7, 3)
-    padded = PadFunction.apply(x, lengths)
-    assert padded.shape == (3, 4, 3) and torch.equal(padded[1], x[2:6])
+    lengths, x = [2, 4, 1], draw(7, 3, 2)
+    padded = pad(x, lengths)
+    assert padded.shape == (3, 4, 3, 2) and torch.equal(padded[1], x[2:6])
     assert not padded[0, 2:].any() and not padded[2, 1:].any()
-    assert torch.equal(UnpadFunction.apply(padded, lengths), x)
+    assert torch.equal(unpad(padded, lengths), x)
     # The gradient of a real place is its own, that of padding goes nowhere.
-    dy = draw(3, 4, 3, seed=1).detach()
+    dy = draw(3, 4, 3, 2, seed=1).detach()
     (dx,) = torch.autograd.grad(padded, x, dy)
     assert torch.equal(dx, torch.cat([dy[0, :2], dy[1], dy[2, :1]]))
-    (back,) = torch.autograd.grad(UnpadFunction.apply(dy.requires_grad_(), lengths), dy, x)
+    (back,) = torch.autograd.grad(unpad(dy.requires_grad_(), lengths), dy, x)
     assert torch.equal(back, padded)
 
 

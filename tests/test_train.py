@@ -407,8 +407,8 @@ def test_other_base_is_refused(runs, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t.pop(sorted(t)[0]), "1 missing"),
-        (lambda t: t.update(extra=torch.zeros(1)), "1 unexpected"),
+        (lambda t: t.pop(sorted(t)[0]), "is missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "extra is unexpected"),
     ],
 )
 def test_an_adapter_with_other_keys_is_refused(change, said, runs, data, tmp_path, capsys):

@@ -39,7 +39,4 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     # The smallest and the largest row, in lexical order, differ first where any two rows do.
     low, high = min(rows), max(rows)
     limit = min(len(row) for row in rows) - 1
-    shared = 0
-    while shared < limit and low[shared] == high[shared]:
-        shared += 1
-    return shared
+    return next((i for i in range(limit) if low[i] != high[i]), limit)

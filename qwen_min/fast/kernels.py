@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.utils.rnn import pad_sequence
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -71,35 +70,16 @@ class SwiGLUFunction(torch.autograd.Function):
         return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
 
 
-class PadFunction(torch.autograd.Function):
-    """x (N, ...), texts of these lengths end to end → (B, T, ...), shorter ones padded with 0."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        ctx.lengths = lengths
-        return pad_sequence(x.split(lengths), batch_first=True)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        return UnpadFunction.apply(dy, ctx.lengths), None
+def pad(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """x (N, H, Dh), texts of these lengths end to end → (B, T, H, Dh), padded with 0."""
+    T = max(lengths)
+    return torch.stack([F.pad(text, (0, 0, 0, 0, 0, T - len(text))) for text in x.split(lengths)])
 
 
-class UnpadFunction(torch.autograd.Function):
-    """The inverse: x (B, T, ...) → (N, ...). Each is the gradient of the other.
-
-    (Autograd's own gradient of slicing would make a zero tensor of full size for each text.)
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        ctx.lengths = lengths
-        return torch.cat([text[:length] for text, length in zip(x, lengths, strict=True)])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        return PadFunction.apply(dy, ctx.lengths), None
+def unpad(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The inverse of `pad`: x (B, T, H, Dh) → (N, H, Dh)."""
+    # unbind first: the gradient of a slice is a zero tensor as large as what was sliced.
+    return torch.cat([text[:n] for text, n in zip(x.unbind(), lengths, strict=True)])
 
 
 def padded_attention(
@@ -115,10 +95,10 @@ def padded_attention(
     B, T, S = mask.shape
     H, Dh = q.shape[1:]
     K, sizes = keys_values[0][0].shape[1], [len(k) for k, _ in keys_values]
-    k, v = (PadFunction.apply(torch.cat(part), sizes) for part in zip(*keys_values, strict=True))
+    k, v = (pad(torch.cat(part), sizes) for part in zip(*keys_values, strict=True))
     # dtype: q is divided, which has fewer elements than the scores that the definition divides. In
     # bf16 that rounds once more, unless sqrt(Dh) is a power of two (8 for Dh = 64).
-    q = PadFunction.apply(q / math.sqrt(Dh), lengths)  # (B, T, H, Dh)
+    q = pad(q / math.sqrt(Dh), lengths)  # (B, T, H, Dh)
     # The H/K query heads that read one key/value head are stacked along T: one product per KV head.
     q = q.view(B, T, K, H // K, Dh).permute(0, 2, 3, 1, 4).reshape(B * K, -1, Dh)
     k, v = k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)  # (B·K, S, Dh)
@@ -128,4 +108,4 @@ def padded_attention(
     # dtype: softmax of bf16 numbers sums in fp32 and rounds its result, as the definition does.
     weights = scores.softmax(dim=-1).view(B * K, -1, S)
     out = (weights @ v).view(B, K, H // K, T, Dh).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return UnpadFunction.apply(out, lengths)
+    return unpad(out, lengths)

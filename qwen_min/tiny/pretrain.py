@@ -2,6 +2,7 @@
 
     python tests/real/make_reviews.py                        # fetches the reviews, prints DIR
     python -m qwen_min.tiny.pretrain --reviews DIR --output NEW_DIRECTORY
+    python evaluate.py --method zero_shot --model NEW_DIRECTORY --data DIR/dev.tsv
 
 A training sample is: a review in a frame, a question, a verdict, a second question, a second
 verdict. All parts are drawn at random in each epoch. The model learns to predict every token except
@@ -14,9 +15,9 @@ Training runs on one thread: then the same seed gives the same bytes on any numb
 """
 
 import argparse
-import json
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,13 +30,11 @@ from torch import Tensor
 
 from qwen_min.command.cli import make_parser, run_command, seed
 from qwen_min.config import QwenConfig
-from qwen_min.errors import UserError
-from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.data import Example, read_examples
+from qwen_min.files.disk import one_line_error
 from qwen_min.files.overlap import FED, text_hashes
-from qwen_min.metrics import evaluate_predictions
 from qwen_min.model import Qwen
-from qwen_min.prompt import DEFAULT_LABELS, build_prompts, shorten
+from qwen_min.prompt import DEFAULT_LABELS, shorten
 from qwen_min.tokenizer import Tokenizer
 from qwen_min.training import learning_rate, shuffled_batches
 
@@ -52,11 +51,8 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CONFIG = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"}
-CONFIG |= {"vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3}
-CONFIG |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 1024}
-CONFIG |= {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True}
-CONFIG |= {"torch_dtype": "bfloat16"}
+CONFIG_FILE = Path(__file__).with_name("config.json")
+CONFIG = QwenConfig.from_json(CONFIG_FILE)
 EPOCHS, ROWS, RATE, DECAY = 10, 32, 2e-3, 0.1
 MAX_TOKENS = 64  # of a review
 LATER_START = 0.5  # share of samples whose review starts at a later clause, so that it is shorter
@@ -73,7 +69,7 @@ def train_tokenizer(texts: list[str]) -> BaseTokenizer:
     tokenizer.normalizer, tokenizer.decoder = normalizers.NFC(), decoders.ByteLevel()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([apart, *qwen2])
     trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"] - len(MARKUP),
+        vocab_size=CONFIG.vocab_size - len(MARKUP),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         max_token_length=12,  # bytes, so four Chinese characters; longer tokens would be clauses
         show_progress=False,
@@ -102,17 +98,17 @@ def training_sample(tokenizer: Tokenizer, row: Example, rng: random.Random) -> T
     return torch.tensor([*tokens, (tokenizer.markup["<|endoftext|>"], TEXT)])
 
 
-def initial_model(config: QwenConfig) -> Qwen:
+def initial_model() -> Qwen:
     """Random weights, biases 0. Their standard deviation 1/√in keeps activations near 1.
 
     o_proj and down_proj add to the residual stream 2L times, so theirs is divided by √(2L).
     """
-    model = Qwen(config)
+    model = Qwen(CONFIG)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             deviation = 0.02 if "embed" in name else parameter.shape[1] ** -0.5
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                deviation /= (2 * config.num_hidden_layers) ** 0.5
+                deviation /= (2 * CONFIG.num_hidden_layers) ** 0.5
             torch.nn.init.normal_(parameter, std=deviation)
         elif name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
@@ -125,7 +121,7 @@ def loss_of(model: Qwen, ids: Tensor, kinds: Tensor) -> Tensor:
     ids, kinds (B, T), padded with 0: kind 0 has no loss.
     """
     noisy = (torch.rand(ids.shape) < NOISE) & (kinds == TEXT)
-    inputs = torch.where(noisy, torch.randint(CONFIG["vocab_size"], ids.shape), ids)
+    inputs = torch.where(noisy, torch.randint(CONFIG.vocab_size, ids.shape), ids)
     # dtype: matrix products in bf16, for speed; weights, norms and softmax stay in fp32.
     with torch.autocast("cpu", dtype=torch.bfloat16):
         h = model(inputs)[:, :-1]  # the state at position i predicts token i + 1
@@ -162,36 +158,29 @@ def pretrain(args: argparse.Namespace) -> int:
     """Write tokenizer, config, weights and hashes of the training texts into a new directory."""
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    out, files = Path(args.output), [Path(args.reviews) / f"{n}.tsv" for n in ("train", "dev")]
-    rows, held_out = (read_examples(file, DEFAULT_LABELS) for file in files)
-    try:
+    out, rows = Path(args.output), read_examples(Path(args.reviews) / "train.tsv", DEFAULT_LABELS)
+    with one_line_error(out, "name a new directory"):
         out.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--output {out}: {error.strerror}; name a new directory") from None
     train_tokenizer([row.text for row in rows]).save(str(out / "tokenizer.json"))
-    (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    tokenizer, model = Tokenizer(out), initial_model(QwenConfig.from_json(out / "config.json"))
+    shutil.copyfile(CONFIG_FILE, out / "config.json")
+    tokenizer, model = Tokenizer(out), initial_model()
     print(f"{len(rows)} reviews, {sum(p.numel() for p in model.parameters()):,} parameters")
     train(model, tokenizer, rows, args)
     model.bfloat16()
     save_file(model.state_dict(), out / "model.safetensors", metadata={"format": "pt"})
     hashes = torch.from_numpy(text_hashes(row.text for row in rows))
     save_file({"texts": hashes}, out / FED)
-    scores = score_labels(model, build_prompts(tokenizer, [row.text for row in held_out]))
-    labels = [row.label for row in held_out]
-    found = evaluate_predictions(labels, scores.argmax(axis=1), scores, [*DEFAULT_LABELS])
-    accuracy, auc = found["accuracy"], found["auc_roc"]
-    print(f"zero-shot on {len(labels)} other reviews: accuracy {accuracy:.4f}, AUC {auc:.4f}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = make_parser(__doc__)
-    parser.add_argument("--reviews", metavar="DIR", required=True, help="train.tsv and dev.tsv")
-    parser.add_argument("--output", metavar="DIR", required=True, help="a new directory")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the reviews")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of all random draws")
+    add = parser.add_argument
+    add("--reviews", metavar="DIR", required=True, help="the directory of train.tsv")
+    add("--output", metavar="DIR", required=True, help="a new directory")
+    add("--epochs", type=int, default=EPOCHS, help="passes over the reviews")
+    add("--seed", type=seed, default=0, help="seed of all random draws")
     return run_command(pretrain, parser.parse_args(argv))
 
 
