@@ -80,12 +80,8 @@ def transplanted_head(source: Source) -> Classifier:
     return source.classifier(source.base(), "head", head)
 
 
-METHODS = {
-    method.__name__: method
-    for method in (
-        zero_shot, zero_shot_generate, head_only, lora_head, lora_label_scoring, transplanted_head,
-    )
-}  # fmt: skip
+_functions = [zero_shot, zero_shot_generate, head_only, lora_head, lora_label_scoring]
+METHODS = {method.__name__: method for method in [*_functions, transplanted_head]}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -34,7 +34,7 @@ from qwen_min.command.task import read_rows, read_task
 from qwen_min.command.terminal import text_table
 from qwen_min.command.trained import ADAPTER, HEAD, Trainable, attach_adapter, load_parts
 from qwen_min.errors import UserError
-from qwen_min.files.data import HELD_OUT, class_counts, examples_hash, held_out_split
+from qwen_min.files.data import HELD_OUT, Example, class_counts, examples_hash, held_out_split
 from qwen_min.files.overlap import fed_rows
 from qwen_min.files.probe import cached_features, save_head
 from qwen_min.files.run import publish, run_arguments, start_record, write_json
@@ -53,9 +53,8 @@ class Job:
     source: Source
     run: Path  # the run directory
     model: Qwen
-    prompts: Sequence[Prompt]
-    labels: np.ndarray  # (n,), class numbers
-    lines: Sequence[int]  # of the file
+    examples: Sequence[Example]
+    prompts: Sequence[Prompt]  # of each example
     training: Sequence[int]  # rows to train on
     held_out: Sequence[int]  # rows that choose penalty, layer or step
 
@@ -82,8 +81,9 @@ def head_only(job: Job) -> dict:
             bar.update,
         )
     seconds_features = time.perf_counter() - started
-    split = (job.labels, job.training, job.held_out, len(job.source.task.labels))
-    found, head = fit_layers(features, layers, *split, args.pooling)
+    labels, classes = np.array([e.label for e in job.examples]), len(job.source.task.labels)
+    rows = (job.training, job.held_out)
+    found, head = fit_layers(features, layers, labels, *rows, classes, args.pooling)
     save_head(job.run / HEAD, head)
     print(format_layers(found, head.layer))
     return {
@@ -125,7 +125,7 @@ def by_gradient(
     """Train in steps; the best step on the held-out part becomes the run's result."""
     args, model = job.source.args, job.model
     prompts = [job.prompts[row] for row in job.training]
-    classes = [int(job.labels[row]) for row in job.training]
+    examples = [job.examples[row] for row in job.training]
     lengths = [len(prompt.ids) for prompt in prompts]
 
     def parts(rows: list[int]) -> list[list[int]]:
@@ -145,8 +145,8 @@ def by_gradient(
     training = Training(
         parameters=trained.parameters,
         lengths=lengths,
-        row_names=[job.lines[row] for row in job.training],
-        loss=lambda rows: loss([prompts[row] for row in rows], [classes[row] for row in rows]),
+        row_names=[example.line for example in examples],
+        loss=lambda rows: loss([prompts[i] for i in rows], [examples[i].label for i in rows]),
         parts=parts,
         evaluate=evaluate,
         save=trained.save,
@@ -170,12 +170,12 @@ def by_gradient(
 def held_out_results(job: Job, scores: np.ndarray) -> dict:
     """Log-loss and accuracy on the held-out part. Raises TrainingFailed on a score not finite."""
     if not (finite := np.isfinite(scores).all(axis=1)).all():
-        line = job.lines[job.held_out[int(finite.argmin())]]
+        line = job.examples[job.held_out[int(finite.argmin())]].line
         raise TrainingFailed(
             f"the scores of the held-out row {line} are not finite; the last checkpoint is kept: "
             "try --dtype float32"
         )
-    labels = job.labels[job.held_out]
+    labels = np.array([job.examples[row].label for row in job.held_out])
     accuracy = float((scores.argmax(axis=1) == labels).mean())
     return {"held_out_log_loss": log_loss(labels, scores), "held_out_accuracy": accuracy}
 
@@ -194,9 +194,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command-line arguments, grouped as `--help` shows them."""
     parser = make_parser(__doc__)
     parser.add_argument("--method", choices=METHODS, help="required, unless --resume")
-    arguments.add_data_arguments(
-        parser, "train.tsv", batch_tokens=1024
-    )  # activation memory grows with it
+    # Activation memory grows with the tokens in one forward.
+    arguments.add_data_arguments(parser, "train.tsv", batch_tokens=1024)
     parser.add_argument("--data-seed", type=seed, default=0, help="of the held-out part")
     arguments.add_prompt_arguments(parser)
     arguments.add_machine_arguments(parser)
@@ -252,8 +251,7 @@ def train(args: argparse.Namespace) -> int:
     record = start_record(run, record, args.resume)
     source = Source(args, task, device, record)
     if not record["finished"]:
-        labels, lines = np.array([e.label for e in examples]), [e.line for e in examples]
-        job = Job(source, run, model, prompts, labels, lines, training, held_out)
+        job = Job(source, run, model, examples, prompts, training, held_out)
         if status := run_job(job, frozen):
             return status
     print(f"{run}: finished; evaluate it with: python evaluate.py --run {run} --data FILE")

@@ -109,8 +109,7 @@ def test_where_the_template_may_stand(directory):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
-    [("{", "not a tokenizer config"), ("[]", "not a tokenizer config")],
+    ("content", "said"), [("{", "not a tokenizer config"), ("[]", "not a tokenizer config")]
 )
 def test_a_broken_file_is_one_line(content, said, directory):
     (directory / "tokenizer_config.json").write_text(content)

@@ -7,13 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen_min.fast.kernels import (
-    RMSNormFunction,
-    SwiGLUFunction,
-    pad,
-    padded_attention,
-    unpad,
-)
+from qwen_min.fast.kernels import RMSNormFunction, SwiGLUFunction, pad, padded_attention, unpad
 from qwen_min.fast.label_scores import last_states
 from qwen_min.fast.layout import Text, pack, select_queries
 from qwen_min.fast.packed import forward_packed
@@ -86,14 +80,19 @@ def test_padding_and_back():
 
 @pytest.mark.parametrize("first_is_prefix", [False, True])
 @pytest.mark.parametrize("counts", [(None, None, None), (1, 2, 3)])
-def test_the_size_of_the_mask_is_known_without_it(first_is_prefix, counts, reference):
-    """It decides whether the mask is made at all."""
+def test_the_padded_mask_holds_every_mask(first_is_prefix, counts, reference):
     texts = [Text(range(n), queries=count) for n, count in zip((5, 2, 4), counts, strict=True)]
     batch = pack(load_model(reference[0]), texts, first_is_prefix=first_is_prefix)
-    batch = batch if batch.all_queries else select_queries(batch)
-    assert batch.mask_size == batch.padded_mask.numel()
+    batch = batch if batch.asked == batch.lengths else select_queries(batch)
+    starts = (0, 5, 5) if first_is_prefix else (0, 0, 0)
     queries = 5 if counts[0] is None else 3
     assert batch.padded_mask.shape == (3, queries, 9 if first_is_prefix else 5)
+    for found, start, T, count in zip(batch.padded_mask, starts, (5, 2, 4), counts, strict=True):
+        whole = torch.ones(T, start + T).tril(start).bool()  # the prefix, itself, those before
+        expected = whole if count is None else whole[-count:]
+        rows, keys = expected.shape
+        assert torch.equal(found[:rows, :keys], expected)
+        assert not found[:, keys:].any() and found[:, 0].all()
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (4, 1), (3, 3), (14, 2)])

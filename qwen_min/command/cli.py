@@ -74,14 +74,11 @@ def choose_device(name: str) -> str:
     """ "auto" → cuda, mps or cpu, the first available. Raises UserError for a missing one."""
     import torch
 
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = [device for device, present in found.items() if present] + ["cpu"]
     if name == "auto":
-        return next(device for device, present in available.items() if present)
-    if not available[name]:
+        return available[0]
+    if name not in available:
         raise UserError(f"--device {name}: this machine has none; use --device auto or cpu")
     return name
 

@@ -36,7 +36,7 @@ def pooled_features(
         streams: list[Tensor] | None = [] if all_layers else None
         h, _ = forward_packed(model, batch, streams)
         pooled = [pool(stream, batch.lengths, pooling) for stream in streams or []]
-        pooled.append(pool(h, batch.query_counts, pooling))
+        pooled.append(pool(h, batch.asked, pooling))
         features[rows] = torch.stack(pooled, dim=1).cpu()
         progress(len(rows))
     return features

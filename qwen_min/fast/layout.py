@@ -40,33 +40,19 @@ class Batch:
     lengths: list[int]  # tokens of each text; their sum is N
     cos: Tensor  # (N, 1, Dh), of each token's position in its text, prefix included
     sin: Tensor
-    masks: list[Tensor | None]  # per text (query tokens, S); None: causal
-    query_counts: list[int]  # per text, the number of last tokens that need an output
+    masks: list[Tensor | None]  # per text (query tokens, S): which keys each sees; None: causal
+    query_counts: list[int]  # per text, the number of its last tokens that get an output
+    asked: list[int]  # the same in the last layer: the tokens whose states the caller reads
     prefix: Cache | None = None  # keys and values before each text
     first_is_prefix: bool = False  # all other texts continue the first one
     query_index: Tensor | None = None  # in the last layer: where the query tokens stand in N
 
-    @property
-    def all_queries(self) -> bool:
-        """Whether every token needs an output."""
-        return self.query_counts == self.lengths
-
-    @property
-    def mask_size(self) -> int:
-        """Number of elements of `padded_mask`, known without building it."""
-        keys = [
-            n if m is None else m.shape[1] for m, n in zip(self.masks, self.lengths, strict=True)
-        ]
-        queries = self.lengths if self.query_index is None else self.query_counts
-        return len(keys) * max(queries) * max(keys)
-
     @cached_property
     def padded_mask(self) -> Tensor:
         """All masks as one (texts, T, S), padded to the longest; on the CPU, made once a batch."""
-        queries = self.lengths if self.query_index is None else self.query_counts
         masks = [
             torch.ones(n, n, dtype=torch.bool).tril()[-count:] if mask is None else mask
-            for mask, n, count in zip(self.masks, self.lengths, queries, strict=True)
+            for mask, n, count in zip(self.masks, self.lengths, self.query_counts, strict=True)
         ]
         longest = [max(mask.shape[dim] for mask in masks) for dim in (0, 1)]
         padded = torch.zeros(len(masks), *longest, dtype=torch.bool)
@@ -108,19 +94,20 @@ def pack(
     config, ids = model.config, [token for text in texts for token in text.ids]
     cos, sin = rotary_cos_sin(torch.cat(positions).to(device), config.head_dim, config.rope_theta)
     lengths = [len(text.ids) for text in texts]
-    counts = [n if t.queries is None else t.queries for t, n in zip(texts, lengths, strict=True)]
+    asked = [n if t.queries is None else t.queries for t, n in zip(texts, lengths, strict=True)]
     ids = torch.tensor(ids, device=device)
-    return Batch(ids, lengths, cos, sin, masks, counts, prefix, first_is_prefix)
+    return Batch(ids, lengths, cos, sin, masks, lengths, asked, prefix, first_is_prefix)
 
 
 def select_queries(batch: Batch) -> Batch:
-    """The batch for the last layer, which computes outputs for the query tokens only."""
+    """The batch for the last layer, which computes outputs for the tokens asked for only."""
     masks, index, end = [], [], 0
-    for mask, T, count in zip(batch.masks, batch.lengths, batch.query_counts, strict=True):
+    for mask, T, count in zip(batch.masks, batch.lengths, batch.asked, strict=True):
         end += T
         index += range(end - count, end)
         if mask is None and count > 1:
             mask = torch.ones(T, T, dtype=torch.bool, device=batch.cos.device).tril()
         # A single query token, the text's last, sees every key: no mask needed.
         masks.append(None if mask is None else mask[-count:])
-    return replace(batch, masks=masks, query_index=torch.tensor(index, device=batch.cos.device))
+    index = torch.tensor(index, device=batch.cos.device)
+    return replace(batch, masks=masks, query_counts=batch.asked, query_index=index)

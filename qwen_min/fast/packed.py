@@ -22,9 +22,9 @@ LARGEST_PADDED = 2**20
 def forward_packed(
     model: Qwen, batch: Batch, streams: list[Tensor] | None = None, checkpointing: bool = False
 ) -> tuple[Tensor, Cache]:
-    """Hidden states after the final norm of each text's query tokens, end to end; and the cache.
+    """Hidden states after the final norm of the tokens asked for, end to end; and the cache.
 
-    States (Σ query_counts, D). streams: a list that receives the residual stream (N, D) after the
+    States (Σ asked, D). streams: a list that receives the residual stream (N, D) after the
     embedding and after each layer but the last. checkpointing: recompute each layer in the backward
     pass instead of keeping its activations.
     """
@@ -34,7 +34,7 @@ def forward_packed(
     for i, layer in enumerate(decoder.layers):
         if streams is not None:
             streams.append(x)
-        if i == len(decoder.layers) - 1 and not batch.all_queries:
+        if i == len(decoder.layers) - 1 and batch.asked != batch.lengths:
             batch = select_queries(batch)
         arguments = (layer, x, batch, batch.prefix and batch.prefix[i])
         if checkpointing:
@@ -48,7 +48,7 @@ def forward_packed(
 def decoder_layer(
     layer: DecoderLayer, x: Tensor, batch: Batch, prefix: list[KeysValues] | None
 ) -> tuple[Tensor, list[KeysValues]]:
-    """One layer: x (N, D) → (N, D), or (Σ query_counts, D) in the last layer."""
+    """One layer: x (N, D) → (Σ query_counts, D), which is (N, D) before the last layer."""
     h = rms_norm(layer.input_layernorm, x)
     h, keys_values = attention(layer.self_attn, h, batch, prefix)
     x = (x if batch.query_index is None else x[batch.query_index]) + h
@@ -72,18 +72,16 @@ def attention(
             (torch.cat([prefix_k, own_k]), torch.cat([prefix_v, own_v]))
             for (prefix_k, prefix_v), (own_k, own_v) in zip(prefix, keys_values, strict=True)
         ]
-    query_counts = batch.lengths
     if batch.query_index is not None:
-        query_counts = batch.query_counts
         x, cos, sin = (t[batch.query_index] for t in (x, cos, sin))
     q = attn.q_norm(attn.q_proj(x).view(-1, attn.heads, attn.head_dim))
     q = rotate(q, cos, sin)
     # Only with gradients, only on a CPU: see `padded_attention`.
-    padded = torch.is_grad_enabled() and q.device.type == "cpu"
-    if padded and batch.mask_size <= LARGEST_PADDED:
-        out = padded_attention(q, keys_values, query_counts, batch.padded_mask)
+    size = len(keys_values) * max(batch.query_counts) * max(len(k) for k, _ in keys_values)
+    if torch.is_grad_enabled() and q.device.type == "cpu" and size <= LARGEST_PADDED:
+        out = padded_attention(q, keys_values, batch.query_counts, batch.padded_mask)
     else:
-        out = attention_by_text(q, keys_values, query_counts, batch.masks)
+        out = attention_by_text(q, keys_values, batch.query_counts, batch.masks)
     return attn.o_proj(out.flatten(1)), keys_values
 
 
