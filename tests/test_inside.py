@@ -266,11 +266,11 @@ def test_explain_shows_trained_vectors_side_by_side(reference, tmp_path):
 
 HEADS = ["--run", "lora_head"]
 MISTAKES = {
-    "label sets of a head": ([*HEADS, "--label-sets", "差,好"], "--label-sets is about the scores"),
-    "calibration of a head": ([*HEADS, "--calibrate"], "--calibrate is about the scores"),
+    "label sets of a head": ([*HEADS, "--label-sets", "差,好"], "--label-sets is about scores"),
+    "calibration of a head": ([*HEADS, "--calibrate"], "--calibrate is about scores"),
     "label sets of generation": (
         ["--method", "zero_shot_generate", "--label-sets", "差,好"],
-        "zero_shot_generate has none",
+        "is about scores of label words",
     ),
     "no text": (["--method", "zero_shot", "--explain", " "], "--explain ' ': no text"),
     "generation explained": (["--method", "zero_shot_generate", "--explain", "x"], "zero_shot"),

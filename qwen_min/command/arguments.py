@@ -96,10 +96,8 @@ def finished_run(directory: str | Path) -> dict:
     """The record of a run. Raises UserError for other directories and unfinished runs."""
     record = read_run(directory)
     if not record.get("finished"):
-        raise UserError(
-            f"{directory}: training has not finished; continue it with: "
-            f"python train.py --resume --output {directory}"
-        )
+        resume = f"python train.py --resume --output {directory}"
+        raise UserError(f"{directory}: training has not finished; continue it with: {resume}")
     return record
 
 
@@ -114,10 +112,8 @@ def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace,
         fits = [record["method"]] + ["transplanted_head"] * (record["method"] == "lora_head")
         args.method = args.method or record["method"]
         if args.method not in fits:
-            raise UserError(
-                f"{args.run}: a run of {record['method']}, which {args.method} cannot use; "
-                f"expected --method {' or '.join(fits)}"
-            )
+            expected = f"expected --method {' or '.join(fits)}"
+            raise UserError(f"{args.run}: a run of {fits[0]}, not of {args.method}; {expected}")
         for name in RESTORED:
             own = record["arguments"].get(name, getattr(args, name))  # older runs lack some
             if name not in given:
@@ -142,10 +138,8 @@ def check_evaluation(args: argparse.Namespace, given: dict) -> None:
     """Refuse options that the method, or --explain, has no use for."""
     for name in ("label_sets", "calibrate"):
         if getattr(args, name) and args.method not in SCORE_LABELS:
-            raise UserError(
-                f"{option(name)} is about the scores of label words, and {args.method} has none; "
-                f"expected --method {' or '.join(SCORE_LABELS)}"
-            )
+            expected = f"expected --method {' or '.join(SCORE_LABELS)}"
+            raise UserError(f"{option(name)} is about scores of label words; {expected}")
     if args.explain is None:
         return
     if not args.explain.strip():
@@ -161,30 +155,18 @@ def check_training(args: argparse.Namespace) -> None:
     """Refuse what would fail only after the model is loaded, or would train nothing."""
     method, nothing = args.method, args.lora_targets == "none" and not args.train_embeddings
     words, probe = method == "lora_label_scoring", method == "head_only"
-    refusals = (
-        (
-            args.merge and (not words or nothing),
-            "--merge needs lora_label_scoring with LoRA: a plain checkpoint has no head",
-        ),
-        (words and nothing, "--lora-targets none leaves nothing to train; choose attention or all"),
-        (
-            args.train_embeddings and probe,
-            "--train-embeddings changes states that head_only takes as frozen: leave it out",
-        ),
-        (
-            args.adapter and not probe,
-            f"--adapter is for head_only, to probe an adapted base, not {method}",
-        ),
-        (
-            args.plain and args.checkpointing,
-            "--checkpointing is not part of the definitions; leave out it or --plain",
-        ),
-        (
-            args.merge and Path(args.merge).exists(),
-            f"--merge {args.merge} exists already; name a directory that does not",
-        ),
-    )
-    for refused, message in refusals:
+    no_model = args.merge and (not words or nothing)
+    not_frozen, no_probe = probe and args.train_embeddings, args.adapter and not probe
+    both, exists = args.plain and args.checkpointing, args.merge and Path(args.merge).exists()
+    refusals = {
+        "--merge needs lora_label_scoring with LoRA: a plain checkpoint has no head": no_model,
+        "--lora-targets none leaves nothing to train; choose attention or all": words and nothing,
+        "--train-embeddings changes states that head_only needs frozen: leave it out": not_frozen,
+        f"--adapter is for head_only, to probe an adapted base, not {method}": no_probe,
+        "--checkpointing is not part of the definitions; leave out it or --plain": both,
+        f"--merge {args.merge} exists already; name a directory that does not": exists,
+    }
+    for message, refused in refusals.items():
         if refused:
             raise UserError(message)
     for name, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("dropout", 0, 1), ("clip", 0, 1e9)):

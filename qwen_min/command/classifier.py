@@ -15,7 +15,7 @@ import numpy as np
 
 from qwen_min.command.arguments import UNTRAINED
 from qwen_min.command.task import Task
-from qwen_min.command.trained import ADAPTER, Parts, load_parts, parts_of
+from qwen_min.command.trained import ADAPTER, GIVE_BASE, Parts, load_parts, parts_of
 from qwen_min.errors import UserError
 from qwen_min.files.weights import checkpoint_fingerprint, load_model
 from qwen_min.head import LinearHead
@@ -103,10 +103,8 @@ class Source:
         args, labels = self.args, self.task.labels
         base_hash = checkpoint_fingerprint(self.task.directory)
         if self.record and self.record["base_fingerprint"] != base_hash:
-            raise UserError(
-                f"{args.run}: trained on other weights than those in {args.model} (their "
-                "fingerprints differ); give the checkpoint that it was trained on by --model"
-            )
+            found = f"its base's fingerprint is not that of {args.model}"
+            raise UserError(f"{args.run}: {found}; {GIVE_BASE}")
         directory = Path(args.run or args.adapter)
         adapter = directory / ADAPTER if args.run else directory
         head = load_parts(model, directory, adapter, self.parts, base_hash)
@@ -118,14 +116,11 @@ class Source:
                 f"the head is for layer {head.layer} of {head.weight.shape[1]} numbers, the model "
                 f"in {args.model} has {L} layers of {D}; give the model that it was trained on"
             )
-        if self.record and list(labels) != self.record["labels"]:
-            trained = ",".join(self.record["labels"])
+        trained = self.record["labels"] if self.record else labels
+        if list(labels) != list(trained) or len(labels) != len(head.weight):
+            known = f" ({','.join(trained)})" if self.record else ""
             raise UserError(
-                f"--labels {args.labels}: the head is for {trained}; leave --labels out"
-            )
-        if len(head.weight) != len(labels):
-            raise UserError(
-                f"--labels names {len(labels)} classes, the trained head has {len(head.weight)}; "
-                "name as many"
+                f"--labels {args.labels}: found {len(labels)} words, but the head was trained for "
+                f"{len(head.weight)} classes{known}; give its words in its order"
             )
         return head

@@ -28,6 +28,7 @@ from qwen_min.tokenizer import Tokenizer
 
 TARGETS = {"attention": lora.ATTENTION, "all": (*lora.ATTENTION, *lora.MLP), "none": ()}
 ADAPTER, HEAD, VECTORS = "adapter", "head.safetensors", "embeddings.safetensors"
+GIVE_BASE = "give the checkpoint that it was trained on by --model"
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,10 @@ def attach_adapter(
     if any(name.endswith("lm_head") for name in lora.lora_modules(model)):
         raise UserError(f"{directory}: has a LoRA on lm_head, which stays frozen here; train anew")
     if metadata.get("token_vectors") and not vectors:
-        raise UserError(
-            f"{directory}: was trained together with the token vectors in its run's "
-            f"{metadata['token_vectors']} and means nothing without them; give the run by --run"
-        )
+        together = f"was trained with the token vectors in its run's {metadata['token_vectors']}"
+        raise UserError(f"{directory}: {together}, which it needs; give the run by --run")
     if metadata.get("base_fingerprint", base_hash) != base_hash:
-        raise UserError(
-            f"{directory}: trained on another base (its fingerprint differs from the model's); "
-            "give the checkpoint that it was trained on by --model"
-        )
+        raise UserError(f"{directory}: its fingerprint is that of another base; {GIVE_BASE}")
     return head
 
 
