@@ -125,7 +125,7 @@ def by_gradient(
     """Train in steps; the best step on the held-out part becomes the run's result."""
     args, model = job.source.args, job.model
     prompts = [job.prompts[row] for row in job.training]
-    examples = [job.examples[row] for row in job.training]
+    labels = [job.examples[row].label for row in job.training]
     lengths = [len(prompt.ids) for prompt in prompts]
 
     def parts(rows: list[int]) -> list[list[int]]:
@@ -145,8 +145,7 @@ def by_gradient(
     training = Training(
         parameters=trained.parameters,
         lengths=lengths,
-        row_names=[example.line for example in examples],
-        loss=lambda rows: loss([prompts[i] for i in rows], [examples[i].label for i in rows]),
+        loss=lambda rows: loss([prompts[i] for i in rows], [labels[i] for i in rows]),
         parts=parts,
         evaluate=evaluate,
         save=trained.save,
@@ -171,10 +170,8 @@ def held_out_results(job: Job, scores: np.ndarray) -> dict:
     """Log-loss and accuracy on the held-out part. Raises TrainingFailed on a score not finite."""
     if not (finite := np.isfinite(scores).all(axis=1)).all():
         line = job.examples[job.held_out[int(finite.argmin())]].line
-        raise TrainingFailed(
-            f"the scores of the held-out row {line} are not finite; the last checkpoint is kept: "
-            "try --dtype float32"
-        )
+        failure = f"the scores of the held-out row in line {line} are not finite"
+        raise TrainingFailed(f"{failure}: try --dtype float32")
     labels = np.array([job.examples[row].label for row in job.held_out])
     accuracy = float((scores.argmax(axis=1) == labels).mean())
     return {"held_out_log_loss": log_loss(labels, scores), "held_out_accuracy": accuracy}
@@ -274,7 +271,10 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
         print(f"{stopped}; continue with: python train.py --resume --output {run}")
         return 128 + stopped.signal
     except TrainingFailed as failure:
-        print(f"error: {failure} (rows: lines of {args.data})", file=sys.stderr)
+        rows = [job.examples[job.training[row]].line for row in failure.rows]
+        advice = f", in rows {rows} (lines of {args.data}): look at these rows, or lower --lr"
+        kept = "; the last checkpoint is kept"
+        print(f"error: {failure}{advice * bool(rows)}{kept}", file=sys.stderr)
         return 1
     after = fingerprint(frozen.items())
     if after != record["frozen_before"]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from qwen_min.files import run as run_files
 from qwen_min.files.disk import write_atomically, write_json
-from qwen_min.training import Plan, TrainingFailed, best_step, make_optimizer, training_steps
+from qwen_min.training import Plan, best_step, make_optimizer, training_steps
 
 
 class Stopped(Exception):
@@ -28,7 +28,6 @@ class Training:
 
     parameters: dict[str, nn.Parameter]
     lengths: Sequence[int]  # tokens of each row
-    row_names: Sequence[object]  # what an error calls each row, such as its line in a file
     loss: Callable[[list[int]], Tensor]  # of rows: the sum of their losses, with gradient
     parts: Callable[[list[int]], list[list[int]]]  # the rows of one step, cut into forwards
     evaluate: Callable[[], dict]  # on held-out rows: held_out_log_loss at least
@@ -90,14 +89,6 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
                     raise Stopped(stop.signal, step.number)
             # A signal after a step that was not saved waits for the next one.
             step_started = time.perf_counter()
-    except TrainingFailed as failure:
-        if not failure.rows:
-            raise
-        rows = [training.row_names[row] for row in failure.rows]
-        raise TrainingFailed(
-            f"{failure}, in rows {rows}; this step changed nothing, the last checkpoint is kept: "
-            "look at these rows, or lower --lr"
-        ) from None
     finally:
         bar.close()
         stop.restore()
