@@ -30,9 +30,9 @@ import torch
 from tqdm import tqdm
 
 from qwen_min.command import arguments
-from qwen_min.command.classifier import Classifier, Source, dtype_name
+from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source, dtype_name
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
-from qwen_min.command.inside import Evaluation, Outcome, explain, look_inside, print_inside
+from qwen_min.command.inside import explain, look_inside, print_inside
 from qwen_min.command.summary import format_results
 from qwen_min.command.task import Task, read_rows, read_task, warn_about_labels
 from qwen_min.errors import UserError
@@ -46,7 +46,7 @@ from qwen_min.scoring import label_mass
 
 
 def zero_shot(source: Source) -> Classifier:
-    """The base as it is. Scores: log-probabilities of the label words behind the prompt."""
+    """The base as it is, scored by label words: their log-probabilities after the prompt."""
     return source.classifier(source.base(), "label words")
 
 
@@ -68,7 +68,7 @@ def lora_head(source: Source) -> Classifier:
 
 
 def lora_label_scoring(source: Source) -> Classifier:
-    """The base with its LoRA. Scores: as in zero_shot."""
+    """The base with its LoRA, scored by label words as in zero_shot."""
     model = source.base()
     source.add_trained(model)
     return source.classifier(model, "label words")
@@ -123,7 +123,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     source = Source(args, task, device, record)
     if args.explain is not None:
         return explain(source, METHODS[args.method])
-    examples, candidates = read_candidates(args, task)
+    examples, prompts = read_all_prompts(args, task)
     fed = fed_rows(task.directory, examples)
     training = training_examples(args.train_data, args.encoding, task.labels, record)
     if args.run:
@@ -134,7 +134,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         started = time.perf_counter()
         classifier = METHODS[args.method](source)
         load_seconds = time.perf_counter() - started
-        evaluation = Evaluation(source, classifier, examples, candidates, training)
+        evaluation = Evaluation(source, classifier, examples, prompts, training)
         outcome = classify(evaluation)
         clean = clean_part(training, examples, outcome.predictions, fed)
         results = {
@@ -156,8 +156,8 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     return 0
 
 
-def read_candidates(args: argparse.Namespace, task: Task) -> tuple[list[Example], list[Prompt]]:
-    """The rows of --data and their prompts, with every candidate that is to be scored."""
+def read_all_prompts(args: argparse.Namespace, task: Task) -> tuple[list[Example], list[Prompt]]:
+    """The rows of --data, and their prompts with all words that are to be scored."""
     if args.method == "zero_shot_generate":
         from qwen_min.lab import generation
 
@@ -173,24 +173,25 @@ def read_candidates(args: argparse.Namespace, task: Task) -> tuple[list[Example]
 
 
 def classify(evaluation: Evaluation) -> Outcome:
-    """Score every candidate of every row, or let the model answer; then decide."""
+    """Score all words of every row, or let the model answer; then decide."""
     source, classifier = evaluation.source, evaluation.classifier
-    prompts, labels = evaluation.candidates, source.task.labels
+    words = source.task.labels
     if classifier.by == "label words":
-        warn_about_labels(evaluation.prompts[0], labels)
+        warn_about_labels(evaluation.prompts[0], words)
     started = time.perf_counter()
-    with tqdm(total=len(prompts), unit=" rows", disable=None) as bar:
+    with tqdm(total=len(evaluation.examples), unit=" rows", disable=None) as bar:
         if classifier.by == "answers":
             from qwen_min.lab import generation
 
             stop = generation.stop_ids(source.task.directory, source.task.tokenizer.markup)
             how = (generation.MAX_NEW_TOKENS, stop, classifier.batch_tokens, bar.update)
+            prompts = evaluation.prompts
             answers = classifier.forms.generate_answers(classifier.model, prompts, *how)
             seconds = time.perf_counter() - started
             texts = [source.task.tokenizer.decode(ids) for ids in answers]
-            predictions = np.array([generation.first_label(text, labels) for text in texts])
+            predictions = np.array([generation.first_label(text, words) for text in texts])
             return Outcome(predictions, None, None, texts, seconds)
-        scores = classifier.scores(prompts, bar.update)  # (n, candidates)
+        scores = classifier.scores(evaluation.all_prompts, bar.update)  # (n, all words)
     seconds = time.perf_counter() - started
     if not (finite := np.isfinite(scores).all(axis=1)).all():
         raise UserError(
@@ -198,8 +199,9 @@ def classify(evaluation: Evaluation) -> Outcome:
             "that is not finite, expected numbers: fetch the weights again, or try --dtype float32 "
             "if they overflow"
         )
-    own = scores[:, : len(labels)]  # the words of --labels come first
-    return Outcome(own.argmax(axis=1), own, scores, None, seconds)
+    own = scores[:, : len(words)]  # the words of --labels come first
+    # The class with the highest score; of equal scores the first (in bf16 they can be equal).
+    return Outcome(own.argmax(axis=1), scores=own, all_scores=scores, answers=None, seconds=seconds)
 
 
 def measure(evaluation: Evaluation, outcome: Outcome) -> dict:
@@ -210,7 +212,7 @@ def measure(evaluation: Evaluation, outcome: Outcome) -> dict:
         mass = float(label_mass(outcome.scores, [prompt.labels for prompt in prompts]).mean())
     names = list(evaluation.source.task.labels)
     return {
-        **evaluate_predictions(evaluation.labels, outcome.predictions, outcome.scores, names),
+        **evaluate_predictions(evaluation.true_classes, outcome.predictions, outcome.scores, names),
         "label_mass": mass,
         **look_inside(evaluation, outcome),
         "truncated_rows": sum(prompt.truncated for prompt in prompts),

@@ -17,7 +17,7 @@ class QwenConfig:
 
     model_type: str
     hidden_size: int  # D
-    intermediate_size: int  # F
+    intermediate_size: int  # I
     num_hidden_layers: int  # L
     num_attention_heads: int  # H
     num_key_value_heads: int  # K; H / K query heads share one key/value head

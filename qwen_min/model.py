@@ -1,12 +1,14 @@
 """Qwen's forward pass, bottom up: norm, rotary positions, attention, MLP, layer, model, logits.
 
+To follow one call, start at `Qwen` at the end and go up:
+
     logits = model.logits(model(ids)[:, -1])  # ids (B, T) → scores of every next token (B, V)
 
 Qwen is a decoder-only Transformer: the Transformer of Vaswani et al. 2017 without encoder. Each
 token sees itself and the tokens before it. The main differences from that paper:
 
-- RMSNorm instead of LayerNorm, and before attention and MLP, not after. So the sum that runs
-  through the layers is never normalised inside them, and one more norm follows the last layer.
+- RMSNorm instead of LayerNorm, and before attention and MLP, not after: these read a normalised
+  copy of x and add to x itself, so one more norm follows the last layer.
 - Positions enter by rotating queries and keys. Nothing is added to the embeddings.
 - Several query heads share one key/value head.
 - The MLP has a gate.

@@ -15,6 +15,8 @@ label word it is plain text.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 
 from qwen_min.errors import UserError
 from qwen_min.tokenizer import Tokenizer
@@ -91,45 +93,42 @@ def build_prompts(
     then has no tokens of its own), if two labels have the same tokens, or if a prompt is empty.
     """
     short_texts = [shorten(tokenizer, text, max_text_tokens) for text in texts]
+    # Markup cuts the template into pieces (without markup there is one). No token crosses a cut, so
+    # pieces are encoded apart, and a label can merge with the last piece only.
+    *start, last = tokenizer.split_markup(template)
 
+    @cache
     def encode(piece: str, ending: str = "") -> list[list[int]]:
-        """The ids of a piece of the template and an ending, for each text."""
-        if FIELD in piece:  # in one batch, because the library encodes a batch in parallel
+        """For each text the ids of a piece, with the text in it, and of an ending after it."""
+        if FIELD in piece:  # all texts in one call: the library encodes them in parallel
             filled = [piece.replace(FIELD, text) + ending for text in short_texts]
             return tokenizer.encode_batch(filled)
         markup = tokenizer.markup.get(piece)
         ids = tokenizer.encode(piece + ending) if markup is None else [markup]
         return [ids] * len(texts)
 
-    # Markup cuts the template into pieces (without markup there is one, `last`). No token crosses
-    # a cut, so the pieces are encoded apart, and a label can merge with the last piece only.
-    *start, last = tokenizer.split_markup(template)
-    start_ids = [encode(piece) for piece in start]  # [piece][row]
-    last_ids = encode(last)  # [row]
-    labelled_ids = [encode(last, label) for label in labels]  # [class][row]
+    def encode_prompts(ending: str = "") -> list[tuple[int, ...]]:
+        """For each text the ids of its whole prompt, and of an ending after it."""
+        pieces = [*(encode(piece) for piece in start), encode(last, ending)]
+        return [tuple(chain.from_iterable(row)) for row in zip(*pieces, strict=True)]
 
     prompts = []
-    for row, text in enumerate(texts):
+    rows = zip(encode_prompts(), *(encode_prompts(label) for label in labels), strict=True)
+    for row, (ids, *with_labels) in enumerate(rows):
         place = places[row] if places else f"row {row + 1}"
-        end = last_ids[row]
-        # The ids with each label must be those of the prompt and more.
-        with_label = [ids[row] for ids in labelled_ids]
-        for label, ids in zip(labels, with_label, strict=True):
-            if ids[: len(end)] != end or ids == end:
+        if not ids:
+            raise UserError(f"{place}: the prompt has no tokens; write words around {FIELD}")
+        for label, with_label in zip(labels, with_labels, strict=True):
+            if with_label[: len(ids)] != ids or with_label == ids:
                 raise UserError(
-                    f"{place}: the end of the prompt, {tokenizer.decode(end[-3:])!r}, and the "
+                    f"{place}: the end of the prompt, {tokenizer.decode(ids[-3:])!r}, and the "
                     f"label {label!r} merge into one token; end the template with `：`, say"
                 )
-        label_ids = tuple(tuple(ids[len(end) :]) for ids in with_label)
+        label_ids = tuple(with_label[len(ids) :] for with_label in with_labels)
         if len(set(label_ids)) < len(labels):
-            names = ", ".join(labels)
-            raise UserError(
-                f"{place}: two of the labels {names} are the same tokens; choose others"
-            )
-        prompt_ids = (*(id_ for ids in start_ids for id_ in ids[row]), *end)
-        if not prompt_ids:
-            raise UserError(f"{place}: the prompt has no tokens; write words around {FIELD}")
-        prompts.append(Prompt(prompt_ids, label_ids, truncated=short_texts[row] != text))
+            same = f"two of the labels {', '.join(labels)} are the same tokens"
+            raise UserError(f"{place}: {same}; choose others")
+        prompts.append(Prompt(ids, label_ids, truncated=short_texts[row] != texts[row]))
     return prompts
 
 

@@ -9,30 +9,45 @@ These are the definitions, one full forward for each candidate. fast/label_score
 same for many prompts at once. Shapes as in model.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qwen_min.model import Qwen
+from qwen_min.prompt import Prompt
 
 
 def label_log_probs(model: Qwen, prompt: Sequence[int], label: Sequence[int]) -> Tensor:
     """log p(y_t | prompt, y_<t) of each token of a label: (label tokens,), fp32, with gradient."""
     ids = torch.tensor([[*prompt, *label]], device=model.device)  # (1, T)
-    # The state at position i predicts token i + 1: the prompt's last position predicts the label's
-    # first token, and the label's last token is a target only, not an input that is read.
-    first = len(prompt) - 1
-    h = model(ids)[0, first : first + len(label)]  # (label tokens, D)
+    # The state at each position predicts the next token. So the label's last token is a target
+    # only, not an input, and the last states are the ones that predict the label.
+    inputs, targets = ids[:, :-1], ids[0, -len(label) :]
+    h = model(inputs)[0, -len(label) :]  # (label tokens, D)
     log_probs = model.logits(h).log_softmax(dim=-1)  # (label tokens, V)
-    return log_probs.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    return log_probs.gather(1, targets[:, None])[:, 0]
 
 
 @torch.inference_mode()
 def score_label(model: Qwen, prompt: Sequence[int], label: Sequence[int]) -> float:
-    """s_y: how likely, in nats, the label's tokens are behind the prompt; 0 would be certain."""
+    """s_y: the natural logarithm of the label's probability after the prompt, at most 0."""
     return label_log_probs(model, prompt, label).sum().item()
+
+
+def score_labels(
+    model: Qwen, prompts: Sequence[Prompt], batch_tokens: int, progress: Callable[[int], object]
+) -> np.ndarray:
+    """`score_label` for each label of each prompt: (n, C), float64. `progress` counts the prompts.
+
+    (The fast form of this name needs `batch_tokens`; one forward at a time does not.)
+    """
+    scores = []
+    for prompt in prompts:
+        scores.append([score_label(model, prompt.ids, label) for label in prompt.labels])
+        progress(1)
+    return np.array(scores)
 
 
 def label_loss(model: Qwen, prompt: Sequence[int], label: Sequence[int]) -> Tensor:

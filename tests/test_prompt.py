@@ -183,7 +183,7 @@ def test_a_label_that_begins_with_punctuation_and_merges_with_nothing(tokenizer)
     ("template", "tail"),
     [
         ("评论：{text}\n情感倾向： ", "'情感倾向： '"),
-        ("{text}<|im_end|> ", "' '"),
+        ("{text}<|im_end|> ", "<|im_end|> '"),
         ("评论：{text} ", "。 '"),
     ],
 )

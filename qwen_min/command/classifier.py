@@ -1,12 +1,13 @@
 """Where a method's weights come from, and how the loaded method classifies.
 
 `Source` loads the base and puts on it what was trained; `Classifier` computes scores with the
-result. evaluate.py combines the two, in one function for each method.
+result. evaluate.py combines the two, in one function for each method. `Evaluation` and `Outcome`
+are what goes into a classification and what comes out.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -17,6 +18,7 @@ from qwen_min.command.arguments import UNTRAINED
 from qwen_min.command.task import Task
 from qwen_min.command.trained import ADAPTER, GIVE_BASE, Parts, load_parts, parts_of
 from qwen_min.errors import UserError
+from qwen_min.files.data import Example
 from qwen_min.files.weights import checkpoint_fingerprint, load_model
 from qwen_min.head import LinearHead
 from qwen_min.model import Qwen
@@ -124,3 +126,36 @@ class Source:
                 f"{len(head.weight)} classes{known}; give its words in its order"
             )
         return head
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation: a loaded method, and the rows that it is to classify."""
+
+    source: Source
+    classifier: Classifier
+    examples: Sequence[Example]
+    all_prompts: Sequence[Prompt]  # with the words of --labels, then those of other label sets
+    training: tuple[str, list[Example]] | None  # file and rows of the training data, if known
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts with the words of --labels only."""
+        count = len(self.source.task.labels)
+        return [replace(p, labels=p.labels[:count]) for p in self.all_prompts]
+
+    @property
+    def true_classes(self) -> np.ndarray:
+        """The class number of each example (n,)."""
+        return np.array([example.label for example in self.examples])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method said of each row."""
+
+    predictions: np.ndarray  # (n,), class numbers
+    scores: np.ndarray | None  # (n, C); None: the predictions were read from answers
+    all_scores: np.ndarray | None  # (n, all words of `all_prompts`)
+    answers: list[str] | None
+    seconds: float

@@ -1,50 +1,15 @@
 """What --label-sets, --calibrate and --explain show: qwen_min.lab, put to one evaluation."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
-from qwen_min.command.classifier import Classifier, Source, dtype_name
+from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source, dtype_name
 from qwen_min.command.task import Task
-from qwen_min.files.data import Example
 from qwen_min.files.results import off_track_examples
 from qwen_min.prompt import Prompt
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One evaluation: a loaded method, and the rows that it is to classify."""
-
-    source: Source
-    classifier: Classifier
-    examples: Sequence[Example]
-    candidates: Sequence[Prompt]  # with the words of --labels, then those of other label sets
-    training: tuple[str, list[Example]] | None  # file and rows of the training data, if known
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        """The prompts with the words of --labels only."""
-        count = len(self.source.task.labels)
-        return [replace(p, labels=p.labels[:count]) for p in self.candidates]
-
-    @property
-    def labels(self) -> np.ndarray:
-        """The true class numbers (n,)."""
-        return np.array([example.label for example in self.examples])
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a method said of each row."""
-
-    predictions: np.ndarray  # (n,), class numbers
-    scores: np.ndarray | None  # (n, C); None: the predictions were read from answers
-    candidate_scores: np.ndarray | None  # (n, candidates)
-    answers: list[str] | None
-    seconds: float
 
 
 def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict:
@@ -55,7 +20,7 @@ def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict:
 
         sets = parse_label_sets(args.label_sets, evaluation.source.task.labels)
         inside["label_sets"] = compare_sets(
-            evaluation.labels, sets, evaluation.candidates, outcome.candidate_scores
+            evaluation.true_classes, sets, evaluation.all_prompts, outcome.all_scores
         )
     if args.calibrate:
         inside["calibration"] = calibrate(evaluation, outcome.scores)
@@ -83,7 +48,7 @@ def calibrate(evaluation: Evaluation, scores: np.ndarray) -> list[dict]:
         score = partial(evaluation.classifier.scores, progress=bar.update)
         neutral = score_neutral(prompts_of, task.template, evaluation.examples, rows, seeds, score)
     lengths = np.array([[len(ids) for ids in prompt.labels] for prompt in evaluation.prompts])
-    return calibrations(evaluation.labels, scores, lengths, neutral)
+    return calibrations(evaluation.true_classes, scores, lengths, neutral)
 
 
 def print_inside(task: Task, results: dict) -> None:

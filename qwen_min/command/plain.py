@@ -1,27 +1,21 @@
 """--plain: every computation through its definition, one forward at a time.
 
 The functions have the names and arguments of those in fast/forms.py, so that either module can be
-used. `batch_tokens` and `checkpointing` have no meaning here.
+used; `score_labels` is that of scoring.py. `batch_tokens` and `checkpointing` have no meaning here.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qwen_min.head import head_loss, pooled_state
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
-from qwen_min.scoring import label_loss, score_label
+from qwen_min.scoring import label_loss, score_labels
 
+__all__ = ["generate_answers", "head_losses", "label_losses", "pooled_features", "score_labels"]
 Prompts, Classes = Sequence[Prompt], Sequence[int]
-
-
-def score_labels(model: Qwen, prompts: Prompts, batch_tokens: int, progress) -> np.ndarray:
-    """`score_label` of each prompt's label words: one forward for each candidate. (n, C)."""
-    rows = counted(prompts, progress)
-    return np.array([[score_label(model, p.ids, label) for label in p.labels] for p in rows])
 
 
 def pooled_features(
