@@ -399,7 +399,7 @@ def test_no_file(tmp_path):
         assert str(caught.value) == f"{tmp_path / name}: cannot be read ({reason}); check the path"
     with pytest.raises(UserError) as caught:
         read_examples(str(tmp_path), WORDS)
-    assert str(caught.value) == (f"{tmp_path}: cannot be read: Is a directory; check the path")
+    assert str(caught.value) == (f"{tmp_path}: cannot be read (Is a directory); check the path")
 
 
 # --- hash, split, counts --------------------------------------------------------------------------

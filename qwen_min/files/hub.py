@@ -62,7 +62,6 @@ def _download(repo: str, revision: str) -> Path:
     try:
         # Ask once, with a short timeout: hf_hub_download retries a silent endpoint for minutes.
         info = model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        names = [file.rfilename for file in info.siblings or ()]
     except Exception as error:
         failure = error  # the cache may hold all files that are needed
 
@@ -79,8 +78,7 @@ def _download(repo: str, revision: str) -> Path:
 
     config = fetch("config.json", revision)
     commit = config.parent.name  # the cache's layout: snapshots/COMMIT/config.json
-    if failure:
-        names = os.listdir(config.parent)
+    names = os.listdir(config.parent) if failure else [f.rfilename for f in info.siblings or ()]
     shards = read_index(fetch(INDEX, commit)).values() if INDEX in names else [SINGLE]
     for file in ("tokenizer.json", *set(OPTIONAL).intersection(names), *set(shards)):
         fetch(file, commit)

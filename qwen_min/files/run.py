@@ -163,8 +163,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], pa
     tensors, _ = disk.read_safetensors(path, "an optimizer's state", "start a new run")
     keys = ("exp_avg", "exp_avg_sq", "step")
     if odd := sorted(tensors.keys() ^ {f"{name}/{key}" for name in names for key in keys}):
-        found = f"{len(odd)} tensors missing or unknown (first: {odd[0]})"
-        raise UserError(f"{path}: {found}; start a new run")
+        raise UserError(f"{path}: {len(odd)} tensors missing or unknown ({odd[0]}); train again")
     state = {}
     for i, name in enumerate(names):  # copies, because an optimizer's step changes them
         state[i] = {key: tensors[f"{name}/{key}"].clone() for key in keys}
