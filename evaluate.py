@@ -23,7 +23,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -128,31 +127,30 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     training = training_examples(args.train_data, args.encoding, task.labels, record)
     if args.run:
         name_outputs(args, record, examples_hash(examples))
-    with ExitStack() as stack:
-        inputs = [args.data, *filter(None, [args.train_data])]
-        files = open_outputs([args.output, args.predictions], stack, inputs)
-        started = time.perf_counter()
-        classifier = METHODS[args.method](source)
-        load_seconds = time.perf_counter() - started
-        evaluation = Evaluation(source, classifier, examples, prompts, training)
-        outcome = classify(evaluation)
-        clean = clean_part(training, examples, outcome.predictions, fed)
-        results = {
-            "method": args.method,
-            **measure(evaluation, outcome),
-            "clean": clean,
-            "fed_rows": len(fed),
-            "load_seconds": load_seconds,
-            "arguments": vars(args),
-            "training_arguments": record["arguments"] if record else None,
-        }
-        rows = prediction_lines(examples, outcome.predictions, outcome.scores, outcome.answers)
-        texts = [json.dumps(results, ensure_ascii=False, indent=2) + "\n", rows]
-        try:
-            commit_outputs(list(zip(files, texts, strict=True)))
-        finally:
-            print(format_results(results))
-            print_inside(task, results)
+    inputs = [args.data, *filter(None, [args.train_data])]
+    files = open_outputs([args.output, args.predictions], inputs)
+    started = time.perf_counter()
+    classifier = METHODS[args.method](source)
+    load_seconds = time.perf_counter() - started
+    evaluation = Evaluation(source, classifier, examples, prompts, training)
+    outcome = classify(evaluation)
+    clean = clean_part(training, examples, outcome.predictions, fed)
+    results = {
+        "method": args.method,
+        **measure(evaluation, outcome),
+        "clean": clean,
+        "fed_rows": len(fed),
+        "load_seconds": load_seconds,
+        "arguments": vars(args),
+        "training_arguments": record["arguments"] if record else None,
+    }
+    rows = prediction_lines(examples, outcome.predictions, outcome.scores, outcome.answers)
+    texts = [json.dumps(results, ensure_ascii=False, indent=2) + "\n", rows]
+    try:
+        commit_outputs(list(zip(files, texts, strict=True)))
+    finally:
+        print(format_results(results))
+        print_inside(task, results)
     return 0
 
 

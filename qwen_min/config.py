@@ -11,9 +11,12 @@ from qwen_min.errors import UserError
 MODEL_TYPES = ("qwen2", "qwen3")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QwenConfig:
-    """The fields of config.json that the forward pass needs, under the names they have there."""
+    """The fields of config.json that the forward pass needs, under the names they have there.
+
+    The defaults are those of the reference, for a file without the field.
+    """
 
     model_type: str
     hidden_size: int  # D
@@ -23,12 +26,12 @@ class QwenConfig:
     num_key_value_heads: int  # K; H / K query heads share one key/value head
     head_dim: int  # Dh; not always D / H (Qwen3-0.6B: D = 1024, H = 16, Dh = 128)
     vocab_size: int  # V; the tokenizer's size, rounded up for the hardware
-    rms_norm_eps: float
+    rms_norm_eps: float = 1e-6
     rope_theta: float
-    tie_word_embeddings: bool  # the LM head is the token embedding
-    attention_bias: bool  # on q, k and v; Qwen2 never has one on o
-    max_position_embeddings: int  # in tokens
-    torch_dtype: str | None  # the dtype of the saved weights, if the file says it
+    tie_word_embeddings: bool = False  # the LM head is the token embedding
+    attention_bias: bool = False  # on q, k and v; Qwen2 always has it, and never one on o
+    max_position_embeddings: int = 32768  # in tokens
+    torch_dtype: str | None = None  # the dtype of the saved weights, if the file says it
 
     @property
     def has_qk_norm(self) -> bool:
@@ -45,9 +48,7 @@ class QwenConfig:
         """
         path = Path(path)
         if not path.exists():
-            raise UserError(
-                f"{path}: no such file; expected config.json, tokenizer.json, *.safetensors"
-            )
+            raise UserError(f"{path}: no such file; expected config.json, tokenizer.json, weights")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -57,8 +58,9 @@ class QwenConfig:
         if reason := _unsupported(raw):
             raise UserError(f"{path}: {reason}")
 
-        def field(key: str, kind: type, default: float | None = None) -> float:
-            value = default if raw.get(key) is None else raw[key]
+        def field(key: str) -> float:
+            kind = cls.__annotations__[key]
+            value = raw.get(key, getattr(cls, key, None))
             if kind is float and type(value) is int:
                 value = float(value)
             # The upper bound is for Infinity and NaN, which Python's json accepts as numbers.
@@ -67,34 +69,27 @@ class QwenConfig:
                 raise UserError(f"{path}: {key} is {value!r}, expected {expected}")
             return value
 
+        raw = {key: value for key, value in raw.items() if value is not None}
         is_qwen3 = raw["model_type"] == "qwen3"
-        hidden, heads = field("hidden_size", int), field("num_attention_heads", int)
-        kv_heads = field("num_key_value_heads", int, heads)
+        if not is_qwen3:  # it has the bias without declaring it
+            raw["attention_bias"] = True
+        raw.setdefault("num_key_value_heads", field("num_attention_heads"))
         # As in the reference: Qwen3's default is 128, whatever D / H is.
-        head_dim = field("head_dim", int, 128 if is_qwen3 else hidden // heads)
-        if heads % kv_heads:
-            raise UserError(f"{path}: num_key_value_heads {kv_heads} does not divide {heads} heads")
-        if head_dim % 2:
-            raise UserError(f"{path}: head_dim {head_dim} is odd; RoPE rotates pairs")
+        usual = 128 if is_qwen3 else field("hidden_size") // field("num_attention_heads")
+        raw.setdefault("head_dim", usual)
         # As in the reference: rope_parameters.rope_theta takes precedence over the top-level one.
         nested = raw.get("rope_parameters") or {}
         raw["rope_theta"] = nested.get("rope_theta", raw.get("rope_theta"))
+        heads, kv_heads = field("num_attention_heads"), field("num_key_value_heads")
+        if heads % kv_heads:
+            raise UserError(f"{path}: num_key_value_heads {kv_heads} does not divide {heads} heads")
+        if field("head_dim") % 2:
+            raise UserError(f"{path}: head_dim {raw['head_dim']} is odd; RoPE rotates pairs")
+        checked = [key for key, kind in cls.__annotations__.items() if kind in (int, float, bool)]
         return cls(
             model_type=raw["model_type"],
-            hidden_size=hidden,
-            intermediate_size=field("intermediate_size", int),
-            num_hidden_layers=field("num_hidden_layers", int),
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            vocab_size=field("vocab_size", int),
-            rms_norm_eps=field("rms_norm_eps", float, 1e-6),
-            rope_theta=field("rope_theta", float),
-            tie_word_embeddings=field("tie_word_embeddings", bool, False),
-            # Qwen2 has the bias without declaring it; Qwen3 declares it, normally false.
-            attention_bias=not is_qwen3 or field("attention_bias", bool, False),
-            max_position_embeddings=field("max_position_embeddings", int, 32768),
             torch_dtype=raw.get("dtype") or raw.get("torch_dtype"),
+            **{key: field(key) for key in checked},
         )
 
 

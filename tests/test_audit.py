@@ -255,7 +255,7 @@ def test_a_run_knows_its_training_data(tmp_path, capsys):
     path.unlink()
     assert training_examples(None, "utf-8", WORDS, record) is None
     gone = capsys.readouterr().err
-    assert "cannot be read: No such file" in gone
+    assert "cannot be read (No such file" in gone
     assert gone.count("\n") == changed.count("\n") == 1
 
 

@@ -257,12 +257,12 @@ REFUSED = {
     "not json": (
         "a.jsonl",
         GOOD + "好\n",
-        "{path}, line 2: not a JSON object (Expecting value), " + OBJECT,
+        "{path}, line 2: not a JSON object (Expecting value); " + OBJECT,
     ),
     "json of another kind": (
         "a.jsonl",
         GOOD + '[1, "好"]\n',
-        "{path}, line 2: not a JSON object (a value of another kind), " + OBJECT,
+        "{path}, line 2: not a JSON object (a value of another kind); " + OBJECT,
     ),
     "label outside": (
         "a.tsv",
@@ -396,10 +396,10 @@ def test_no_file(tmp_path):
     ]:
         with pytest.raises(UserError) as caught:
             read_examples(tmp_path / name, WORDS)
-        assert str(caught.value) == (f"{tmp_path / name}: cannot be read: {reason}; check the path")
+        assert str(caught.value) == f"{tmp_path / name}: cannot be read ({reason}); check the path"
     with pytest.raises(UserError) as caught:
         read_examples(str(tmp_path), WORDS)
-    assert str(caught.value) == (f"{tmp_path}: cannot be read: Is a directory; check the path")
+    assert str(caught.value) == (f"{tmp_path}: cannot be read (Is a directory); check the path")
 
 
 # --- hash, split, counts --------------------------------------------------------------------------

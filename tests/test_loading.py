@@ -212,7 +212,7 @@ def test_missing_tensors(tmp_path, tied):
     one = {name: tensor for name, tensor in tensors.items() if name != biases[0]}
     refused(load_model, write(tmp_path, config, one), tmp_path, "1 tensor", "missing", biases[0])
     none = {name: tensor for name, tensor in tensors.items() if name not in biases}
-    refused(load_model, write(tmp_path, config, none), tmp_path, "9 tensor", "missing", *biases[:3])
+    refused(load_model, write(tmp_path, config, none), tmp_path, "9 tensor", "missing", biases[0])
 
 
 def test_left_over_tensors(tmp_path, tied):
@@ -244,11 +244,11 @@ def test_whole_numbers_and_quantised_ones_are_no_weights(tmp_path, tied, dtype):
 
 
 def test_directory(tmp_path, tied):
-    refused(load_model, tmp_path / "absent", tmp_path / "absent", "no such directory")
+    refused(load_model, tmp_path / "absent", tmp_path / "absent", "no such file; expected")
     refused(load_model, tmp_path, tmp_path / "config.json", "no such file")
     (tmp_path / "config.json").write_text(json.dumps(tied[0]))
     refused(load_model, tmp_path, tmp_path / SINGLE, "no such file", INDEX)
-    refused(load_model, tmp_path / "config.json", tmp_path / "config.json", "directory")
+    refused(load_model, tmp_path / "config.json", tmp_path / "config.json", "no such file")
     (tmp_path / SINGLE).symlink_to(tmp_path / "gone")
     refused(load_model, tmp_path, tmp_path / SINGLE, "no such file")
 
@@ -396,21 +396,21 @@ def test_a_shard_that_is_no_string(tmp_path, shard):
 
 def test_mapped_tensor_missing(tmp_path):
     write_shards(tmp_path, [{"a": ONE}, {"b": TWO}], c="b.safetensors")
-    refused(read_tensors, tmp_path, tmp_path / INDEX, "1 tensor", "('c')")
+    refused(read_tensors, tmp_path, tmp_path / INDEX, "'c' is in b.safetensors or listed")
     # It is there, but in a shard that the index does not name.
     write_shards(tmp_path, [{"a": ONE}, {"b": TWO}], b="a.safetensors")
     save_file({"b": TWO, "c": ONE}, tmp_path / "b.safetensors")
-    refused(read_tensors, tmp_path, tmp_path / INDEX, "1 tensor", "('b')")
+    refused(read_tensors, tmp_path, tmp_path / INDEX, "'b' is in a.safetensors or listed")
 
 
 def test_tensor_in_two_shards(tmp_path):
     shards = [{"a": ONE, "c": TWO}, {"a": ONE + 1, "b": TWO}]
     for mapped in ("a.safetensors", "b.safetensors"):
         write_shards(tmp_path, shards, a=mapped)
-        refused(read_tensors, tmp_path, tmp_path / INDEX, "'a' is in", "in two shards")
+        refused(read_tensors, tmp_path, tmp_path / INDEX, "'a' is in", "not both")
     # In both files, though the index has it in neither.
     (tmp_path / INDEX).write_text('{"weight_map": {"b": "b.safetensors", "c": "a.safetensors"}}')
-    refused(read_tensors, tmp_path, tmp_path / INDEX, "'a' is in b.safetensors", "in two shards")
+    refused(read_tensors, tmp_path, tmp_path / INDEX, "'a' is in a.safetensors", "not both")
 
 
 def test_tensor_in_another_shard_than_mapped(tmp_path):

@@ -460,7 +460,7 @@ def test_another_optimizer_state_is_refused(tmp_path):
     other = optimizer_bytes(optimizer, ["a", "c"])
     part = optimizer_bytes(stepped(["a"], 1)[0], ["a"])
     for data, reason in (
-        (other, "6 tensors missing or not of this run"),
+        (other, "6 tensors missing or unknown"),
         (part, r"3 tensors missing .*b/exp_avg\)"),
         (whole[:-1], "not an optimizer's state"),
         (b"", "not an optimizer's state"),

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source, dtype_name
 from qwen_min.command.task import Task
-from qwen_min.files.results import off_track_examples
+from qwen_min.metrics import OFF_TRACK
 from qwen_min.prompt import Prompt
 
 
@@ -25,9 +25,9 @@ def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict:
     if args.calibrate:
         inside["calibration"] = calibrate(evaluation, outcome.scores)
     if outcome.answers is not None:
-        inside["off_track_examples"] = off_track_examples(
-            evaluation.examples, outcome.predictions, outcome.answers
-        )
+        rows = zip(evaluation.examples, outcome.predictions, outcome.answers, strict=True)
+        found = [{"line": e.line, "answer": answer} for e, y, answer in rows if y == OFF_TRACK]
+        inside["off_track_examples"] = found[:5]
     return inside
 
 

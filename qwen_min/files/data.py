@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 from qwen_min.errors import UserError
+from qwen_min.files.disk import one_line_error
 
 # Share of the training rows. They alone choose penalty, layer, checkpoint and temperature.
 HELD_OUT = 0.1
@@ -114,15 +115,14 @@ def class_counts(examples: Sequence[Example], num_classes: int) -> list[int]:
 
 
 def _decode(path: Path, encoding: str) -> str:
-    try:
+    with one_line_error(path, "check the path", "cannot be read"):
         data = path.read_bytes()
+    try:
         codec = codecs.lookup(encoding).name
         if data[:2] in (b"\xff\xfe", b"\xfe\xff") and not codec.startswith("utf-16"):
             raise UserError(f"{path}: found a UTF-16 byte-order mark: add --encoding utf-16")
         # Not utf-8-sig: it counts the offset of an error from after the mark.
         return data.decode(encoding).removeprefix("\ufeff")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; check the path") from None
     except LookupError:
         raise UserError(f"--encoding {encoding}: not a text encoding; try utf-8") from None
     except UnicodeDecodeError as error:
@@ -190,14 +190,11 @@ def _csv_rows(path: Path, content: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _parse_object(place: str, source: str) -> dict:
-    try:
+    advice = 'expected {"label": 1, "text": "..."}: correct the line'
+    with one_line_error(place, advice, "not a JSON object", (ValueError, RecursionError)):
         record = json.loads(source)
         if not isinstance(record, dict):
             raise ValueError("a value of another kind")
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", error)  # str(JSONDecodeError) adds a "line 1" of its own
-        expected = '{"label": 1, "text": "..."}: correct the line'
-        raise UserError(f"{place}: not a JSON object ({reason}), expected {expected}") from None
     return record
 
 

@@ -24,14 +24,19 @@ READING = (*WRITING, KeyError, TypeError, ValueError, RuntimeError)
 
 @contextlib.contextmanager
 def one_line_error(
-    path: Path, advice: str = RESUME, problem: str = "cannot be written", errors: tuple = WRITING
+    place: object, advice: str = RESUME, problem: str = "cannot be written", errors: tuple = WRITING
 ) -> Iterator[None]:
-    """Turn a failure, by default to write `path`, into a UserError that ends with `advice`."""
+    """Turn a failure into a UserError of one line: `place`, `problem`, the reason, `advice`.
+
+    place: a path, or a path with a line number.
+    """
     try:
         yield
     except errors as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise UserError(f"{path}: {problem} ({reason}); {advice}") from None
+        # str(JSONDecodeError) adds "line 1" even where the JSON is one line of a longer file.
+        reason = getattr(error, "strerror", None) or getattr(error, "msg", None) or error
+        reason = " ".join(str(reason).split())
+        raise UserError(f"{place}: {problem} ({reason}); {advice}") from None
 
 
 def refuse_malformed(path: Path, kind: str, advice: str) -> contextlib.AbstractContextManager:
@@ -42,16 +47,18 @@ def refuse_malformed(path: Path, kind: str, advice: str) -> contextlib.AbstractC
     return one_line_error(path, advice, f"not {kind}", READING)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old content or the new one. Raises UserError."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def write_atomically(path: Path, data: bytes, advice: str = RESUME) -> None:
+    """Write a file so that readers see the old content or the new one. Raises UserError.
+
+    A link stays a link: the file that it points to is replaced.
+    """
+    target = Path(os.path.realpath(path))
+    aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with one_line_error(path):
-            with aside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
+        with one_line_error(path, advice):
+            aside.write_bytes(data)
+            _sync(aside)
+            os.replace(aside, target)
     finally:
         # After the rename nothing is left to remove. A read-only file system refuses even this.
         with contextlib.suppress(OSError):
@@ -62,14 +69,16 @@ def write_atomically(path: Path, data: bytes) -> None:
 def new_directory(target: Path, advice: str = RESUME, replace: bool = False) -> Iterator[Path]:
     """An empty directory to write into; at the end of the block it is synced and named `target`.
 
-    If the block raises, the directory is removed. With `replace`, an existing `target` is replaced.
-    That takes two renames: a process that dies between them leaves no `target`.
+    If the block raises, the directory is removed. An existing `target` is an error; with `replace`
+    it is replaced. That takes two renames: a process that dies between them leaves no `target`.
     Raises UserError with `advice` if something cannot be written.
     """
     aside, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with one_line_error(target, advice):
+            if target.exists() and not replace:
+                raise FileExistsError("it exists already")
             aside.mkdir(parents=True)
             yield aside
             for path in (*aside.rglob("*"), aside):
@@ -79,10 +88,9 @@ def new_directory(target: Path, advice: str = RESUME, replace: bool = False) -> 
                 os.replace(target, old)
             os.replace(aside, target)
             _sync(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    if replace:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -109,8 +117,8 @@ def read_json(path: Path, kind: str, advice: str, **fields: type) -> dict:
             raise ValueError(f"found {reprlib.repr(content)}, expected an object")
         for name, type_ in fields.items():
             if not isinstance(content.get(name), type_):
-                found = reprlib.repr(content.get(name))
-                raise ValueError(f"{name} is {found}, expected type {type_.__name__}")
+                value = reprlib.repr(content.get(name))
+                raise ValueError(f"{name} is {value}, expected type {type_.__name__}")
     return content
 
 

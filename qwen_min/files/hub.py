@@ -31,8 +31,8 @@ def resolve_model(name: str) -> Path:
     if os.path.isdir(path):
         return Path(path)
     if os.path.lexists(path) or not HUB_NAME.fullmatch(name):
-        problem = "neither a directory nor a hub name, owner/name[@revision]"
-        raise UserError(f"--model {name!r}: {problem}; give one of them")
+        expected = "a directory nor a hub name, owner/name[@revision]"
+        raise UserError(f"--model {name!r}: neither {expected}; give one of them")
     repo, _, revision = name.partition("@")
     return _download(repo, revision or "main")
 
@@ -47,8 +47,8 @@ def read_index(path: Path) -> dict[str, str]:
     # The index comes from outside, so a shard may not be a path to somewhere else.
     for shard in index["weight_map"].values() or [None]:  # an empty map is refused as well
         if not (isinstance(shard, str) and re.fullmatch(r"[\w.-]+\.safetensors", shard)):
-            expected = "a plain file name (NAME.safetensors)"
-            raise UserError(f"{path}: weight_map names {shard!r}, expected {expected}; {advice}")
+            found = f"weight_map names {shard!r}, expected a plain file name NAME.safetensors"
+            raise UserError(f"{path}: {found}; {advice}")
     return index["weight_map"]
 
 
@@ -62,7 +62,6 @@ def _download(repo: str, revision: str) -> Path:
     try:
         # Ask once, with a short timeout: hf_hub_download retries a silent endpoint for minutes.
         info = model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        names = [file.rfilename for file in info.siblings or ()]
     except Exception as error:
         failure = error  # the cache may hold all files that are needed
 
@@ -70,17 +69,16 @@ def _download(repo: str, revision: str) -> Path:
         try:
             return Path(hf_hub_download(repo, file, revision=at, local_files_only=bool(failure)))
         except Exception as error:
-            raise UserError(
-                f"cannot get {file} of {repo} (revision {revision}) from {constants.ENDPOINT} into "
-                f"{constants.HF_HUB_CACHE}: {_reason(failure or error)}; ways around it: a local "
-                "directory as --model, HF_ENDPOINT=URL of a mirror, HF_HUB_OFFLINE=1 with a filled "
-                'cache, or "No model hub" in README.md'
-            ) from error
+            what = f"{file} of {repo} (revision {revision}) from {constants.ENDPOINT}"
+            found = f"cannot get {what} into {constants.HF_HUB_CACHE}: {_reason(failure or error)}"
+            advice = (
+                "HF_ENDPOINT=MIRROR, HF_HUB_OFFLINE=1 with a filled cache, or a local directory"
+            )
+            raise UserError(f'{found}; try {advice}: see "No model hub" in README.md') from error
 
     config = fetch("config.json", revision)
     commit = config.parent.name  # the cache's layout: snapshots/COMMIT/config.json
-    if failure:
-        names = os.listdir(config.parent)
+    names = os.listdir(config.parent) if failure else [f.rfilename for f in info.siblings or ()]
     shards = read_index(fetch(INDEX, commit)).values() if INDEX in names else [SINGLE]
     for file in ("tokenizer.json", *set(OPTIONAL).intersection(names), *set(shards)):
         fetch(file, commit)

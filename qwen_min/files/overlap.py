@@ -60,8 +60,7 @@ def training_examples(
         return file, examples
     except UserError as error:
         skipped = "accuracy on texts outside the training data is not computed"
-        advice = "name the training data with --train-data FILE"
-        print(f"note: {skipped}: {error} ({advice})", file=sys.stderr)
+        print(f"note: {skipped}: {error} (or give --train-data FILE)", file=sys.stderr)
     return None
 
 
@@ -85,11 +84,8 @@ def fed_rows(directory: Path, examples: Sequence[Example]) -> list[int]:
     known = load_file(path)["texts"]
     fed = [i for i, e in enumerate(examples) if text_hashes([e.text])[0] in known]
     if fed:
-        print(
-            f"warning: {len(fed)} of these {len(examples)} texts are in the training data of the "
-            f"model in {directory} itself; metrics on them say nothing about new texts",
-            file=sys.stderr,
-        )
+        found = f"{len(fed)} of these {len(examples)} texts are in the training data of {directory}"
+        print(f"warning: {found}; metrics on them say nothing about new texts", file=sys.stderr)
     return fed
 
 

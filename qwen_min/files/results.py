@@ -9,15 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from qwen_min.files.data import Example
-from qwen_min.metrics import OFF_TRACK
-
-
-def off_track_examples(
-    examples: Sequence[Example], predictions: Sequence[int], answers: Sequence[str]
-) -> list[dict]:
-    """The first five answers without a label word, each with the line number of its text."""
-    rows = zip(examples, predictions, answers, strict=True)
-    return [{"line": e.line, "answer": answer} for e, y, answer in rows if y == OFF_TRACK][:5]
 
 
 def name_outputs(args: argparse.Namespace, record: dict, data_hash: str) -> None:

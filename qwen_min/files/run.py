@@ -67,8 +67,8 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
             raise UserError(f"--resume: {found}; leave it out, or start another run")
     free = {name: given[name] for name in FREE if name in given}
     # --merge applies to one command only. --output is where the run was found: it may have moved.
-    changed = {"merge": None, **free, "output": args.output}
-    return argparse.Namespace(**(vars(args) | before | changed))
+    before |= {"merge": None, **free, "output": args.output}
+    return argparse.Namespace(**(vars(args) | before))
 
 
 def start_record(run: Path, record: dict, resume: bool) -> dict:
@@ -85,8 +85,7 @@ def start_record(run: Path, record: dict, resume: bool) -> dict:
     before = read_run(run)
     for key, what in (("base_fingerprint", "model"), ("data_hash", "data")):
         if before[key] != record[key]:
-            problem = f"the {what} is not the one that the run in {run} began with"
-            raise UserError(f"--resume: {problem}; give the same {what}, or start another run")
+            raise UserError(f"--resume: the {what} is not the one of {run}; give the same {what}")
     return before
 
 
@@ -136,9 +135,8 @@ def prune_checkpoints(run: Path, keep: Sequence[int | None]) -> None:
 def publish(source: Path, target: Path) -> None:
     """Replace the directory `target` by a copy of the (small) files in `source`."""
     with disk.new_directory(target, replace=True) as directory:
-        for path in source.iterdir():
-            if path.is_file():
-                (directory / path.name).write_bytes(path.read_bytes())
+        for path in filter(Path.is_file, source.iterdir()):
+            (directory / path.name).write_bytes(path.read_bytes())
 
 
 def _size_and_hash(path: Path) -> list:
@@ -165,24 +163,20 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], pa
     tensors, _ = disk.read_safetensors(path, "an optimizer's state", "start a new run")
     keys = ("exp_avg", "exp_avg_sq", "step")
     if odd := sorted(tensors.keys() ^ {f"{name}/{key}" for name in names for key in keys}):
-        found = f"{len(odd)} tensors missing or not of this run (first: {odd[0]})"
-        raise UserError(f"{path}: {found}; start a new run")
+        raise UserError(f"{path}: {len(odd)} tensors missing or unknown ({odd[0]}); train again")
     state = {}
     for i, name in enumerate(names):  # copies, because an optimizer's step changes them
         state[i] = {key: tensors[f"{name}/{key}"].clone() for key in keys}
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def trim_log(path: Path, step: int) -> None:
     """Prepare log.jsonl for the steps after `step`: drop later lines; step 0 empties the file."""
-    kept = []
-    if step and path.exists():
-        lines = path.read_text(encoding="utf-8").split("\n")
-        # The last line is incomplete if the process died while writing it.
-        whole = [line for line in lines if line.startswith('{"step": ') and line.endswith("}")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-    write_atomically(path, "".join(line + "\n" for line in kept).encode())
+    lines = path.read_text(encoding="utf-8").split("\n") if step and path.exists() else []
+    # The last line is incomplete if the process died while writing it.
+    whole = [line for line in lines if line.startswith('{"step": ') and line.endswith("}")]
+    kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
+    write_atomically(path, "".join(kept).encode())
 
 
 def append_log(path: Path, **fields: object) -> None:

@@ -3,9 +3,8 @@ an error. The one exception is an lm_head in a tied checkpoint, which is dropped
 """
 
 import hashlib
-import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,8 +33,6 @@ def load_model(directory: str | Path, dtype: str = "auto", device: str = "cpu") 
     Raises UserError if config.json or the weights are missing, malformed or do not fit together.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; --model expects a model directory")
     config = QwenConfig.from_json(directory / "config.json")
     with torch.device("meta"):  # shapes without memory: every tensor comes from the file
         model = Qwen(config)
@@ -44,34 +41,33 @@ def load_model(directory: str | Path, dtype: str = "auto", device: str = "cpu") 
         # Some tied checkpoints also store the head. The model uses the embedding in its place.
         tensors.pop("lm_head.weight", None)
     _check(tensors, model.state_dict(), directory)
-    if dtype == "auto":
-        found = {tensor.dtype for tensor in tensors.values()}
-        wanted = found.pop() if len(found) == 1 else DTYPES.get(config.torch_dtype, torch.float32)
-    else:
-        wanted = DTYPES[dtype]
+    found = {tensor.dtype for tensor in tensors.values()}
+    own = found.pop() if len(found) == 1 else DTYPES.get(config.torch_dtype, torch.float32)
+    wanted = own if dtype == "auto" else DTYPES[dtype]
     weights = {name: tensor.to(device, wanted) for name, tensor in tensors.items()}
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors or, if it is missing, of the index's shards; mapped."""
-    index, weight_map, files = directory / INDEX, {}, [SINGLE]
+    """All tensors of model.safetensors or, if it is missing, of the index's shards; mapped.
+
+    The index must name exactly the tensors of each shard.
+    """
+    index, weight_map = directory / INDEX, {}
     if index.exists() and not (directory / SINGLE).is_file():
         weight_map = read_index(index)
-        files = sorted(set(weight_map.values()))
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for file in sorted(set(weight_map.values())) or [SINGLE]:
         path = directory / file
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected {SINGLE}, or {INDEX} and its shards")
-        for name, tensor in read_safetensors(path, "a whole safetensors file", AGAIN)[0].items():
-            if name in tensors or weight_map.get(name, file) != file:
-                problem = "but the index names another shard, or it is in two shards"
-                raise UserError(f"{index}: {name!r} is in {file}, {problem}; {AGAIN}")
-            tensors[name] = tensor
-    if absent := weight_map.keys() - tensors.keys():
-        raise UserError(f"{index}: {_some(absent)} not in the shard named; {AGAIN}")
+        part, _ = read_safetensors(path, "a whole safetensors file", AGAIN)
+        listed = {name for name, shard in weight_map.items() if shard == file}
+        if weight_map and (odd := listed ^ part.keys()):
+            problem = f"{min(odd)!r} is in {file} or listed for it, but not both"
+            raise UserError(f"{index}: {problem}; {AGAIN}")
+        tensors |= part
     return tensors
 
 
@@ -87,14 +83,10 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor], directory: P
     shapes = {name: list(tensor.shape) for name, tensor in expected.items()}
     for problem, names in problems.items():
         if names:
-            first = f"found {found.get(min(names))}, expected {shapes.get(min(names))}"
+            name = min(names)
+            first = f"first {name!r}: found {found.get(name)}, expected {shapes.get(name)}"
             advice = "take config.json and unquantised weights from one checkpoint"
-            raise UserError(f"{directory}: {_some(names)} {problem} (first: {first}); {advice}")
-
-
-def _some(names: Collection[str]) -> str:
-    shown = ", ".join(map(repr, sorted(names)[:3])) + (", …" if len(names) > 3 else "")
-    return f"{len(names)} tensor(s) ({shown})"
+            raise UserError(f"{directory}: {len(names)} tensor(s) {problem} ({first}); {advice}")
 
 
 def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
@@ -104,8 +96,6 @@ def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
     written.
     """
     source, out = Path(source), Path(out)
-    if os.path.exists(out):
-        raise UserError(f"{out}: cannot be written (it exists already); name another")
     with new_directory(out, "name another, or make room") as directory:
         for name in COPIED:
             if (source / name).exists():

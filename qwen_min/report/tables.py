@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from importlib.util import find_spec
 from itertools import combinations, zip_longest
 
@@ -43,15 +42,14 @@ def report(args: argparse.Namespace) -> int:
     if args.plots and find_spec("matplotlib") is None:
         install = "pip install matplotlib, or leave --plots out"
         raise UserError(f"--plots needs matplotlib, which is not installed: {install}")
-    with ExitStack() as stack:
-        (output,) = open_outputs([args.output], stack, args.results)
-        methods = gather(read_all(args.results))
-        pairs = [compare(a, b) for a, b in combinations(methods, 2)]
-        if args.format == "json":
-            text = json.dumps(as_json(methods, pairs), ensure_ascii=False, indent=2)
-        else:
-            text = format_report(methods, pairs, args.format == "markdown")
-        commit_outputs([(output, text + "\n")])
+    (output,) = open_outputs([args.output], args.results)
+    methods = gather(read_all(args.results))
+    pairs = [compare(a, b) for a, b in combinations(methods, 2)]
+    if args.format == "json":
+        text = json.dumps(as_json(methods, pairs), ensure_ascii=False, indent=2)
+    else:
+        text = format_report(methods, pairs, args.format == "markdown")
+    commit_outputs([(output, text + "\n")])
     if not args.output:
         print(text)
     if args.plots:
