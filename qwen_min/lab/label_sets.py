@@ -72,8 +72,7 @@ def compare_sets(
         entry["shared_tokens"] = sorted(token for token, count in uses.items() if count > 1)
         entry["mean_scores"] = own.mean(axis=0).tolist()
         entry["label_mass"] = float(label_mass(own, of_rows).mean())
-        entry |= measures(labels, own)
-        entry |= {"oracle_accuracy": oracle, "oracle_threshold": threshold}
+        entry |= measures(labels, own) | {"oracle_accuracy": oracle, "oracle_threshold": threshold}
         entry["batch_accuracy"] = measures(labels, corrected)["accuracy"]
         entry["first_token"] = None if begin_alike else measures(labels, first)
         found.append(entry)
