@@ -9,7 +9,6 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import safetensors.torch
 import torch
@@ -21,7 +20,8 @@ from lora.layer import LoRAError, check_hyperparameters
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-HEAD_KEY = "base_model.model.score.weight"
+PEFT_KEY = "base_model.model.{}.weight"  # of a parameter; A and B are Linears in PEFT
+HEAD_KEY = PEFT_KEY.format("score")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_MODULES = ["classifier", "score"]  # PEFT's names for the head of any SEQ_CLS model
 
@@ -53,7 +53,7 @@ class LoRAConfig:
     dropout: float
     targets: tuple[str, ...]
     use_rslora: bool
-    task_type: Literal["CAUSAL_LM", "SEQ_CLS"]
+    task_type: str  # CAUSAL_LM or SEQ_CLS
     base_model: str
 
     def __post_init__(self) -> None:
@@ -81,24 +81,17 @@ def save_adapter(
         raise ValueError(f"the model does not have the LoRA that the config describes: {config}")
     if (head is not None) != (config.task_type == "SEQ_CLS"):
         raise ValueError(f"task type {config.task_type}: SEQ_CLS needs a head, CAUSAL_LM none")
-    tensors = {_key(name): p for name, p in inject.lora_parameters(model).items()}
+    tensors = {PEFT_KEY.format(name): p for name, p in inject.lora_parameters(model).items()}
     if head is not None:
         tensors[HEAD_KEY] = head.float()
     tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     # One entry: safetensors writes several in no fixed order, and equal adapters would differ.
     header = {"metadata": json.dumps(metadata or {}, sort_keys=True)}
-    fields = DEFAULTS | {
-        "base_model_name_or_path": config.base_model or None,
-        "inference_mode": True,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "modules_to_save": HEAD_MODULES if config.task_type == "SEQ_CLS" else None,
-        "peft_type": "LORA",
-        "r": config.r,
-        "target_modules": list(config.targets),
-        "task_type": config.task_type,
-        "use_rslora": config.use_rslora,
-    }
+    fields = DEFAULTS | {"peft_type": "LORA", "task_type": config.task_type, "inference_mode": True}
+    fields |= {"r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
+    fields |= {"use_rslora": config.use_rslora, "target_modules": list(config.targets)}
+    fields["base_model_name_or_path"] = config.base_model or None
+    fields["modules_to_save"] = None if head is None else HEAD_MODULES
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -126,12 +119,20 @@ def load_adapter(
     """
     config = read_adapter_config(directory)
     path = Path(directory) / TENSOR_FILE
-    tensors, metadata = _read_tensors(path)
+    try:
+        # Cloned, because the file can change while the tensors are used.
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key).clone() for key in list(file.keys())}
+            metadata = json.loads((file.metadata() or {}).get("metadata", "{}"))
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is not an object")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise LoRAError(f"{path}: {error}; expected a safetensors file") from error
     head = tensors.get(HEAD_KEY)
     shapes: dict[str, tuple] = {}
     for name, linear in inject.find_targets(model, config.targets).items():
-        shapes[_key(f"{name}.lora_A")] = (config.r, linear.in_features)
-        shapes[_key(f"{name}.lora_B")] = (linear.out_features, config.r)
+        shapes[PEFT_KEY.format(f"{name}.lora_A")] = (config.r, linear.in_features)
+        shapes[PEFT_KEY.format(f"{name}.lora_B")] = (linear.out_features, config.r)
     if config.task_type == "SEQ_CLS":
         is_matrix = head is not None and head.ndim == 2
         shapes[HEAD_KEY] = tuple(head.shape) if is_matrix else ("num_labels", "D")
@@ -141,7 +142,7 @@ def load_adapter(
     inject.inject_lora(model, config.targets, config.r, config.alpha, dropout, config.use_rslora)
     with torch.no_grad():
         for name, parameter in inject.lora_parameters(model).items():
-            parameter.copy_(tensors[_key(name)])
+            parameter.copy_(tensors[PEFT_KEY.format(name)])
     return config, None if head is None else head.float(), metadata
 
 
@@ -161,10 +162,9 @@ def _plain_lora(fields: object) -> LoRAConfig:
 
     def check(name: str, ok: bool, expected: str) -> None:
         if not ok:
-            raise LoRAError(
-                f"{name} is {repr(fields.get(name))[:80]}; expected {expected} (only plain LoRA is "
-                "read: with PEFT, merge the adapter into its base and use the result)"
-            )
+            advice = "only plain LoRA is read: merge it into its base with PEFT, and use the result"
+            found = repr(fields.get(name))[:80]
+            raise LoRAError(f"{name} is {found}; expected {expected} ({advice})")
 
     if not isinstance(fields, dict):
         raise LoRAError(f"found a {type(fields).__name__}; expected a JSON object")
@@ -187,19 +187,6 @@ def _plain_lora(fields: object) -> LoRAConfig:
     return LoRAConfig(*numbers, tuple(targets), fields["use_rslora"], task, base_model)
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata, copied into memory, because the file can change while they are used."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key).clone() for key in list(file.keys())}
-            metadata = json.loads((file.metadata() or {}).get("metadata", "{}"))
-        if not isinstance(metadata, dict):
-            raise ValueError("its metadata is not an object")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise LoRAError(f"{path}: {error}; expected a safetensors file") from error
-    return tensors, metadata
-
-
 def _check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple]) -> None:
     """Raise LoRAError unless `tensors` has exactly these names and shapes and is finite."""
     problems = [f"{key} is missing" for key in shapes if key not in tensors]
@@ -213,12 +200,5 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, tup
             problems.append(f"{key} has other values than finite floats of 16 to 64 bits")
     if problems:  # two are enough: an adapter has hundreds of tensors, a message has one line
         found = "; ".join(problems[:2]) + "; ..." * (len(problems) > 2)
-        raise LoRAError(
-            f"{path}: expected {len(shapes)} tensors, {len(problems)} wrong ({found}); give the "
-            "model that the adapter was trained on, and its whole file"
-        )
-
-
-def _key(parameter: str) -> str:
-    """PEFT's key of a parameter. In PEFT A and B are Linears, hence the `.weight`."""
-    return f"base_model.model.{parameter}.weight"
+        problem = f"expected {len(shapes)} tensors, {len(problems)} wrong ({found})"
+        raise LoRAError(f"{path}: {problem}; give its whole file, and the model it was trained on")

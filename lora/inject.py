@@ -29,10 +29,8 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linea
     LoRA.
     """
     if wrapped := list(lora_modules(model)):
-        raise LoRAError(
-            f"the model already has LoRA on {len(wrapped)} modules (first: {wrapped[0]}); "
-            "merge it, or start from the base model"
-        )
+        found = f"the model already has LoRA on {len(wrapped)} modules (first: {wrapped[0]})"
+        raise LoRAError(f"{found}; merge it, or start from the base model")
     if not targets:
         raise LoRAError("no LoRA targets; expected at least one module name such as q_proj")
     for target in targets:
@@ -75,11 +73,7 @@ def lora_modules(model: nn.Module) -> dict[str, LoRALinear]:
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every A (r, in) and B (out, r), under the names of `model.named_parameters()`."""
-    parameters = {}
-    for name, module in lora_modules(model).items():
-        parameters[f"{name}.lora_A"] = module.lora_A
-        parameters[f"{name}.lora_B"] = module.lora_B
-    return parameters
+    return {n: p for n, p in model.named_parameters() if n.endswith(("lora_A", "lora_B"))}
 
 
 def merge_lora(model: nn.Module) -> int:

@@ -363,7 +363,7 @@ def test_output_file(tmp_path):
         ([], "required: RESULTS"),
         (
             ["missing.json"],
-            "missing.json: No such file or directory; expected results of evaluate.py",
+            "missing.json: not results of evaluate.py (No such file or directory); give the file",
         ),
         (["empty"], "holds no results-*.json; make one with: python evaluate.py --run"),
         (["text.json"], "text.json: not results of evaluate.py"),

@@ -15,7 +15,7 @@ correction.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -80,8 +80,7 @@ def best_threshold(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float
     return float(hits.max() / len(y)), float(best[np.abs(best).argmin()])
 
 
-@dataclass(frozen=True)
-class Neutral:
+class Neutral(NamedTuple):
     """Scores (rows, C) of the inputs that the corrections learn from."""
 
     content_free: np.ndarray
@@ -196,15 +195,9 @@ def measures(labels: np.ndarray, scores: np.ndarray) -> dict:
     return {key: found[key] for key in MEASURES} | {"predicted": (counts / len(labels)).tolist()}
 
 
-NAMES = {
-    "raw": "raw scores",
-    "length_normalised": "per token",
-    "contextual": "contextual",
-    "domain_context": "domain-context",
-    "pmi_dc": "PMI_DC",
-    "batch": "batch",
-    "temperature": "temperature",
-}
+NAMES = {"raw": "raw scores", "length_normalised": "per token", "contextual": "contextual"}
+NAMES |= {"domain_context": "domain-context", "pmi_dc": "PMI_DC", "batch": "batch"}
+NAMES |= {"temperature": "temperature"}
 
 
 def shares(values: Sequence[float]) -> str:

@@ -19,8 +19,8 @@ empty thinking block: without it the model would start to think (`enable_thinkin
 import ast
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from qwen_min.errors import UserError
 from qwen_min.files.disk import read_json
@@ -33,8 +33,7 @@ SYSTEM = r"""(['"])<\|im_start\|>system(?:\\n|\n)((?:\\.|(?!\1)[^\\])+?)<\|im_en
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
-@dataclass(frozen=True)
-class ChatFormat:
+class ChatFormat(NamedTuple):
     """The two points in which the checkpoints' own templates differ."""
 
     system: str | None  # the default system message, if there is one

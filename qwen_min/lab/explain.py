@@ -19,7 +19,9 @@ from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_mass, score_label
 from qwen_min.tokenizer import Tokenizer
 
+Models = dict[str, Qwen]  # by name
 Scores = dict[str, list[float]]  # for each model by name, a number for each class
+Reasons = dict[str, dict[str, str]]  # for each model by name, rows of the table "why"
 LIKELIEST = 5  # tokens listed at each position
 
 
@@ -49,15 +51,11 @@ def label_positions(model: Qwen, prompt: Sequence[int], label: Sequence[int]) ->
 
 
 def explain_labels(
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    empty_prompt: Prompt | None,
-    words: Sequence[str],
-    models: dict[str, Qwen],
+    tokenizer: Tokenizer, prompt: Prompt, empty: Prompt | None, words: Sequence[str], models: Models
 ) -> str:
-    """The computation of the label words' scores, by each of `models` (by name).
+    """The computation of the label words' scores, by each of `models`.
 
-    empty_prompt: the prompt of an empty text, to compare with; None if the template allows none.
+    empty: the prompt of an empty text, to compare with; None if the template allows none.
     """
 
     def piece(token: int) -> str:
@@ -67,9 +65,8 @@ def explain_labels(
     for name, model in models.items():
         found[name] = [label_positions(model, prompt.ids, ids) for ids in prompt.labels]
         scores[name] = [sum(p.log_p for p in word) for word in found[name]]
-        if empty_prompt:
-            labels = empty_prompt.labels
-            empty_scores[name] = [score_label(model, empty_prompt.ids, ids) for ids in labels]
+        if empty:
+            empty_scores[name] = [score_label(model, empty.ids, ids) for ids in empty.labels]
         # 1. logit - log-sum-exp = log p, for each token of each word.
         for word, positions in zip(words, found[name], strict=True):
             for p in positions:
@@ -78,13 +75,12 @@ def explain_labels(
         best, second = ([p.log_p for p in found[name][y]] for y in ranked(scores[name]))
         differences = [a - b for a, b in zip_longest(best, second, fillvalue=0.0)]
         likeliest, log_p = found[name][0][0].likeliest[0]
-        begins = likeliest in {ids[0] for ids in prompt.labels}
         mass = label_mass(np.array([scores[name]]), [prompt.labels]).item()
         reasons[name] = {
             "margin by token (missing: 0)": " ".join(f"{x:+.4f}" for x in differences),
             "p(any label word)": f"{mass:.2%}",
             "most likely token": f"{piece(likeliest)} {np.exp(log_p):.2%}",
-            "begins a label word": "yes" if begins else "no",
+            "begins a label word": "yes" if likeliest in {w[0] for w in prompt.labels} else "no",
         }
     heads = ["model", "word", "id", "token", "logit", "- log Σ exp", "= log p"]
     parts = [prompt_part(tokenizer, prompt), f"label words\n{text_table(heads, rows, words=4)}"]
@@ -108,9 +104,9 @@ def explain_labels(
 def explain_head(
     tokenizer: Tokenizer,
     prompt: Prompt,
-    empty_prompt: Prompt | None,
+    empty: Prompt | None,
     words: Sequence[str],
-    models: dict[str, Qwen],
+    models: Models,
     head: LinearHead,
 ) -> str:
     """The computation of a head's scores; arguments as in `explain_labels`."""
@@ -120,9 +116,9 @@ def explain_head(
     for name, model in models.items():
         states[name] = h = pooled_state(model, prompt.ids, head.pooling, head.layer).cpu()
         scores[name] = head.scores(h[None])[0].tolist()
-        if empty_prompt:
-            empty = pooled_state(model, empty_prompt.ids, head.pooling, head.layer)
-            empty_scores[name] = head.scores(empty[None])[0].tolist()
+        if empty:
+            empty_h = pooled_state(model, empty.ids, head.pooling, head.layer)
+            empty_scores[name] = head.scores(empty_h[None])[0].tolist()
         state_rows.append([name, *(f"{x:.3f}" for x in h[:6]), "…", f"{h.norm():.3f}"])
         for y, (word, w) in enumerate(zip(words, weight, strict=True)):
             rows.append([name, word, *digits(w.norm(), w @ h, bias[y], scores[name][y])])
@@ -175,16 +171,11 @@ def ranked(scores: list[float]) -> list[int]:
 
 
 def decision(
-    quantity: str,
-    words: Sequence[str],
-    scores: Scores,
-    empty_scores: Scores,
-    reasons: dict[str, dict[str, str]],
+    quantity: str, words: Sequence[str], scores: Scores, empty_scores: Scores, reasons: Reasons
 ) -> str:
     """Each model's softmax and decision, and why; of two models also how the margin changes.
 
-    quantity: what a score is. empty_scores: the scores without a text, or none. reasons: for each
-    model, more rows of the table "why".
+    quantity: what a score is. empty_scores: the scores without a text, or none.
     """
     rows, why, sentences = [], {}, []
     for name, s in scores.items():
@@ -194,31 +185,23 @@ def decision(
         margin = s[best] - s[second]
         odds = f"{np.exp(margin):.4g}" if margin < 20 else f"e^{margin:.0f}"
         said = f"{name}: {words[best]} is {odds} times as likely as {words[second]}."
-        why[name] = {
-            "decision": words[best] + " (a tie; try --dtype float32)" * (margin == 0),
-            "second": words[second],
-            "margin": f"{margin:.4f}",
-            "odds = e^margin": odds,
-            **reasons[name],
-        }
+        why[name] = {"decision": words[best] + " (a tie; try --dtype float32)" * (margin == 0)}
+        why[name] |= {"second": words[second], "margin": f"{margin:.4f}", "odds = e^margin": odds}
+        why[name] |= reasons[name]
         if empty_scores:
             empty = empty_scores[name][best] - empty_scores[name][second]
-            why[name] |= {
-                "margin without a text": f"{empty:+.4f}",
-                "the text adds": f"{margin - empty:+.4f}",
-                "the larger part": "the text" if margin - empty >= empty else "the template",
-            }
-            said += f"\n  Without a text the margin is {empty:+.4f}; "
-            said += f"this text adds {margin - empty:+.4f}."
+            adds = margin - empty
+            why[name] |= {"margin without a text": f"{empty:+.4f}", "the text adds": f"{adds:+.4f}"}
+            why[name]["the larger part"] = "the text" if adds >= empty else "the template"
+            said += f"\n  Without a text the margin is {empty:+.4f}; this text adds {adds:+.4f}."
         sentences.append(said)
-    table = text_table(["model", "class", quantity, "softmax", ""], rows, words=2)
-    facts = [[fact, *(of[fact] for of in why.values())] for fact in next(iter(why.values()))]
-    text = f"{table}\n\n{text_table(['why', *why], facts, words=1 + len(why))}\n\n"
-    text += "\n".join(sentences)
     if len(scores) == 2:
         (base, before), (adapted, after) = scores.items()
         best, second = ranked(after)
         old, new = before[best] - before[second], after[best] - after[second]
-        text += f"\n{base} to {adapted}: the margin of {words[best]} over {words[second]} goes "
-        text += f"from {old:+.4f} to {new:+.4f} ({new - old:+.4f})."
-    return text
+        moves = f"{words[best]} over {words[second]} goes from {old:+.4f} to {new:+.4f}"
+        sentences.append(f"{base} to {adapted}: the margin of {moves} ({new - old:+.4f}).")
+    table = text_table(["model", "class", quantity, "softmax", ""], rows, words=2)
+    facts = [[fact, *(of[fact] for of in why.values())] for fact in next(iter(why.values()))]
+    why_table = text_table(["why", *why], facts, words=1 + len(why))
+    return "\n\n".join([table, why_table, "\n".join(sentences)])

@@ -68,19 +68,13 @@ def compare_sets(
         begin_alike = len({word[0] for word in ids}) < len(ids)
         corrected = own - log_mean_probability(own)  # batch calibration
         oracle, threshold = best_threshold(labels, own) if len(chosen) == 2 else (None, None)
-        entry = {
-            "labels": list(chosen),
-            "ids": [list(word) for word in ids],
-            "lengths": [len(word) for word in ids],
-            "shared_tokens": sorted(token for token, count in uses.items() if count > 1),
-            "mean_scores": own.mean(axis=0).tolist(),
-            "label_mass": float(label_mass(own, of_rows).mean()),
-            **measures(labels, own),
-            "oracle_accuracy": oracle,
-            "oracle_threshold": threshold,
-            "batch_accuracy": measures(labels, corrected)["accuracy"],
-            "first_token": None if begin_alike else measures(labels, first),
-        }
+        entry = {"labels": list(chosen), "ids": [*map(list, ids)], "lengths": [*map(len, ids)]}
+        entry["shared_tokens"] = sorted(token for token, count in uses.items() if count > 1)
+        entry["mean_scores"] = own.mean(axis=0).tolist()
+        entry["label_mass"] = float(label_mass(own, of_rows).mean())
+        entry |= measures(labels, own) | {"oracle_accuracy": oracle, "oracle_threshold": threshold}
+        entry["batch_accuracy"] = measures(labels, corrected)["accuracy"]
+        entry["first_token"] = None if begin_alike else measures(labels, first)
         found.append(entry)
     return found
 

@@ -112,11 +112,10 @@ def movements(
     groups = {f"label {visible(tokenizer.decode([t]))} ({t})": {t} for t in sorted(labels)}
     groups |= {"others in the prompts, mean": in_prompts, "all others, mean": others}
     groups = {group: rows for group, rows in groups.items() if rows}
-    found = {}
-    for name, matrix in before.items():
-        moved = [(group, movement(matrix, after[name], rows)) for group, rows in groups.items()]
-        found[name] = [{"vectors": group, **figures} for group, figures in moved]
-    return found
+    return {
+        name: [{"vectors": g, **movement(matrix, after[name], rows)} for g, rows in groups.items()]
+        for name, matrix in before.items()
+    }
 
 
 def format_movements(found: dict[str, list[dict]]) -> str:

@@ -11,9 +11,9 @@ texts are compared without punctuation, white space and differences in character
 import argparse
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,8 +29,7 @@ from qwen_min.tokenizer import Tokenizer
 FORMS = ("verbatim", "normalised")
 
 
-@dataclass(frozen=True)
-class File:
+class File(NamedTuple):
     """A data file: its examples, their texts, and their token counts if there is a tokenizer."""
 
     name: str
@@ -160,8 +159,8 @@ def findings(files: Sequence[File], labels: Sequence[str], max_tokens: int) -> l
             others = [c for c in range(len(labels)) if c != example.label]
             labelled = f"labelled {labels[example.label]}, otherwise in"
             marks = {"duplicate of": [file.name], "stands in": earlier, labelled: others}
-            places = {what: twin(file, i, marks[what]) for what in marks}
-            reasons = [f"{what} {place}" for what, place in places.items() if place]
+            places = ((what, twin(file, i, of)) for what, of in marks.items())
+            reasons = [f"{what} {place}" for what, place in places if place]
             if file.tokens and file.tokens[i] > max_tokens:
                 reasons.append(f"{file.tokens[i]} tokens, cut to {max_tokens}")
             text = " ".join(example.text.split())

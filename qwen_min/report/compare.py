@@ -7,16 +7,15 @@ belong to one method.
 import json
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from qwen_min.errors import UserError
-from qwen_min.files.disk import read_json
+from qwen_min.files.disk import read_json, refuse_malformed
 from qwen_min.files.run import FREE, read_run
 from qwen_min.metrics import confusion_matrix, mcnemar_exact, paired_bootstrap
 
@@ -32,8 +31,7 @@ IGNORED = {*FREE, "method", "seed", "run", "predictions", "train_data", "data", 
 IGNORED |= {"label_sets", "calibrate", "explain"}
 
 
-@dataclass(frozen=True)
-class Predictions:
+class Predictions(NamedTuple):
     """Labels (n,), predicted classes (n,) and scores (n, C) of all rows; scores may be None."""
 
     labels: np.ndarray
@@ -41,8 +39,7 @@ class Predictions:
     scores: np.ndarray | None
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """One evaluation: its results file, its predictions and its run."""
 
     path: Path
@@ -59,12 +56,10 @@ class Result:
         classes = self.results["per_class"]
         recalls = {f"recall_{c}": row["recall"] for c, row in enumerate(classes)}
         values = self.results | recalls | (self.results["macro"] if len(classes) > 2 else {})
-        keys = (*HEADLINE, *recalls, *OTHERS, "accuracy_interval")
-        return {key: values.get(key) for key in keys}
+        return {key: values.get(key) for key in (*HEADLINE, *recalls, *OTHERS, "accuracy_interval")}
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """One row of the table: the results of one method by seed, in ascending order."""
 
     name: str
@@ -90,16 +85,6 @@ class Method:
             mean[key] = statistics.fmean(values) if defined else None
             sd[key] = statistics.stdev(values) if defined and len(values) > 1 else None
         return mean, sd
-
-
-@contextmanager
-def reading(path: Path, kind: str, advice: str) -> Iterator[None]:
-    """Turn an error of the block into one line: `path` is not `kind`."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"without {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path}: not {kind} ({reason}); {advice}") from None
 
 
 def read_columns(path: Path, *keys: str) -> list[list]:
@@ -139,8 +124,7 @@ def read_result(path: Path) -> Result:
         if name not in IGNORED - {"data", "limit"} and (name, value) not in settings.items():
             settings[f"train_{name}" if name in arguments else name] = value
     settings = {name: v for name, v in settings.items() if v is not None and v is not False}
-    examples = {"examples": results["examples_hash"][:8]}
-    identity = examples | settings | {"method": results["method"]}
+    identity = {"examples": results["examples_hash"][:8], **settings, "method": results["method"]}
     seed = (training or arguments).get("seed", 0)
     predictions = read_predictions(path, results)
     return Result(path, results, identity, seed, training is not None, predictions, run)
@@ -159,9 +143,10 @@ def read_predictions(path: Path, results: dict) -> Predictions | None:
         return None
     n, classes = results["n"], len(results["per_class"])
     advice = "evaluate again, or move it away to do without"
-    with reading(place, f"the predictions of {path.name}", advice):
-        columns = read_columns(place, "index", "label", "prediction", "scores")
-        index, labels, predicted, scores = columns
+    columns = ("index", "label", "prediction", "scores")
+    kind = f"the predictions of {path.name} with {', '.join(columns)}"
+    with refuse_malformed(place, kind, advice):
+        index, labels, predicted, scores = read_columns(place, *columns)
         if index != list(range(n)):
             raise ValueError(f"rows are not numbered 0 to {n - 1}")
         scores = None if None in scores else np.array(scores, dtype=np.float64)

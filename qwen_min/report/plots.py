@@ -15,10 +15,10 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qwen_min.files.disk import one_line_error
+from qwen_min.files.disk import one_line_error, refuse_malformed
 from qwen_min.files.run import read_run
 from qwen_min.metrics import expected_calibration_error, log_odds, softmax, wilson_interval
-from qwen_min.report.compare import Method, Predictions, read_columns, reading
+from qwen_min.report.compare import Method, Predictions, read_columns
 
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -75,7 +75,7 @@ def training_logs(methods: Sequence[Method]) -> Logs:
     for run in dict.fromkeys(r.run for m in methods for r in m.seeds.values() if r.run):
         path = run / "log.jsonl"
         if path.exists() and path.stat().st_size:  # head_only has no steps
-            with reading(path, "the log of a run", "move it away to do without its curve"):
+            with refuse_malformed(path, "a log with step, loss, lr", "move it away to do without"):
                 logs[run] = read_columns(path, "step", "loss", "lr")
     names = [run.resolve().name for run in logs]
     names = names if len(set(names)) == len(names) else map(str, logs)
@@ -164,13 +164,10 @@ def plot_roc(scored: Scored, classes: Sequence[str]) -> Figure:
                 axes.plot(x, y, label=label, **curve_style(i))
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, label="chance (AUC 0.5)")
         name, rest = classes[c], classes[0] if two else "the others"
-        finish(
-            axes,
-            title=fill(f"ROC: {name} against {rest}", 44),
-            xlabel=fill(f"false positive rate: share of {rest} taken for {name}", 66),
-            ylabel=fill(f"true positive rate: share of {name} found", 66),
-            aspect="equal",
-        )
+        title = fill(f"ROC: {name} against {rest}", 44)
+        x_label = fill(f"false positive rate: share of {rest} taken for {name}", 66)
+        y_label = fill(f"true positive rate: share of {name} found", 66)
+        finish(axes, title=title, xlabel=x_label, ylabel=y_label, aspect="equal")
     return figure
 
 

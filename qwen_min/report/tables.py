@@ -23,6 +23,9 @@ from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.report.compare import HEADLINE, OTHERS, Method, compare, gather, read_all
 
 DECIMALS = {"trained_parameters": 0, "training_seconds": 1, "seconds": 1}  # others: 4
+PAIRS = """\
+Pairs on the same examples (A - B: accuracy of A minus that of B, with a paired bootstrap interval;
+McNemar p: exact, two-sided):"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(args: argparse.Namespace) -> int:
     """Read and compare the results, print or write the report, then draw the pictures."""
     if args.plots and find_spec("matplotlib") is None:
-        install = "pip install matplotlib, or leave --plots out"
-        raise UserError(f"--plots needs matplotlib, which is not installed: {install}")
+        raise UserError("--plots needs matplotlib, which is not installed: pip install matplotlib")
     (output,) = open_outputs([args.output], args.results)
     methods = gather(read_all(args.results))
     pairs = [compare(a, b) for a, b in combinations(methods, 2)]
@@ -89,23 +91,17 @@ def format_report(methods: Sequence[Method], pairs: Sequence[dict], markdown: bo
         rows.append([method.name, str(method.first.results["n"]), *cells(values, columns)])
     parts = [draw(["method", "n", *columns.values()], rows), "\n".join(notes(methods))]
     if seed_rows:
-        parts.append("Seeds (sd: sample standard deviation):")
-        parts.append(draw(["method", *columns.values()], seed_rows))
+        seed_table = draw(["method", *columns.values()], seed_rows)
+        parts += ["Seeds (sd: sample standard deviation):", seed_table]
 
     several = {method.name for method in methods if len(method.seeds) > 1}
     tests = [pair_row(pair, test, several) for pair in pairs for test in pair["tests"]]
     if tests:
-        parts.append(
-            "Pairs on the same examples (A - B: accuracy of A minus that of B, with a paired "
-            "bootstrap interval;\nMcNemar p: exact, two-sided):"
-        )
         heads = ["A", "B", "A - B", "95 % interval", "only A right", "only B right", "McNemar p"]
-        parts.append(draw(heads, tests, words=2))
-    if len(tests) > 1:
-        parts.append(
-            f"{len(tests)} tests: where nothing differs, one in twenty has p < 0.05 by chance. "
-            f"p < {0.05 / len(tests):.2g}\n(0.05 / {len(tests)}) stands up to that."
-        )
+        parts += [PAIRS, draw(heads, tests, words=2)]
+    if (n := len(tests)) > 1:
+        chance = f"{n} tests: where nothing differs, one in twenty has p < 0.05 by chance."
+        parts.append(f"{chance} p < {0.05 / n:.2g}\n(0.05 / {n}) stands up to that.")
     bullet = "- " if markdown else ""
     refused = [(f"{pair['a']} and {pair['b']}", pair["not_compared"]) for pair in pairs]
     lines = [f"{bullet}{names}: not compared, {reason}" for names, reason in refused if reason]
@@ -149,8 +145,8 @@ def cells(values: dict, columns: dict[str, str]) -> list[str]:
 
 def pair_row(pair: dict, test: dict, several: set[str]) -> list[str]:
     """One test as a row of the table of pairs. The methods in `several` are named with the seed."""
-    seeds = [f", seed {test[f'seed_{side}']}" if pair[side] in several else "" for side in "ab"]
-    names = [pair["a"] + seeds[0], pair["b"] + seeds[1]]
+    seeds = {side: f", seed {test[f'seed_{side}']}" for side in "ab"}
+    names = [pair[side] + seeds[side] * (pair[side] in several) for side in "ab"]
     interval = "{:+.4f} to {:+.4f}".format(*test["interval"])
     counts = [str(test["only_a"]), str(test["only_b"])]
     return [*names, f"{test['difference']:+.4f}", interval, *counts, p_value(test["p"])]

@@ -20,6 +20,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -47,10 +48,8 @@ VERDICTS += [("负向", "正向"), ("很差", "很好"), ("失望", "喜欢"), (
 VERDICTS += [("否定", "肯定"), DEFAULT_LABELS, DEFAULT_LABELS]
 MARKUP = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # The pre-tokenizer of Qwen2's tokenizer.json.
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+QWEN2_SPLIT += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CONFIG_FILE = Path(__file__).with_name("config.json")
 CONFIG = QwenConfig.from_json(CONFIG_FILE)
 EPOCHS, ROWS, RATE, DECAY = 10, 32, 2e-3, 0.1
@@ -90,8 +89,8 @@ def training_sample(tokenizer: Tokenizer, row: Example, rng: random.Random) -> T
     # With the default template's question, leave out its frame (the first of FRAMES) and its label
     # words (the last two of VERDICTS).
     is_default = question == QUESTIONS[0]
-    frames, verdicts = (FRAMES[1:], VERDICTS[:-2]) if is_default else (FRAMES, VERDICTS)
-    frame, verdict = rng.choice(frames), rng.choice(verdicts)
+    frame = rng.choice(FRAMES[1:] if is_default else FRAMES)
+    verdict = rng.choice(VERDICTS[:-2] if is_default else VERDICTS)
     parts = [(frame.format(text) + question, TEXT), (verdict[row.label], VERDICT)]
     parts += [("\n" + rng.choice(QUESTIONS[1:]), 0), (rng.choice(VERDICTS)[row.label], VERDICT)]
     tokens = [(id_, kind) for part, kind in parts for id_ in tokenizer.encode(part)]
@@ -136,22 +135,20 @@ def train(model: Qwen, tokenizer: Tokenizer, rows: list[Example], args: argparse
     vectors = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), weight_decay=DECAY)
-    per_epoch = -(-len(rows) // ROWS)
+    per_epoch, losses = -(-len(rows) // ROWS), []
     for epoch in range(args.epochs):
-        losses = []
         samples = [training_sample(tokenizer, row, rng) for row in rows]
         for batch in shuffled_batches([len(s) for s in samples], ROWS, args.seed, epoch):
             padded = torch.nn.utils.rnn.pad_sequence([samples[i] for i in batch], batch_first=True)
-            step = epoch * per_epoch + len(losses)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.epochs * per_epoch, RATE, warmup=0.05)
+                group["lr"] = learning_rate(len(losses), args.epochs * per_epoch, RATE, warmup=0.05)
             optimizer.zero_grad()
             loss = loss_of(model, *padded.unbind(dim=-1))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             losses.append(loss.item())
-        print(f"epoch {epoch + 1}   loss {sum(losses) / len(losses):.3f}", flush=True)
+        print(f"epoch {epoch + 1}   loss {mean(losses[-per_epoch:]):.3f}", flush=True)
 
 
 def pretrain(args: argparse.Namespace) -> int:
@@ -168,8 +165,7 @@ def pretrain(args: argparse.Namespace) -> int:
     train(model, tokenizer, rows, args)
     model.bfloat16()
     save_file(model.state_dict(), out / "model.safetensors", metadata={"format": "pt"})
-    hashes = torch.from_numpy(text_hashes(row.text for row in rows))
-    save_file({"texts": hashes}, out / FED)
+    save_file({"texts": torch.from_numpy(text_hashes(row.text for row in rows))}, out / FED)
     return 0
 
 
