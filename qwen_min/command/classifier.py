@@ -61,9 +61,8 @@ class Classifier:
             return self.forms.score_labels(self.model, prompts, self.batch_tokens, progress)
         head, last = self.head, self.model.config.num_hidden_layers
         every = head.layer != last
-        features = self.forms.pooled_features(
-            self.model, prompts, head.pooling, every, self.batch_tokens, progress
-        )  # (n, L + 1, D), or (n, 1, D)
+        how = (head.pooling, every, self.batch_tokens, progress)
+        features = self.forms.pooled_features(self.model, prompts, *how)  # (n, L + 1 or 1, D)
         return head.scores(features[:, head.layer if every else 0])
 
 

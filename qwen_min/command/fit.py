@@ -57,9 +57,8 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
 
     def write(directory: Path) -> None:
         training.save(directory)
-        write_atomically(
-            directory / "optimizer.safetensors", run_files.optimizer_bytes(optimizer, names)
-        )
+        data = run_files.optimizer_bytes(optimizer, names)
+        write_atomically(directory / "optimizer.safetensors", data)
         write_json(directory / "state.json", state)
 
     log = run / "log.jsonl"
@@ -68,9 +67,8 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
     bar = tqdm(total=steps, initial=state["step"], unit=" steps", disable=None)
     try:
         step_started = time.perf_counter()
-        for step in training_steps(
-            optimizer, training.lengths, plan, training.loss, training.parts, state["step"]
-        ):
+        how = (training.loss, training.parts, state["step"])
+        for step in training_steps(optimizer, training.lengths, plan, *how):
             state["step"] = step.number
             tokens = sum(training.lengths[row] for row in step.rows)
             speed = tokens / (time.perf_counter() - step_started)

@@ -20,8 +20,6 @@ from qwen_min.model import Qwen
 from qwen_min.prompt import build_prompts
 from qwen_min.tokenizer import Tokenizer
 
-__all__ = ["build_prompts", "evaluate_predictions", "load", "load_run", "score_labels", "softmax"]
-
 
 def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Qwen, Tokenizer]:
     """A frozen model and its tokenizer: "tiny", a directory, or a hub name (owner/name[@revision]).

@@ -14,7 +14,6 @@ from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_loss, score_labels
 
-__all__ = ["generate_answers", "head_losses", "label_losses", "pooled_features", "score_labels"]
 Prompts, Classes = Sequence[Prompt], Sequence[int]
 
 

@@ -34,18 +34,15 @@ def format_results(results: Mapping) -> str:
 
     keys, names = ("precision", "recall", "f1"), [row["name"] for row in rows]
     rows.append({"name": "macro", **results["macro"], "support": n})
-    measures = [
-        [row["name"], *(number(row[key]) for key in keys), str(row["support"])] for row in rows
-    ]
+    table = [[row["name"], *(number(row[k]) for k in keys), str(row["support"])] for row in rows]
     heads = names + ["off track"] * bool(results["off_track"])
-    counts = [
-        [name, *map(str, row)] for name, row in zip(names, results["confusion_matrix"], strict=True)
-    ]
+    matrix = zip(names, results["confusion_matrix"], strict=True)
+    counts = [[name, *map(str, row)] for name, row in matrix]
     return "\n".join(
         [
             *(f"{name:12}  {value}" for name, value in facts.items()),
             "",
-            text_table(["class", "precision", "recall", "F1", "examples"], measures),
+            text_table(["class", "precision", "recall", "F1", "examples"], table),
             "",
             text_table(["true \\ predicted", *heads], counts),
         ]

@@ -4,12 +4,3 @@ from qwen_min.fast.batching import token_budget_batches
 from qwen_min.fast.features import head_losses, pooled_features
 from qwen_min.fast.generation import generate_answers
 from qwen_min.fast.label_scores import label_losses, score_labels
-
-__all__ = [
-    "generate_answers",
-    "head_losses",
-    "label_losses",
-    "pooled_features",
-    "score_labels",
-    "token_budget_batches",
-]
