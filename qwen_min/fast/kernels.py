@@ -87,10 +87,12 @@ def padded_attention(
 ) -> Tensor:
     """softmax(q kᵀ / sqrt(Dh)) v for all texts at once, padded to the longest; for training.
 
-    On a CPU the backward pass of PyTorch's own attention, text by text, takes several times as
-    long; without gradients, or on a GPU, that form is faster. q (N, H, Dh), texts of `lengths` end
-    to end; keys and values of each text (S, K, Dh); mask (B, T, S) for the longest T and S: which
-    keys each query sees, at least one each. Returns (N, H, Dh).
+    With `attention_by_text` instead, a training step of 8 reviews takes 1.1 to 1.2 times as long
+    (0.5B, bf16, two cores): many small products, and their gradients.
+
+    q (N, H, Dh), texts of `lengths` end to end; keys and values of each text (S, K, Dh); mask
+    (B, T, S) for the longest T and S: which keys each query sees, at least one each. Returns
+    (N, H, Dh).
     """
     B, T, S = mask.shape
     H, Dh = q.shape[1:]
