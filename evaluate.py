@@ -197,7 +197,7 @@ def classify(evaluation: Evaluation) -> Outcome:
             "that is not finite, expected numbers: fetch the weights again, or try --dtype float32 "
             "if they overflow"
         )
-    own = scores[:, : len(words)]  # the words of --labels come first
+    own = scores[:, : len(words)]  # the words of --labels; without --label-sets there are no others
     # The class with the highest score; of equal scores the first (in bf16 they can be equal).
     return Outcome(own.argmax(axis=1), scores=own, all_scores=scores, answers=None, seconds=seconds)
 

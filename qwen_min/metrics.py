@@ -1,4 +1,4 @@
-"""All metrics, computed from counts or ranks in float64.
+"""All metrics, in float64: from counts, from ranks (AUC), or from probabilities (Brier, ECE).
 
 Shapes: n examples, C classes. Labels and predictions (n,) are class numbers from 0. Scores (n, C)
 are log-probabilities of label words, or logits; probabilities (n, C) are their softmax.

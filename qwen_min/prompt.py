@@ -3,11 +3,11 @@
 A prompt is the template with the text in the place of `{text}`; the model then scores each label
 word as its continuation. Two rules decide the ids:
 
-1. The prompt is encoded as one whole string. Encoding the template's parts and the text apart would
-   give other ids, since a token can cross their border: `。` at the end of a review and the newline
-   after it are one token, `。\\n`.
+1. The prompt is encoded as one whole string (between markup). Encoding the template's parts and
+   the text apart would give other ids, since a token can cross their border: `。` at the end of a
+   review and the newline after it are one token, `。\\n`.
 2. For the same reason a label is never encoded alone. Its tokens are those that
-   encode(prompt + label) has after encode(prompt), which must be its prefix.
+   encode(prompt + label) has after encode(prompt). encode(prompt) must be its beginning.
 
 Only markup in the template, such as `<|im_end|>`, is always a token of its own. In a text and in a
 label word it is plain text.
@@ -64,7 +64,7 @@ def parse_template(argument: str) -> str:
 
 
 def shorten(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
-    """The longest beginning of `text` that ends where a token ends and has at most max_tokens.
+    """The beginning of `text`, up to where a token ends, that has at most max_tokens tokens.
 
     If the bytes of a character are spread over several tokens, it is kept whole or dropped whole.
     """
@@ -113,6 +113,7 @@ def build_prompts(
         return [tuple(chain.from_iterable(row)) for row in zip(*pieces, strict=True)]
 
     prompts = []
+    # For each text: the ids of the prompt, then those of prompt + label for each label.
     rows = zip(encode_prompts(), *(encode_prompts(label) for label in labels), strict=True)
     for row, (ids, *with_labels) in enumerate(rows):
         place = places[row] if places else f"row {row + 1}"

@@ -41,7 +41,7 @@ def score_labels(
 ) -> np.ndarray:
     """`score_label` for each label of each prompt: (n, C), float64. `progress` counts the prompts.
 
-    (The fast form of this name needs `batch_tokens`; one forward at a time does not.)
+    `batch_tokens` is not used: it is there because the fast form has the same arguments.
     """
     scores = []
     for prompt in prompts:

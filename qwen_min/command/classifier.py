@@ -37,7 +37,7 @@ def dtype_name(model: Qwen) -> str:
 
 
 def forms(plain: bool) -> ModuleType:
-    """The module that computes: the definitions (--plain), or their fast forms."""
+    """The module that computes: definitions (--plain; `score_labels` is scoring.py's), or fast."""
     if plain:
         from qwen_min.command import plain as module
     else:
@@ -56,7 +56,7 @@ class Classifier:
     batch_tokens: int  # at most so many tokens in one fast forward
 
     def scores(self, prompts: Sequence[Prompt], progress: Progress = silent) -> np.ndarray:
-        """Class scores (n, C), float64. Not for answers, which have none."""
+        """Scores of each prompt's label words, or of the head: (n, C), float64."""
         if self.by == "label words":
             return self.forms.score_labels(self.model, prompts, self.batch_tokens, progress)
         head, last = self.head, self.model.config.num_hidden_layers
@@ -133,7 +133,7 @@ class Evaluation:
 
     source: Source
     classifier: Classifier
-    examples: Sequence[Example]
+    examples: Sequence[Example]  # each with its class number, an index into the label words
     all_prompts: Sequence[Prompt]  # with the words of --labels, then those of other label sets
     training: tuple[str, list[Example]] | None  # file and rows of the training data, if known
 

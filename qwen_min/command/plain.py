@@ -1,7 +1,8 @@
 """--plain: every computation through its definition, one forward at a time.
 
 The functions have the names and arguments of those in fast/forms.py, so that either module can be
-used; `score_labels` is that of scoring.py. `batch_tokens` and `checkpointing` have no meaning here.
+used; `score_labels` is imported from scoring.py. `batch_tokens` and `checkpointing` have no meaning
+here.
 """
 
 from collections.abc import Collection, Iterator, Sequence

@@ -28,7 +28,7 @@ def format_results(results: Mapping) -> str:
         facts["ECE"] = f"{number(results['ece'])}   15 bins"
     if results["label_mass"] is not None:
         mass = number(results["label_mass"])
-        facts["label mass"] = f"{mass}   probability that the label words hold"
+        facts["label mass"] = f"{mass}   probability that the answer begins with a label word"
     speed = f"{results['examples_per_second']:.1f} examples/s, {results['seconds']:.1f} s"
     facts["speed"] = f"{speed}, {results['dtype']} on {results['device']}"
 
