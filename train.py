@@ -62,13 +62,13 @@ class Job:
 def head_only(job: Job) -> dict:
     """Compute features once, then solve a logistic regression for each candidate layer."""
     args, model, base_hash = job.source.args, job.model, job.source.record["base_fingerprint"]
+    last = model.config.num_hidden_layers
+    layers = arguments.candidate_layers(args.layer, last)
     if args.adapter:
         attach_adapter(model, Path(args.adapter), base_hash)
         base_hash += fingerprint(lora_parameters(model).items())
         # Kept with the run: the head means nothing without the states that it was solved on.
         publish(Path(args.adapter), job.run / ADAPTER)
-    last = model.config.num_hidden_layers
-    layers = arguments.candidate_layers(args.layer, last)
     started = time.perf_counter()
     with tqdm(total=len(job.prompts), unit=" rows", desc="features", disable=None) as bar:
         how = (args.pooling, layers != [last], args.batch_tokens, bar.update)

@@ -127,7 +127,8 @@ def load_adapter(
         if not isinstance(metadata, dict):
             raise ValueError("its metadata is not an object")
     except (OSError, SafetensorError, ValueError) as error:
-        raise LoRAError(f"{path}: {error}; expected a safetensors file") from error
+        reason = getattr(error, "strerror", None) or error
+        raise LoRAError(f"{path}: {reason}; expected an adapter's safetensors file") from error
     head = tensors.get(HEAD_KEY)
     shapes: dict[str, tuple] = {}
     for name, linear in inject.find_targets(model, config.targets).items():
@@ -153,7 +154,9 @@ def read_adapter_config(directory: str | Path) -> LoRAConfig:
         return _plain_lora(json.loads(path.read_text(encoding="utf-8")))
     except LoRAError as error:
         raise LoRAError(f"{path}: {error}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise LoRAError(f"{path}: {error.strerror}; give an adapter's directory") from error
+    except (ValueError, RecursionError) as error:
         raise LoRAError(f"{path}: cannot be read as JSON ({error}); save it again") from error
 
 

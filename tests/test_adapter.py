@@ -401,7 +401,7 @@ def test_a_missing_tensor_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").unlink()
     assert "No such file" in refusal(tmp_path)
     (tmp_path / "adapter_model.safetensors").mkdir()
-    assert "expected a safetensors file" in refusal(tmp_path)
+    assert "expected an adapter's safetensors file" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, 0.5, -1])

@@ -13,13 +13,13 @@ from test_train import WORDS, arguments, base, data, in_child, one_line, record,
 
 import evaluate
 import train
+from qwen_min.command.trained import VECTORS
 from qwen_min.errors import UserError
 from qwen_min.fast import forms
 from qwen_min.files.run import checkpoints
 from qwen_min.files.weights import fingerprint, load_model
 from qwen_min.lab.token_vectors import (
     EMBEDDING,
-    FILE,
     LM_HEAD,
     Fp32Embedding,
     format_movements,
@@ -137,7 +137,7 @@ def test_a_run_trains_the_vectors_and_nothing_else_of_the_base(
     said = capsys.readouterr().out
     found = record(run)
     assert found["frozen_before"] == found["frozen_after"]
-    tensors = load_file(run / FILE)
+    tensors = load_file(run / VECTORS)
     assert list(tensors) == [EMBEDDING] and tensors[EMBEDDING].dtype == torch.float32
     own = load_model(base, dtype).lm_head_weight
     moved = (tensors[EMBEDDING] != own.float()).any(dim=1)
@@ -157,10 +157,10 @@ def test_a_run_trains_the_vectors_and_nothing_else_of_the_base(
     # What evaluate.py restores is what the run measured on its held-out rows at its best step.
     scores = scores_of(capsys, "--run", run, "--data", data)
     assert np.array_equal(scores, scores_of(capsys, "--run", run, "--data", data))
-    (run / FILE).rename(tmp_path / "elsewhere")
+    (run / VECTORS).rename(tmp_path / "elsewhere")
     assert evaluate.main(["--run", str(run), "--data", str(data)]) == 2
     err = capsys.readouterr().err
-    assert FILE in err and err.count("\n") == 1
+    assert VECTORS in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -214,7 +214,7 @@ def test_a_killed_run_goes_on_to_the_bit(method, targets, dtype, base, data, tmp
         _, last = checkpoints(run)[-1]
         paths = [*last.rglob("*.safetensors"), *run.glob("*.safetensors")]
         files.append({str(path.relative_to(run)): path.read_bytes() for path in paths})
-    assert any(FILE in name for name in files[0])
+    assert any(VECTORS in name for name in files[0])
     assert files[0] == files[1]
 
 
@@ -237,9 +237,11 @@ def test_an_adapter_without_the_vectors_trained_with_it_is_refused(base, data, t
     alone = ["--method", "lora_label_scoring", "--adapter", run / "adapter", "--model", base]
     assert evaluate.main([str(a) for a in [*alone, *given]]) == 2
     err = capsys.readouterr().err
-    assert FILE in err and "--run" in err and err.count("\n") == 1
+    assert VECTORS in err and "--run" in err and err.count("\n") == 1
     probe = ["--adapter", run / "adapter"]
-    assert FILE in one_line(capsys, 2, *arguments("head_only", base, data, tmp_path / "p", *probe))
+    assert VECTORS in one_line(
+        capsys, 2, *arguments("head_only", base, data, tmp_path / "p", *probe)
+    )
     merged = scores_of(capsys, "--method", "zero_shot", "--model", tmp_path / "merged", *given)
     scores = scores_of(capsys, "--run", run, "--data", data)
     np.testing.assert_allclose(merged, scores, atol=1e-4)  # fp32; the LoRA's sum in another order
@@ -251,7 +253,7 @@ def test_transplanted_head_is_on_the_base_as_it_was(base, data, tmp_path, capsys
     capsys.readouterr()
     given = ["--method", "transplanted_head", "--run", run, "--data", data]
     bare = scores_of(capsys, *given)
-    (run / FILE).unlink()  # the head on the bare base, as a run without trained vectors has it
+    (run / VECTORS).unlink()  # the head on the bare base, as a run without trained vectors has it
     changed = record(run)
     changed["arguments"]["train_embeddings"] = False
     (run / "run.json").write_text(json.dumps(changed))
@@ -263,7 +265,7 @@ def test_transplanted_head_is_on_the_base_as_it_was(base, data, tmp_path, capsys
 
 @pytest.mark.parametrize("change", ["shape", "dtype", "extra", "base", "cut"])
 def test_a_file_that_is_not_the_runs_own_is_refused(change, reference, tmp_path):
-    model, path = load_model(reference[0]), tmp_path / FILE
+    model, path = load_model(reference[0]), tmp_path / VECTORS
     write(path, unfreeze(load_model(reference[0]), True), "base")
     load(path, model, True, "base")
     tensors = load_file(path)

@@ -352,7 +352,11 @@ def empty_model() -> None:
 HEADER = "label\ttext_a\n"
 # What is done to the workplace, what is changed in the arguments, what the line says.
 SEEN_BEFORE_LOADING: dict[str, tuple[Callable[[], object] | None, dict, tuple[str, ...]]] = {
-    "no model directory": (None, {"model": "nowhere"}, ("nowhere", "neither", "directory")),
+    "no model directory": (
+        None,
+        {"model": "nowhere"},
+        ("nowhere", "no such directory", "hub name"),
+    ),
     "empty model directory": (empty_model, {}, ("model/config.json", "no such", "tokenizer.json")),
     "a file as model": (None, {"model": "reviews.tsv"}, ("reviews.tsv",)),
     "another architecture": (

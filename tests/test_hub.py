@@ -346,7 +346,7 @@ def no_download(monkeypatch):
 def test_a_path_that_does_not_exist(name, tmp_path, monkeypatch, no_download):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"^[^\n]*neither a directory[^\n]*$") as caught:
+    with pytest.raises(UserError, match=r"^[^\n]*no such directory[^\n]*$") as caught:
         resolve_model(name)
     assert repr(name) in str(caught.value)
 
@@ -384,7 +384,7 @@ def test_a_file_or_a_dangling_link_is_no_directory(tmp_path, monkeypatch, no_dow
     Path("org/file").touch()
     Path("org/link").symlink_to("nowhere")
     for name in ("org/file", "org/link"):
-        with pytest.raises(UserError, match=f"'{name}': neither a directory"):
+        with pytest.raises(UserError, match=f"'{name}': no such directory"):
             resolve_model(name)
 
 

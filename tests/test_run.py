@@ -584,7 +584,7 @@ def test_a_new_run_needs_a_directory_without_one(left, tmp_path):
     save_checkpoint(tmp_path, 3, writer(3))
     for name in {"run.json", "checkpoints"} - {left}:
         (tmp_path / name).rename(tmp_path.with_name(name))
-    refused(arguments(output=str(tmp_path)), {}, "has a run already.*--resume")
+    refused(arguments(output=str(tmp_path)), {}, "has a run: add --resume")
 
 
 def test_resume_takes_the_arguments_the_run_began_with(tmp_path):

@@ -119,11 +119,10 @@ class Source:
             )
         trained = self.record["labels"] if self.record else labels
         if list(labels) != list(trained) or len(labels) != len(head.weight):
-            known = f" ({','.join(trained)})" if self.record else ""
-            raise UserError(
-                f"--labels {args.labels}: found {len(labels)} words, but the head was trained for "
-                f"{len(head.weight)} classes{known}; give its words in its order"
-            )
+            known = f"the head was trained for {','.join(trained)}; leave --labels out"
+            if not self.record:
+                known = f"the head has {len(head.weight)} classes; give as many words"
+            raise UserError(f"--labels {args.labels}: {known}")
         return head
 
 

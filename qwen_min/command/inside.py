@@ -31,7 +31,7 @@ def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict:
     return inside
 
 
-def calibrate(evaluation: Evaluation, scores: np.ndarray) -> list[dict]:
+def calibrate(evaluation: Evaluation, scores: np.ndarray) -> dict[str, dict]:
     """--calibrate: the scores (n, C) corrected in each way, and how the corrections do."""
     from qwen_min.lab.calibration import calibrations, score_neutral
 

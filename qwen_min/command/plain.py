@@ -1,8 +1,7 @@
 """--plain: every computation through its definition, one forward at a time.
 
-The functions have the names and arguments of those in fast/forms.py, so that either module can be
-used; `score_labels` is imported from scoring.py. `batch_tokens` and `checkpointing` have no meaning
-here.
+The functions have the names of those in fast/forms.py and can be called in the same way;
+`score_labels` is imported from scoring.py. `batch_tokens` and `checkpointing` are not used here.
 """
 
 from collections.abc import Collection, Iterator, Sequence

@@ -97,10 +97,10 @@ def attach_adapter(
     if any(name.endswith("lm_head") for name in lora.lora_modules(model)):
         raise UserError(f"{directory}: has a LoRA on lm_head, which stays frozen here; train anew")
     if metadata.get("token_vectors") and not vectors:
-        together = f"was trained with the token vectors in its run's {metadata['token_vectors']}"
-        raise UserError(f"{directory}: {together}, which it needs; give the run by --run")
+        raise UserError(f"{directory}: needs its run's {VECTORS} as well; give the run by --run")
     if metadata.get("base_fingerprint", base_hash) != base_hash:
-        raise UserError(f"{directory}: its fingerprint is that of another base; {GIVE_BASE}")
+        found = "was trained on another base (their fingerprints differ)"
+        raise UserError(f"{directory}: {found}; {GIVE_BASE}")
     return head
 
 

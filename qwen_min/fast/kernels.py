@@ -8,7 +8,6 @@ attention of several texts is a few large products instead of many small ones.
 Notation of the gradients: L is the loss, and dx stands for ∂L/∂x. Shapes as in layout.py.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -98,15 +97,15 @@ def padded_attention(
     H, Dh = q.shape[1:]
     K, sizes = keys_values[0][0].shape[1], [len(k) for k, _ in keys_values]
     k, v = (pad(torch.cat(part), sizes) for part in zip(*keys_values, strict=True))
-    # dtype: q is divided, which has fewer elements than the scores that the definition divides. In
+    # dtype: q is scaled, which has fewer elements than the scores that the definition scales. In
     # bf16 that rounds once more, unless sqrt(Dh) is a power of two (8 for Dh = 64).
-    q = pad(q / math.sqrt(Dh), lengths)  # (B, T, H, Dh)
+    q = pad(q * Dh**-0.5, lengths)  # (B, T, H, Dh)
     # The H/K query heads that read one key/value head are stacked along T: one product per KV head.
     q = q.view(B, T, K, H // K, Dh).permute(0, 2, 3, 1, 4).reshape(B * K, -1, Dh)
     k, v = k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)  # (B·K, S, Dh)
     scores = (q @ k.transpose(1, 2)).view(B, H, T, S)
     with torch.no_grad():  # adding a constant does not change the gradient: nothing to record
-        scores += torch.where(mask, 0.0, -math.inf).to(q.dtype)[:, None]
+        scores += torch.where(mask, 0.0, -torch.inf).to(q.dtype)[:, None]
     # dtype: softmax of bf16 numbers sums in fp32 and rounds its result, as the definition does.
     weights = scores.softmax(dim=-1).view(B * K, -1, S)
     out = (weights @ v).view(B, K, H // K, T, Dh).permute(0, 3, 1, 2, 4).flatten(2, 3)

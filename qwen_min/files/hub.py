@@ -31,8 +31,8 @@ def resolve_model(name: str) -> Path:
     if os.path.isdir(path):
         return Path(path)
     if os.path.lexists(path) or not HUB_NAME.fullmatch(name):
-        expected = "a directory nor a hub name, owner/name[@revision]"
-        raise UserError(f"--model {name!r}: neither {expected}; give one of them")
+        expected = "expected a directory that exists, or a hub name, owner/name[@revision]"
+        raise UserError(f"--model {name!r}: no such directory; {expected}")
     repo, _, revision = name.partition("@")
     return _download(repo, revision or "main")
 

@@ -32,7 +32,8 @@ class Output:
             if self._replaced:
                 target = Path(os.path.realpath(path))
                 # Can a file of this name be made there? It is removed at once.
-                tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.").close()
+                name = {"prefix": f".{target.name}.", "suffix": f".{os.getpid()}.partial"}
+                tempfile.NamedTemporaryFile(dir=target.parent, **name).close()
 
     def commit(self, text: str) -> None:
         """Write the file. Raises UserError if that fails."""

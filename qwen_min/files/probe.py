@@ -70,7 +70,8 @@ def cached_features(
         except (UserError, KeyError):  # absent, or damaged
             part = compute(chunk)
             if not part.isfinite().all():
-                raise UserError("a hidden state is not finite; try --dtype float32") from None
+                advice = "fetch the weights again, or try --dtype float32"
+                raise UserError(f"a hidden state is not finite; {advice}") from None
             disk.write_atomically(path, save({"features": part}))
         parts.append(part)
     return torch.cat(parts)

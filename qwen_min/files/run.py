@@ -3,7 +3,7 @@
     run.json             every argument, versions, hashes, history
     log.jsonl            one line for each step
     checkpoints/step-N/  as `save_checkpoint` writes them
-    adapter/, head.safetensors: the result
+    adapter/, head.safetensors, embeddings.safetensors: the result, as far as its method has them
 
 Every file except log.jsonl, and every checkpoint as a whole, is complete or absent whenever the
 process dies (see disk.py). No pickle anywhere.
@@ -38,7 +38,7 @@ def read_run(directory: str | Path) -> dict:
 
 
 # What may differ when a run is resumed: paths (model and data are compared by their hashes), and
-# settings that only change how sums are rounded.
+# settings that change only the rounding of sums and the draws of dropout.
 FREE = ("output", "resume", "merge", "model", "data", "encoding", "feature_cache")
 FREE += ("device", "batch_tokens")
 
@@ -56,7 +56,7 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
             raise UserError("--method is missing; name the method to train")
         # A new run would wrongly continue from checkpoints that are there without a run.json.
         if any((Path(args.output) / name).exists() for name in ("run.json", "checkpoints")):
-            raise UserError(f"--output {args.output} has a run already; add --resume or change it")
+            raise UserError(f"--output {args.output} has a run: add --resume, or name another one")
         return args
     if args.output is None:
         raise UserError("--resume needs --output, the directory of the run to continue")
@@ -85,7 +85,8 @@ def start_record(run: Path, record: dict, resume: bool) -> dict:
     before = read_run(run)
     for key, what in (("base_fingerprint", "model"), ("data_hash", "data")):
         if before[key] != record[key]:
-            raise UserError(f"--resume: the {what} is not the one of {run}; give the same {what}")
+            same = f"give the same {what}, or start another run"
+            raise UserError(f"--resume: the {what} is not the one of {run} ({key} differs); {same}")
     return before
 
 

@@ -24,7 +24,6 @@ from qwen_min.prompt import Prompt
 from qwen_min.tokenizer import Tokenizer
 
 Matrices = dict[str, Tensor]  # (V, D), by name
-FILE = "embeddings.safetensors"
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

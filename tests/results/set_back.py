@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from qwen_min.command.trained import VECTORS
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.run import write_json
 from qwen_min.files.weights import load_model
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{args.run}: expected a run of lora_label_scoring with --lora-targets none")
     model = resolve_model(record["arguments"]["model"])
     base = token_vectors.token_vectors(load_model(model, "float32"), scores_words=True)
-    trained = load_file(args.run / token_vectors.FILE)  # (V, D) by name
+    trained = load_file(args.run / VECTORS)  # (V, D) by name
 
     tokenizer = Tokenizer(model)
     labels = sorted({token for word in record["labels"] for token in tokenizer.encode(word)})
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         vectors[set_back] = base[name].detach()[set_back]
 
     args.output.mkdir(parents=True, exist_ok=True)
-    token_vectors.write(args.output / token_vectors.FILE, trained, record["base_fingerprint"])
+    token_vectors.write(args.output / VECTORS, trained, record["base_fingerprint"])
     record["embedding_movement"] = None
     record["trained_parameters"] = int((~set_back).sum()) * width * len(trained)
     write_json(args.output / "run.json", record)
