@@ -7,7 +7,7 @@ __all__ = ["build_prompts", "evaluate_predictions", "load", "load_run", "score_l
 
 
 def __getattr__(name: str) -> object:
-    # Imported on first use: `qwen_min.report` and `qwen_min.metrics` work without torch.
+    # Imported on first use, so that importing `qwen_min.metrics` does not import torch.
     if name in __all__:
         from qwen_min.command import interface
 
