@@ -1,5 +1,5 @@
 """Safetensors into the model, strictly: a tensor that is missing, unexpected or of another shape is
-an error. The one exception is an lm_head in a tied checkpoint, which is dropped.
+an error. The one exception is an lm_head in a tied checkpoint: a copy of the embedding is dropped.
 """
 
 import hashlib
@@ -22,28 +22,37 @@ from qwen_min.model import Qwen
 # was trained on.
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "fed.safetensors")
 AGAIN = "fetch it again"
+FIT = "take config.json and unquantised weights from one checkpoint"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(directory: str | Path, dtype: str = "auto", device: str = "cpu") -> Qwen:
     """Build the model of `directory` in eval mode, all parameters frozen.
 
-    dtype: "auto" (the checkpoint's own) or a name in DTYPES. On the CPU and in the checkpoint's own
-    dtype the weights stay mapped from the file: nothing is copied, pages are read when first used.
+    dtype: a name in DTYPES, or "auto": config.json's, else the tensors' own. On the CPU weights of
+    that dtype stay mapped from the file: nothing is copied, pages are read when first used.
     Raises UserError if config.json or the weights are missing, malformed or do not fit together.
     """
     directory = Path(directory)
     config = QwenConfig.from_json(directory / "config.json")
+    tensors = read_tensors(directory)
+    layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
+    if config.num_hidden_layers > len(layers):  # before anything of that size is built
+        found = f"num_hidden_layers is {config.num_hidden_layers}, the weights have {len(layers)}"
+        raise UserError(f"{directory / 'config.json'}: {found}; {FIT}")
     with torch.device("meta"):  # shapes without memory: every tensor comes from the file
         model = Qwen(config)
-    tensors = read_tensors(directory)
-    if config.tie_word_embeddings:
-        # Some tied checkpoints also store the head. The model uses the embedding in its place.
-        tensors.pop("lm_head.weight", None)
+    head = tensors.pop(HEAD, None) if config.tie_word_embeddings else None
     _check(tensors, model.state_dict(), directory)
     found = {tensor.dtype for tensor in tensors.values()}
-    own = found.pop() if len(found) == 1 else DTYPES.get(config.torch_dtype, torch.float32)
-    wanted = own if dtype == "auto" else DTYPES[dtype]
+    own = found.pop() if len(found) == 1 else torch.float32
+    wanted = DTYPES.get(config.torch_dtype, own) if dtype == "auto" else DTYPES[dtype]
+    # As in the reference: some tied checkpoints store the head as well, but another one counts.
+    if head is not None and not torch.equal(head.to(wanted), tensors[EMBEDDING].to(wanted)):
+        problem = f"tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}"
+        advice = "if a head was trained or merged, make it false in config.json"
+        raise UserError(f"{directory}: {problem}; {advice}")
     weights = {name: tensor.to(device, wanted) for name, tensor in tensors.items()}
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()
@@ -85,8 +94,7 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor], directory: P
         if names:
             name = min(names)
             first = f"first {name!r}: found {found.get(name)}, expected {shapes.get(name)}"
-            advice = "take config.json and unquantised weights from one checkpoint"
-            raise UserError(f"{directory}: {len(names)} tensor(s) {problem} ({first}); {advice}")
+            raise UserError(f"{directory}: {len(names)} tensor(s) {problem} ({first}); {FIT}")
 
 
 def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
