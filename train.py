@@ -71,7 +71,7 @@ def head_only(job: Job) -> dict:
     last = model.config.num_hidden_layers
     layers = arguments.candidate_layers(args.layer, last)
     if args.adapter:
-        attach_adapter(model, Path(args.adapter), base_hash)
+        attach_adapter(model, Path(args.adapter), base_hash, base=args.model)
         base_hash += fingerprint(lora_parameters(model).items())
         # Kept with the run: the head means nothing without the states that it was solved on.
         publish(Path(args.adapter), job.run / ADAPTER)

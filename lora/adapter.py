@@ -6,6 +6,7 @@ refused with the name of the field, because its A and B have another meaning.
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,13 +121,14 @@ def load_adapter(
     config = read_adapter_config(directory)
     path = Path(directory) / TENSOR_FILE
     try:
+        _check_regular(path)
         # Cloned, because the file can change while the tensors are used.
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key).clone() for key in list(file.keys())}
             metadata = json.loads((file.metadata() or {}).get("metadata", "{}"))
         if not isinstance(metadata, dict):
             raise ValueError("its metadata is not an object")
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise LoRAError(f"{path}: {reason}; expected an adapter's safetensors file") from error
     head = tensors.get(HEAD_KEY)
@@ -137,7 +139,7 @@ def load_adapter(
     if config.task_type == "SEQ_CLS":
         is_matrix = head is not None and head.ndim == 2
         shapes[HEAD_KEY] = tuple(head.shape) if is_matrix else ("num_labels", "D")
-    _check_tensors(path, tensors, shapes)
+    _check_tensors(path, tensors, shapes, config.base_model)
 
     dropout = config.dropout if dropout is None else dropout
     inject.inject_lora(model, config.targets, config.r, config.alpha, dropout, config.use_rslora)
@@ -151,13 +153,21 @@ def read_adapter_config(directory: str | Path) -> LoRAConfig:
     """Read `adapter_config.json`. Raises LoRAError if it is unreadable or not plain LoRA."""
     path = Path(directory) / CONFIG_FILE
     try:
+        _check_regular(path, 2**24)
         return _plain_lora(json.loads(path.read_text(encoding="utf-8")))
     except LoRAError as error:
         raise LoRAError(f"{path}: {error}") from None
     except OSError as error:
-        raise LoRAError(f"{path}: {error.strerror}; give an adapter's directory") from error
+        reason = error.strerror or error
+        raise LoRAError(f"{path}: {reason}; give an adapter's directory") from error
     except (ValueError, RecursionError) as error:
         raise LoRAError(f"{path}: cannot be read as JSON ({error}); save it again") from error
+
+
+def _check_regular(path: Path, limit: float = math.inf) -> None:
+    """Raise OSError for a pipe or a device, which would block or never end, or above the limit."""
+    if path.exists() and not (path.is_file() and path.stat().st_size <= limit):
+        raise OSError(f"not a regular file, or larger than {limit} bytes")
 
 
 def _plain_lora(fields: object) -> LoRAConfig:
@@ -187,11 +197,12 @@ def _plain_lora(fields: object) -> LoRAConfig:
     check("target_modules", ok, "a list of module names, not a pattern")
     numbers = (fields.get("r"), fields.get("lora_alpha"), fields["lora_dropout"])
     base_model = str(fields.get("base_model_name_or_path") or "")
-    return LoRAConfig(*numbers, tuple(targets), fields["use_rslora"], task, base_model)
+    targets = tuple(dict.fromkeys(targets))  # each once
+    return LoRAConfig(*numbers, targets, fields["use_rslora"], task, base_model)
 
 
-def _check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple]) -> None:
-    """Raise LoRAError unless `tensors` has exactly these names and shapes and is finite."""
+def _check_tensors(path: Path, tensors: dict, shapes: dict[str, tuple], base: str) -> None:
+    """Raise LoRAError unless `tensors` has exactly these names and shapes and is finite in fp32."""
     problems = [f"{key} is missing" for key in shapes if key not in tensors]
     for key, tensor in tensors.items():
         shape = tuple(tensor.shape)
@@ -199,9 +210,10 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, tup
             problems.append(f"{key} is unexpected")
         elif shape != shapes[key]:
             problems.append(f"{key} has shape {shape}, expected {shapes[key]}")
-        elif tensor.dtype not in FLOATS or not tensor.isfinite().all():
+        elif tensor.dtype not in FLOATS or not tensor.float().isfinite().all():
             problems.append(f"{key} has other values than finite floats of 16 to 64 bits")
     if problems:  # two are enough: an adapter has hundreds of tensors, a message has one line
         found = "; ".join(problems[:2]) + "; ..." * (len(problems) > 2)
         problem = f"expected {len(shapes)} tensors, {len(problems)} wrong ({found})"
-        raise LoRAError(f"{path}: {problem}; give its whole file, and the model it was trained on")
+        model = "the model it was trained on" + f", {base}" * bool(base)
+        raise LoRAError(f"{path}: {problem}; give its whole file, and {model}")

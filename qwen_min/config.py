@@ -2,6 +2,7 @@
 
 import json
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,8 @@ COMPUTED = {
     "hidden_act": (("silu", "swish"), "use a checkpoint with SiLU"),  # two names of one function
     # False and null: tokens also see what comes after them.
     "is_causal": ((True,), "attention is causal here; use a causal language model"),
-    "is_encoder_decoder": ((False, None), "use a decoder-only checkpoint"),
     "partial_rotary_factor": ((1, None), "RoPE rotates whole heads here; use such a checkpoint"),
     "per_layer_config": ((None, {}), "all layers are alike here; use such a checkpoint"),
-    "pruned_heads": ((None, {}), "use a checkpoint with all heads"),
     "num_experts": ((None, 0), "mixture of experts is not supported; use a dense Qwen"),
     "num_local_experts": ((None, 0), "mixture of experts is not supported; use a dense Qwen"),
     "quantization_config": ((None, {}), "quantised weights do not load; use unquantised ones"),
@@ -91,7 +90,7 @@ class QwenConfig:
             if type(value) is not kind or not (kind is bool or 0 < value < limit):
                 bound = " below 2^31" * (kind is int)
                 expected = "true or false" if kind is bool else f"a positive {kind.__name__}{bound}"
-                raise UserError(f"{path}: {key} is {value!r:.80}, expected {expected}")
+                raise UserError(f"{path}: {key} is {reprlib.repr(value)}, expected {expected}")
             return value
 
         if raw.get("num_key_value_heads", 32) is None:  # as in the reference: one for each head
@@ -127,10 +126,12 @@ def _unsupported(raw: dict) -> str | None:
     """The first feature that the forward pass would compute wrongly, and what to do about it."""
     found = raw.get("model_type")
     if found not in MODEL_TYPES:
-        return f"model_type is {found!r}, expected qwen2 or qwen3; choose a dense Qwen1.5 to Qwen3"
+        expected = "expected qwen2 or qwen3; choose a dense Qwen1.5 to Qwen3"
+        return f"model_type is {reprlib.repr(found)}, {expected}"
     for key, (values, advice) in COMPUTED.items():
         if key in raw and raw[key] not in values:
-            return f"{key} is {raw[key]!r:.80}, expected {' or '.join(map(repr, values))}; {advice}"
+            found, expected = reprlib.repr(raw[key]), " or ".join(map(repr, values))
+            return f"{key} is {found}, expected {expected}; {advice}"
     for key in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5; a file may hold both
         rope = raw.get(key) or {}
         plain = (
@@ -139,7 +140,9 @@ def _unsupported(raw: dict) -> str | None:
         # rope_type is the newer name of type. Versions of the reference differ in which one counts.
         plain = plain and all(rope.get(k) in (None, "default") for k in ("rope_type", "type"))
         if not plain or rope.get("partial_rotary_factor") not in (1, None):
-            return f"{key} is {rope!r:.200}; scaled RoPE is not supported, use the default RoPE"
+            return (
+                f"{key} is {reprlib.repr(rope)}; scaled RoPE is not supported, use the default RoPE"
+            )
     # As in the reference: layer_types, where it is given, names each layer. Otherwise there is a
     # window where use_sliding_window and sliding_window ask for it, from max_window_layers on.
     first, layers = raw.get("max_window_layers"), raw.get("num_hidden_layers")

@@ -108,7 +108,7 @@ class Source:
             raise UserError(f"{args.run}: {found}; {GIVE_BASE}")
         directory = Path(args.run or args.adapter)
         adapter = directory / ADAPTER if args.run else directory
-        head = load_parts(model, directory, adapter, self.parts, base_hash)
+        head = load_parts(model, directory, adapter, self.parts, base_hash, args.model)
         if head is None:
             return None
         D, L = model.config.hidden_size, model.config.num_hidden_layers

@@ -8,6 +8,8 @@ A run directory, and each of its checkpoints, holds what its method trains:
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +52,16 @@ def parts_of(method: str, arguments: Mapping) -> Parts:
 
 
 def load_parts(
-    model: Qwen, directory: Path, adapter: Path, parts: Parts, base_hash: str
+    model: Qwen, directory: Path, adapter: Path, parts: Parts, base_hash: str, base: str = ""
 ) -> LinearHead | None:
     """Put the parts in `directory` (LoRA: in `adapter`) on the model, in place; returns the head.
 
-    base_hash: the fingerprint of the model's checkpoint. Raises UserError if a part is missing,
-    unreadable, or was trained on other weights.
+    base_hash, base: the fingerprint of the model's checkpoint, and its name. Raises UserError if a
+    part is missing, unreadable, or was trained on other weights.
     """
     weight = None
     if parts.lora:
-        weight = attach_adapter(model, adapter, base_hash, vectors=parts.vectors)
+        weight = attach_adapter(model, adapter, base_hash, vectors=parts.vectors, base=base)
         if parts.head != "file" and (weight is not None) != (parts.head == "adapter"):
             found = "no head" if weight is None else "a classifier's head"
             raise UserError(f"{adapter}: holds {found}; choose the --method that it was trained by")
@@ -83,25 +85,37 @@ def attach_adapter(
     base_hash: str,
     dropout: float | None = None,
     vectors: bool = False,
+    base: str = "",
 ) -> Tensor | None:
     """Put the LoRA in `directory` on the model, in place; returns its head (C, D), fp32, or None.
 
     vectors: whether the caller also loads token vectors that were trained with it. Raises UserError
     for an adapter that cannot be read, or that was trained on other weights. An adapter that PEFT
-    wrote does not say on which weights it was trained: that is not checked.
+    wrote says only the name of its base: where `base`, the model's, is another, a line warns of it.
     """
     try:
-        _, head, metadata = lora.load_adapter(directory, model, dropout)
+        config, head, metadata = lora.load_adapter(directory, model, dropout)
     except lora.LoRAError as error:
         raise UserError(str(error)) from None
     if any(name.endswith("lm_head") for name in lora.lora_modules(model)):
         raise UserError(f"{directory}: has a LoRA on lm_head, which stays frozen here; train anew")
     if metadata.get("token_vectors") and not vectors:
         raise UserError(f"{directory}: needs its run's {VECTORS} as well; give the run by --run")
+    names = {_last_part(name) for name in (config.base_model, base) if name}
+    if "base_fingerprint" not in metadata and len(names) == 2:
+        known = f"{directory} was trained on {config.base_model}, by its adapter_config.json"
+        print(f"warning: {known}; it is put on {base}", file=sys.stderr)
     if metadata.get("base_fingerprint", base_hash) != base_hash:
         found = "was trained on another base (their fingerprints differ)"
         raise UserError(f"{directory}: {found}; {GIVE_BASE}")
     return head
+
+
+def _last_part(name: str) -> str:
+    """The part of a model's path or hub name that stays when it moves, without a revision."""
+    parts = Path(os.path.abspath(name)).parts
+    cached = [p.replace("--", "/") for p in parts if p.startswith("models--")]  # the hub's cache
+    return (cached or parts)[-1].rpartition("/")[2].partition("@")[0].lower()
 
 
 class Trainable:
