@@ -2,12 +2,13 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_reference
-from transformers import AutoConfig
+from transformers import AutoConfig, Qwen2Config
 
 from qwen_min.config import QwenConfig
 from qwen_min.errors import UserError
@@ -167,8 +168,9 @@ def test_qk_norm_is_qwen3s(tmp_path):
 def test_defaults(tmp_path):
     needed = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "rope_theta"}
     needed |= {"num_attention_heads", "vocab_size"}
-    config = QwenConfig.from_json(write(tmp_path, without(QWEN2, *(QWEN2.keys() - needed))))
-    assert config.num_key_value_heads == config.num_attention_heads == 14
+    bare = without(QWEN2, *(QWEN2.keys() - needed)) | {"num_attention_heads": 64}
+    config = QwenConfig.from_json(write(tmp_path, bare))
+    assert config.num_key_value_heads == Qwen2Config().num_key_value_heads == 32
     assert (config.rms_norm_eps, config.max_position_embeddings) == (1e-6, 32768)
     assert config.tie_word_embeddings is False
     assert config.torch_dtype is None
@@ -347,6 +349,26 @@ def test_a_whole_number_will_do_for_a_float(tmp_path):
     assert theta == 1e6 and isinstance(theta, float)
 
 
+@pytest.mark.parametrize("value", [2**31, 2**63, 10**30, 10**400])
+@pytest.mark.parametrize(
+    "field", ["hidden_size", "num_attention_heads", "head_dim", "vocab_size", "num_hidden_layers"]
+)
+def test_sizes_that_no_model_has(tmp_path, field, value):
+    refused(write(tmp_path, QWEN2 | {field: value}), field, "below 2^31")
+
+
+def test_a_matrix_that_no_model_has(tmp_path):
+    """Each size alone is possible; the bytes of their product are more than an int64 counts."""
+    largest = 2**31 - 2
+    sizes = {"hidden_size": largest, "head_dim": largest, "vocab_size": largest}
+    refused(write(tmp_path, QWEN2 | sizes), "too large")
+    refused(write(tmp_path, QWEN2 | {"hidden_size": 14 * 2**26}), "too large")
+
+
+def test_a_theta_beyond_floats(tmp_path):
+    refused(write(tmp_path, QWEN2 | {"rope_theta": 10**400}), "rope_theta", "a positive float")
+
+
 @pytest.mark.parametrize("value", ["false", 1, []])
 @pytest.mark.parametrize("field", ["tie_word_embeddings", "attention_bias"])
 def test_a_flag_is_true_or_false(tmp_path, field, value):
@@ -410,3 +432,29 @@ def test_not_an_object(tmp_path, raw):
 def test_a_directory_in_its_place(tmp_path):
     (tmp_path / "config.json").mkdir()
     refused(tmp_path / "config.json", "cannot be read")
+
+
+def test_a_pipe_in_its_place(tmp_path):
+    """Nobody writes into it: opening it would block forever."""
+    os.mkfifo(tmp_path / "config.json")
+    refused(tmp_path / "config.json", "cannot be read", "regular file")
+
+
+def test_a_device_in_its_place(tmp_path):
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    refused(tmp_path / "config.json", "cannot be read", "regular file")
+
+
+def test_a_file_without_end(tmp_path):
+    path = write(tmp_path, QWEN2)
+    os.truncate(path, 2**40)  # sparse: it takes no room on the disk
+    refused(path, "cannot be read", "16 MB")
+
+
+@pytest.mark.parametrize("depth", [200, 900, 10**5])
+def test_deep_nesting(tmp_path, depth):
+    for field in ("rope_scaling", "hidden_act", "hidden_size", "model_type"):
+        value = "[" * depth + "]" * depth
+        text = json.dumps(QWEN2 | {field: "HERE"}).replace('"HERE"', value)
+        (tmp_path / "config.json").write_text(text)
+        refused(tmp_path / "config.json")

@@ -1,7 +1,9 @@
 """Safetensors into the model: strictly, unchanged, and every malformed file in one line."""
 
 import json
+import os
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from qwen_min.files.weights import (
 
 IDS = torch.arange(7, 71)[None]  # (1, 64)
 NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ONE, TWO = torch.ones(2), torch.full((3,), 2.0)
 
 
@@ -71,9 +73,9 @@ def write_shards(directory: Path, shards: list[dict[str, Tensor]], **changes) ->
     """Shards a, b, … and their index; changes: entries of the weight_map."""
     weight_map = {}
     for letter, tensors in zip("abc", shards, strict=False):
-        save_file(tensors, directory / f"{letter}.safetensors")
+        save_file(tensors, directory / f"{letter}.safetensors", {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, f"{letter}.safetensors")
-    (directory / INDEX).write_text(json.dumps({"weight_map": weight_map | changes}))
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map | changes}))
     return directory
 
 
@@ -105,12 +107,45 @@ def test_tied_head_is_the_embedding(reference):
     assert (logits(directory) - model(IDS).logits).abs().max() < 5e-5
 
 
-def test_redundant_head_of_a_tied_checkpoint_counts_for_nothing(tmp_path, reference, tied):
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_copy_of_the_embedding_as_head_changes_nothing(tmp_path, reference, tied, shards):
     config, tensors = tied
-    # Drawn anew, so that a head that did count would show.
-    head = torch.randn(tensors["model.embed_tokens.weight"].shape)
-    write(tmp_path, config, tensors | {HEAD: head})
+    head = {HEAD: tensors[EMBEDDING].clone()}
+    if shards:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        write_shards(tmp_path, [tensors, head])
+    else:
+        write(tmp_path, config, tensors | head)
     assert torch.equal(logits(tmp_path), logits(reference[0]))
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_another_head_in_a_tied_checkpoint_is_refused(tmp_path, tied, shards):
+    """The reference uses such a head: it was trained, and config.json still says tied."""
+    config, tensors = tied
+    head = tensors[EMBEDDING].clone()
+    head.view(-1)[-1] += 1
+    if shards:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        write_shards(tmp_path, [tensors, {HEAD: head}])
+    else:
+        write(tmp_path, config, tensors | {HEAD: head})
+    refused(load_model, tmp_path, tmp_path, HEAD, "differs", "tie_word_embeddings", "config.json")
+    # What the line advises gives the reference's numbers of the file as it was.
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert (logits(tmp_path) - expected).abs().max() < 5e-5  # as above
+    assert not torch.equal(load_model(tmp_path).lm_head_weight, tensors[EMBEDDING])
+
+
+def test_a_tied_head_is_compared_in_the_dtype_that_is_computed_in(tmp_path, tied):
+    config, tensors = tied
+    head = tensors[EMBEDDING].bfloat16()
+    write(tmp_path, config, tensors | {HEAD: head})
+    refused(load_model, tmp_path, HEAD, "differs")
+    assert load_model(tmp_path, dtype="bfloat16").lm_head_weight.dtype == torch.bfloat16
+    write(tmp_path, config, tensors | {HEAD: head[:-1]})
+    refused(load_model, tmp_path, HEAD, "differs")
 
 
 def test_untied_head_is_its_own(untied):
@@ -161,9 +196,11 @@ def test_dtype_auto(tmp_path, tied):
     bare = {key: config[key] for key in config.keys() - {"dtype", "torch_dtype"}}
     assert dtypes(bare, tensors) == {torch.float32}
     assert dtypes(bare, half) == {torch.bfloat16}
-    # What the tensors are goes before what config.json says.
-    assert dtypes(bare | {"dtype": "float32"}, half) == {torch.bfloat16}
-    assert dtypes(bare | {"dtype": "float32"}, half, dtype="float32") == {torch.float32}
+    # As in the reference: what config.json says goes before what the tensors are.
+    assert dtypes(bare | {"dtype": "float32"}, half) == {torch.float32}
+    assert dtypes(bare | {"torch_dtype": "bfloat16"}, tensors) == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+    assert dtypes(bare | {"dtype": "float32"}, half, dtype="bfloat16") == {torch.bfloat16}
     # Tensors that differ: config.json decides, in either style, and without it nothing is lost.
     mixed = half | {NORM: tensors[NORM]}
     assert dtypes(bare | {"dtype": "bfloat16"}, mixed) == {torch.bfloat16}
@@ -241,6 +278,37 @@ def test_whole_numbers_and_quantised_ones_are_no_weights(tmp_path, tied, dtype):
     config, tensors = tied
     write(tmp_path, config, tensors | {NORM: torch.ones(32).to(dtype)})
     refused(load_model, tmp_path, tmp_path, "1 tensor", NORM, "float32, bfloat16")
+
+
+@pytest.mark.parametrize("layers", [4, 10**6, 2**31 - 1])
+def test_more_layers_than_the_weights_have(tmp_path, tied, layers):
+    """Refused before anything is built: ten million layers of no memory take minutes."""
+    config, tensors = tied
+    write(tmp_path, config | {"num_hidden_layers": layers, "layer_types": None}, tensors)
+    started = time.perf_counter()
+    refused(load_model, tmp_path, tmp_path / "config.json", layers, "the weights have 3")
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "vocab_size", "head_dim"])
+def test_other_sizes_than_the_weights_have(tmp_path, tied, field):
+    config, tensors = tied
+    write(tmp_path, config | {field: 2**20}, tensors)
+    started = time.perf_counter()
+    refused(load_model, tmp_path, tmp_path, "of the wrong shape")
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize("name", [SINGLE, INDEX, "a.safetensors"])
+def test_pipes_and_devices(tmp_path, tied, name):
+    (tmp_path / "config.json").write_text(json.dumps(tied[0]))
+    if name == "a.safetensors":
+        (tmp_path / INDEX).write_text('{"weight_map": {"a": "a.safetensors"}}')
+    os.mkfifo(tmp_path / name)
+    refused(load_model, tmp_path, tmp_path / name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    refused(load_model, tmp_path, tmp_path / name)
 
 
 def test_directory(tmp_path, tied):
