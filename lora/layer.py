@@ -31,7 +31,7 @@ def check_hyperparameters(r: int, alpha: float, dropout: float) -> None:
     if type(alpha) not in (int, float) or not 0 < alpha < 2**63:
         raise LoRAError(f"LoRA's alpha is {alpha!r:.40}; expected a number above 0, below 2^63")
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise LoRAError(f"LoRA's dropout is {dropout!r}; expected a number from 0 to below 1")
+        raise LoRAError(f"LoRA's dropout is {dropout!r:.40}; expected a number from 0 to below 1")
 
 
 class LoRALinear(nn.Module):

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +19,14 @@ from test_lora import carrier, logits, redraw_lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import evaluate
 from lora.adapter import LoRAConfig, load_adapter, read_adapter_config, save_adapter
 from lora.inject import ATTENTION, MLP, inject_lora, lora_modules, lora_parameters
 from lora.layer import LoRAError
+from qwen_min.command.trained import attach_adapter
+from qwen_min.errors import UserError
+from qwen_min.files.hub import TINY
+from qwen_min.files.weights import checkpoint_fingerprint, load_model
 
 TASKS = ["CAUSAL_LM", "SEQ_CLS"]
 HEAD_KEY = "base_model.model.score.weight"
@@ -308,8 +315,8 @@ READ = {
     "use_rslora": ["yes", None, 1],
 }
 NUMBERS = {
-    "r": [0, -1, 4.0, "4", None, True],
-    "lora_alpha": [0, -1, "6", None, float("nan"), float("inf")],
+    "r": [0, -1, 4.0, "4", None, True, 2**20, 10**30],
+    "lora_alpha": [0, -1, "6", None, float("nan"), float("inf"), 10**30],
     "lora_dropout": [1.0, -0.5, "0.1", None],
 }
 
@@ -341,6 +348,30 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, field: str, value: obj
     saved(tmp_path, "CAUSAL_LM")
     edit_config(tmp_path, **{field: value})
     assert f"{field.removeprefix('lora_')} is {value!r}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha", "lora_dropout"])
+def test_numbers_beyond_floats_are_refused(tmp_path: Path, field: str) -> None:
+    saved(tmp_path, "CAUSAL_LM")
+    edit_config(tmp_path, **{field: 10**400})
+    assert len(refusal(tmp_path)) < 500
+
+
+def test_a_rank_that_is_not_the_tensors_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    saved(tmp_path, "CAUSAL_LM")
+    edit_config(tmp_path, r=2**20 - 1)
+    started = time.perf_counter()
+    assert f"expected ({2**20 - 1}, 16)" in refusal(tmp_path)
+    assert time.perf_counter() - started < 1
+
+
+def test_a_target_named_often_is_looked_for_once(tmp_path: Path) -> None:
+    saved(tmp_path, "CAUSAL_LM")
+    edit_config(tmp_path, target_modules=[*ATTENTION] * 25_000)
+    started = time.perf_counter()
+    config, _, _ = load_adapter(tmp_path, carrier())
+    assert config.targets == ATTENTION
+    assert time.perf_counter() - started < 2
 
 
 @pytest.mark.parametrize("modules", [["embed_tokens"], ["score", "lm_head"]])
@@ -391,6 +422,33 @@ def test_an_unreadable_config_is_refused(tmp_path: Path, data: bytes | None, exp
     path = tmp_path / "adapter_config.json"
     path.unlink() if data is None else path.write_bytes(data)
     assert expected in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_pipes_and_devices_are_refused(tmp_path: Path, name: str) -> None:
+    """Nobody writes into the pipe, and the device never ends."""
+    saved(tmp_path, "CAUSAL_LM")
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    assert f"{name}: not a regular file" in refusal(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    assert f"{name}: not a regular file" in refusal(tmp_path)
+
+
+def test_a_config_without_end_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "CAUSAL_LM")
+    os.truncate(tmp_path / "adapter_config.json", 2**40)  # sparse: it takes no room on the disk
+    assert "adapter_config.json: not a regular file, or larger than" in refusal(tmp_path)
+
+
+def test_metadata_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "CAUSAL_LM")
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.torch.load(path.read_bytes())
+    nested = '{"a":' * 100_000 + "1" + "}" * 100_000
+    path.write_bytes(safetensors.torch.save(tensors, {"metadata": nested}))
+    assert "expected an adapter's safetensors file" in refusal(tmp_path)
 
 
 # Refusals: the tensors
@@ -444,6 +502,10 @@ KEY = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"  # (8, 4)
             lambda t: t.update({KEY: t[KEY].to(torch.float8_e4m3fn)}),
             f"{KEY} has other values than finite floats of 16 to 64 bits",
         ),
+        (  # finite, but not in fp32, which it is copied into
+            lambda t: t.update({KEY: t[KEY].double() + 1e300}),
+            f"{KEY} has other values than finite floats of 16 to 64 bits",
+        ),
         (
             lambda t: t.update({KEY: t[KEY].int()}),
             f"{KEY} has other values than finite floats of 16 to 64 bits",
@@ -489,10 +551,56 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, "CAUSAL_LM")
     other = carrier()
     del other.model.layers[1]
-    with pytest.raises(LoRAError, match=r"expected 8 tensors, 8 wrong \("):
+    # The name is the config's.
+    with pytest.raises(LoRAError, match=r"expected 8 tensors, 8 wrong \(.* on, models/tiny"):
         load_adapter(tmp_path, other)
     with pytest.raises(LoRAError, match="'q_proj' names no linear layer; the model has "):
         load_adapter(tmp_path, nn.Sequential(nn.Linear(4, 4)))
     twice = copy.deepcopy(saved(tmp_path, "CAUSAL_LM"))
     with pytest.raises(LoRAError, match="already has LoRA"):
         load_adapter(tmp_path, twice)
+
+
+# On the command line: the base that the config names
+
+
+@pytest.mark.parametrize(
+    ("name", "is_another"),
+    [
+        ("Qwen/Qwen2.5-7B", True),
+        ("/somewhere/else/qwen2.5-7b", True),
+        ("/cache/hub/models--owner--other/snapshots/tiny", True),
+        ("tiny", False),
+        ("owner/Tiny@main", False),
+        ("/somewhere/else/tiny/", False),
+        ("/cache/hub/models--owner--tiny/snapshots/0123abc", False),
+        (None, False),
+    ],
+)
+def test_another_base_by_name_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture, name: str | None, is_another: bool
+) -> None:
+    """The tensors fit, and nothing says on which weights they were trained."""
+    shutil.copytree(Path(__file__).parent / "compat/peft_adapter", tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", base_model_name_or_path=name)
+    method = ["--method", "lora_label_scoring", "--adapter", str(tmp_path / "adapter")]
+    data = str(Path(__file__).parent / "compat/test.tsv")
+    assert not evaluate.main([*method, "--model", "tiny", "--data", data, "--limit", "2"])
+    error = capsys.readouterr().err
+    line = f"warning: {tmp_path / 'adapter'} was trained on {name}, by its adapter_config.json"
+    assert (f"{line}; it is put on tiny\n" in error) == is_another
+    assert ("was trained on" in error) == is_another
+
+
+def test_the_name_counts_for_nothing_where_the_fingerprint_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = load_model(TINY)
+    inject_lora(model, ATTENTION, 2, 4.0, 0.0)
+    config = LoRAConfig(2, 4.0, 0.0, ATTENTION, False, "CAUSAL_LM", "Qwen/Qwen2.5-7B")
+    metadata = {"base_fingerprint": checkpoint_fingerprint(TINY)}
+    save_adapter(tmp_path, model, config, None, metadata)
+    attach_adapter(load_model(TINY), tmp_path, checkpoint_fingerprint(TINY), base="tiny")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="trained on another base"):
+        attach_adapter(load_model(TINY), tmp_path, "another", base="tiny")
