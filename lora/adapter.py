@@ -158,8 +158,9 @@ def read_adapter_config(directory: str | Path) -> LoRAConfig:
     except LoRAError as error:
         raise LoRAError(f"{path}: {error}") from None
     except OSError as error:
-        reason = error.strerror or error
-        raise LoRAError(f"{path}: {reason}; give an adapter's directory") from error
+        raise LoRAError(
+            f"{path}: {error.strerror or error}; give an adapter's directory"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise LoRAError(f"{path}: cannot be read as JSON ({error}); save it again") from error
 

@@ -61,8 +61,8 @@ class QwenConfig:
         """Read config.json as written by transformers 4 or 5.
 
         Raises UserError for a missing or malformed file, a missing field, an impossible value, and
-        every feature that would load and then give wrong numbers: another architecture, mixture of
-        experts, a sliding window in use, scaled RoPE, another activation, quantised weights.
+        every feature that would load and then give wrong numbers: those in COMPUTED, another
+        architecture, a sliding window in use, scaled RoPE.
         """
         path = Path(path)
         try:
@@ -86,9 +86,8 @@ class QwenConfig:
             if kind is float and type(value) is int and abs(value) < 2**63:
                 value = float(value)
             # Python's json also accepts Infinity and NaN as numbers.
-            limit = math.inf if kind is float else 2**31
+            limit, bound = (2**31, " below 2^31") if kind is int else (math.inf, "")
             if type(value) is not kind or not (kind is bool or 0 < value < limit):
-                bound = " below 2^31" * (kind is int)
                 expected = "true or false" if kind is bool else f"a positive {kind.__name__}{bound}"
                 raise UserError(f"{path}: {key} is {reprlib.repr(value)}, expected {expected}")
             return value
@@ -126,17 +125,15 @@ def _unsupported(raw: dict) -> str | None:
     """The first feature that the forward pass would compute wrongly, and what to do about it."""
     found = raw.get("model_type")
     if found not in MODEL_TYPES:
-        expected = "expected qwen2 or qwen3; choose a dense Qwen1.5 to Qwen3"
-        return f"model_type is {reprlib.repr(found)}, {expected}"
+        return f"model_type is {reprlib.repr(found)}, expected qwen2 or qwen3; use a dense Qwen"
     for key, (values, advice) in COMPUTED.items():
         if key in raw and raw[key] not in values:
             found, expected = reprlib.repr(raw[key]), " or ".join(map(repr, values))
             return f"{key} is {found}, expected {expected}; {advice}"
     for key in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5; a file may hold both
         rope = raw.get(key) or {}
-        plain = (
-            isinstance(rope, dict) and "full_attention" not in rope
-        )  # one for each kind of layer
+        # With this key the values are one level down, one set for each type of layer.
+        plain = isinstance(rope, dict) and "full_attention" not in rope
         # rope_type is the newer name of type. Versions of the reference differ in which one counts.
         plain = plain and all(rope.get(k) in (None, "default") for k in ("rope_type", "type"))
         if not plain or rope.get("partial_rotary_factor") not in (1, None):
