@@ -6,7 +6,6 @@ refused with the name of the field, because its A and B have another meaning.
 """
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,17 +157,16 @@ def read_adapter_config(directory: str | Path) -> LoRAConfig:
     except LoRAError as error:
         raise LoRAError(f"{path}: {error}") from None
     except OSError as error:
-        raise LoRAError(
-            f"{path}: {error.strerror or error}; give an adapter's directory"
-        ) from error
+        reason = error.strerror or error
+        raise LoRAError(f"{path}: {reason}; give an adapter's directory") from error
     except (ValueError, RecursionError) as error:
         raise LoRAError(f"{path}: cannot be read as JSON ({error}); save it again") from error
 
 
-def _check_regular(path: Path, limit: float = math.inf) -> None:
+def _check_regular(path: Path, limit: int = 2**40) -> None:
     """Raise OSError for a pipe or a device, which would block or never end, or above the limit."""
     if path.exists() and not (path.is_file() and path.stat().st_size <= limit):
-        raise OSError(f"not a regular file, or larger than {limit} bytes")
+        raise OSError(f"not a regular file of at most {limit} bytes")
 
 
 def _plain_lora(fields: object) -> LoRAConfig:

@@ -25,9 +25,9 @@ class LoRAError(ValueError):
 
 
 def check_hyperparameters(r: int, alpha: float, dropout: float) -> None:
-    """Raise LoRAError unless 1 <= r < 2^20, 0 < alpha < 2^63 and 0 <= dropout < 1."""
-    if type(r) is not int or not 1 <= r < 2**20:
-        raise LoRAError(f"LoRA's rank r is {r!r:.40}; expected a whole number from 1 to 2^20")
+    """Raise LoRAError unless 1 <= r < 2^16, 0 < alpha < 2^63 and 0 <= dropout < 1."""
+    if type(r) is not int or not 1 <= r < 2**16:
+        raise LoRAError(f"LoRA's rank r is {r!r:.40}; expected a whole number from 1 to 65535")
     if type(alpha) not in (int, float) or not 0 < alpha < 2**63:
         raise LoRAError(f"LoRA's alpha is {alpha!r:.40}; expected a number above 0, below 2^63")
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:

@@ -315,7 +315,7 @@ READ = {
     "use_rslora": ["yes", None, 1],
 }
 NUMBERS = {
-    "r": [0, -1, 4.0, "4", None, True, 2**20, 10**30],
+    "r": [0, -1, 4.0, "4", None, True, 2**16, 10**30],
     "lora_alpha": [0, -1, "6", None, float("nan"), float("inf"), 10**30],
     "lora_dropout": [1.0, -0.5, "0.1", None],
 }
@@ -359,9 +359,9 @@ def test_numbers_beyond_floats_are_refused(tmp_path: Path, field: str) -> None:
 
 def test_a_rank_that_is_not_the_tensors_is_refused_before_it_is_built(tmp_path: Path) -> None:
     saved(tmp_path, "CAUSAL_LM")
-    edit_config(tmp_path, r=2**20 - 1)
+    edit_config(tmp_path, r=2**16 - 1)
     started = time.perf_counter()
-    assert f"expected ({2**20 - 1}, 16)" in refusal(tmp_path)
+    assert f"expected ({2**16 - 1}, 16)" in refusal(tmp_path)
     assert time.perf_counter() - started < 1
 
 
@@ -439,7 +439,7 @@ def test_pipes_and_devices_are_refused(tmp_path: Path, name: str) -> None:
 def test_a_config_without_end_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, "CAUSAL_LM")
     os.truncate(tmp_path / "adapter_config.json", 2**40)  # sparse: it takes no room on the disk
-    assert "adapter_config.json: not a regular file, or larger than" in refusal(tmp_path)
+    assert "adapter_config.json: not a regular file of at most" in refusal(tmp_path)
 
 
 def test_metadata_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:

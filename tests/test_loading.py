@@ -305,10 +305,10 @@ def test_pipes_and_devices(tmp_path, tied, name):
     if name == "a.safetensors":
         (tmp_path / INDEX).write_text('{"weight_map": {"a": "a.safetensors"}}')
     os.mkfifo(tmp_path / name)
-    refused(load_model, tmp_path, tmp_path / name)
+    refused(load_model, tmp_path, tmp_path / name, "not a regular file")
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("/dev/zero")
-    refused(load_model, tmp_path, tmp_path / name)
+    refused(load_model, tmp_path, tmp_path / name, "not a regular file")
 
 
 def test_directory(tmp_path, tied):
@@ -491,7 +491,7 @@ def test_shard_missing(tmp_path):
     (tmp_path / "b.safetensors").unlink()
     refused(read_tensors, tmp_path, tmp_path / "b.safetensors", "no such file")
     (tmp_path / "b.safetensors").mkdir()
-    refused(read_tensors, tmp_path, tmp_path / "b.safetensors", "no such file")
+    refused(read_tensors, tmp_path, tmp_path / "b.safetensors", "not a regular file")
 
 
 @pytest.mark.parametrize(

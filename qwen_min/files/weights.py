@@ -69,7 +69,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(weight_map.values())) or [SINGLE]:
         path = directory / file
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"{path}: no such file; expected {SINGLE}, or {INDEX} and its shards")
         part, _ = read_safetensors(path, "a whole safetensors file", AGAIN)
         listed = {name for name, shard in weight_map.items() if shard == file}
