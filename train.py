@@ -227,8 +227,8 @@ def train(args: argparse.Namespace) -> int:
     counts = class_counts([examples[i] for i in training], len(task.labels))
     if 0 in counts:
         missing = counts.index(0)
-        rows = f"no row in the first {args.limit}" if args.limit else "no row in the file"
-        reason = f"{rows}: add rows, or leave its word out of --labels"
+        where = f"in the first {args.limit} (--limit)" if args.limit else "in the file"
+        reason = f"no row {where}: add rows, or leave its word out of --labels"
         if missing in [example.label for example in examples]:
             reason = "its only text is held out, and every other text is a class's only one too: "
             reason += "add another text of each class"

@@ -341,7 +341,7 @@ def test_a_class_with_one_row_keeps_it_to_train_on(tmp_path, capsys):
     ("rows", "more", "reason"),
     [
         ([("a", 0), ("b", 0)], [], "no row in the file: add rows, or leave its word out"),
-        ([("a", 0), ("b", 0), ("c", 1)], ["--limit", "2"], "no row in the first 2: add rows"),
+        ([("a", 0), ("b", 0), ("c", 1)], ["--limit", "2"], "no row in the first 2 (--limit): add"),
         ([("a", 0), ("b", 1)], [], "its only text is held out, and every other text is a class's"),
     ],
 )

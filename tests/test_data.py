@@ -45,6 +45,13 @@ def test_csv_has_quoting(tmp_path):
     ]
 
 
+def test_a_long_text_is_read_from_every_format(tmp_path):
+    text = "好" * 200_000
+    assert read(tmp_path, "a.csv", f'label,text\n1,"{text}"\n')[0].text == text
+    assert read(tmp_path, "a.tsv", f"label\ttext\n1\t{text}\n")[0].text == text
+    assert read(tmp_path, "a.jsonl", f'{{"label": 1, "text": "{text}"}}')[0].text == text
+
+
 def test_csv_lines_are_counted_by_newlines(tmp_path):
     content = 'label,text\n1,"一\r二\u2028三"\n0,差\n'
     assert rows(read(tmp_path, "a.csv", content)) == [("一\r二\u2028三", 1, 2), ("差", 0, 3)]
@@ -219,8 +226,8 @@ COLUMNS = NAMES + "rename them"
 SEPARATE = NAMES + "separate them with tabs, unquoted, in a .tsv and with commas in a .csv"
 ENDING = "expected .tsv, .csv or .jsonl: save it as .csv, or rename it if it is one of these"
 WORKBOOK = (
-    "{path}: found a workbook, a Parquet file or an archive, expected text: save it as .csv in "
-    "the program that made it, or unpack it"
+    "{path}: found a workbook, a Parquet file or an archive, expected text: save it as .csv in its "
+    "program, or unpack it"
 )
 TEXT = "expected valid characters, not all of them spaces: correct or remove the row"
 LABEL = (

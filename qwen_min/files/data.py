@@ -133,16 +133,15 @@ def held_out_split(
 
 def class_counts(examples: Sequence[Example], num_classes: int) -> list[int]:
     """Number of examples of each class, in class order: (C,)."""
-    labels = [example.label for example in examples]
-    return [labels.count(label) for label in range(num_classes)]
+    counts = Counter(example.label for example in examples)
+    return [counts[label] for label in range(num_classes)]
 
 
 def _decode(path: Path, encoding: str) -> str:
     data = read_regular(path, "a data file", "check the path")
     if BINARY.match(data):
         found = "found a workbook, a Parquet file or an archive, expected text"
-        advice = "save it as .csv in the program that made it, or unpack it"
-        raise UserError(f"{path}: {found}: {advice}")
+        raise UserError(f"{path}: {found}: save it as .csv in its program, or unpack it")
     if (suffix := path.suffix.lower()) not in (".tsv", ".csv", ".jsonl"):
         advice = "save it as .csv, or rename it if it is one of these"
         raise UserError(f"{path}: extension {suffix!r}, expected .tsv, .csv or .jsonl: {advice}")
@@ -214,6 +213,7 @@ def _rows(path: Path, content: str) -> Iterator[tuple[int, list[str]]]:
 
 def _csv_rows(path: Path, content: str) -> Iterator[tuple[int, list[str]]]:
     # newline="\n" keeps each line as it is, so that line_num counts lines as an editor does.
+    csv.field_size_limit(2**31 - 1)  # by default a text of more than 131,072 characters is refused
     reader = csv.reader(io.StringIO(content, newline="\n"), strict=True)
     line = 1
     try:

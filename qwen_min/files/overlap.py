@@ -86,7 +86,7 @@ def fed_rows(directory: Path, examples: Sequence[Example]) -> list[int]:
     """
     if not (path := directory / FED).exists():
         return []
-    kind, advice = "the hashes of a model's training texts", "take it from where the model is from"
+    kind, advice = "the hashes of a model's training texts", "copy the model again"
     with refuse_malformed(path, kind, advice):
         known = read_safetensors(path, kind, advice)[0]["texts"].numpy()
         if known.dtype != np.int64:

@@ -22,9 +22,7 @@ from qwen_min.tokenizer import Tokenizer
 Set = tuple[str, ...]  # one word for each class, in class order
 
 
-def parse_label_sets(
-    argument: str, labels: Set, say: Callable[[str], object] | None = None
-) -> list[Set]:
+def parse_label_sets(argument: str, labels: Set, say: Callable | None = None) -> list[Set]:
     """ "消极,积极;差,好" → the set of --labels, then these. Raises UserError for a wrong set.
 
     say: as in `parse_labels`.
