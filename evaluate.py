@@ -23,6 +23,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -164,7 +165,8 @@ def read_all_prompts(args: argparse.Namespace, task: Task) -> tuple[list[Example
     if args.label_sets:
         from qwen_min.lab.label_sets import distinct_words, parse_label_sets, with_first_tokens
 
-        words = distinct_words(parse_label_sets(args.label_sets, task.labels))
+        say = partial(print, file=sys.stderr)
+        words = distinct_words(parse_label_sets(args.label_sets, task.labels, say))
         examples, prompts = read_rows(args, task, words)
         return examples, with_first_tokens(prompts)
     return read_rows(args, task)

@@ -226,10 +226,13 @@ def train(args: argparse.Namespace) -> int:
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
     counts = class_counts([examples[i] for i in training], len(task.labels))
     if 0 in counts:
-        raise UserError(
-            f"{args.data}: no row of class {task.labels[counts.index(0)]!r} in the training part; "
-            "every class needs examples: add rows, or leave its word out of --labels"
-        )
+        missing = counts.index(0)
+        where = f"in the first {args.limit} (--limit)" if args.limit else "in the file"
+        reason = f"no row {where}: add rows, or leave its word out of --labels"
+        if missing in [example.label for example in examples]:
+            reason = "its only text is held out, and every other text is a class's only one too: "
+            reason += "add another text of each class"
+        raise UserError(f"{args.data}: class {task.labels[missing]!r} cannot be trained: {reason}")
     model = load_model(task.directory, args.dtype, device)
     frozen = dict(model.named_parameters())
     if args.train_embeddings:

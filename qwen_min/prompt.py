@@ -13,7 +13,8 @@ Only markup in the template, such as `<|im_end|>`, is always a token of its own.
 label word it is plain text.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -36,19 +37,30 @@ class Prompt:
     truncated: bool  # whether the text was shortened
 
 
-def parse_labels(argument: str, option: str = "--labels") -> tuple[str, ...]:
+def parse_labels(
+    argument: str, option: str = "--labels", say: Callable[[str], object] | None = None
+) -> tuple[str, ...]:
     """ "负面,正面" → ("负面", "正面"): one word for each class, in class order.
 
-    `option` is the name that an error shows. Raises UserError for an empty word, a repeated word
-    and a single word.
+    Chinese commas work too, and `、` where there is no comma. White space around a word is dropped.
+    Only if every word begins with a space, as in " bad, good", it stays: " bad" is a token of its
+    own, and what a model expects in the middle of an English text.
+
+    `option` is the name that an error shows; `say` gets a line if space is dropped. Raises
+    UserError for an empty word, a repeated word and a single word.
     """
-    words = tuple(argument.split(","))
+    typed = re.split("[,，]" if re.search("[,，]", argument) else "、", argument)
+    spaced = all(word.startswith(" ") for word in typed)
+    words = tuple(" " * spaced + word.strip() for word in typed)
     if any(not word.strip() for word in words):
         raise UserError(f"{option} {argument!r}: a word is empty; give one word for each class")
     if repeated := sorted({word for word in words if words.count(word) > 1}):
         raise UserError(f"{option} {argument!r}: {', '.join(repeated)} repeats; words must differ")
     if len(words) < 2:
         raise UserError(f"{option} {argument!r}: one word; at least two classes are needed")
+    if say and len(",".join(words)) < len(argument):
+        advice = "to score words with a space before them, begin every word with one"
+        say(f"note: {option} {argument!r}: white space around words is dropped; {advice}")
     return words
 
 

@@ -3,15 +3,19 @@
 import contextlib
 import io
 import json
+import time
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPO, make_tokenizer
+from safetensors.numpy import save, save_file
 
 import evaluate
+from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash
-from qwen_min.files.overlap import clean_part, normalised, training_examples
+from qwen_min.files.overlap import clean_part, fed_rows, normalised, text_hashes, training_examples
 from qwen_min.metrics import wilson_interval
 from qwen_min.report import audit
 from qwen_min.report.audit import findings, read
@@ -185,7 +189,7 @@ def test_the_counts_of_the_real_files():
     [
         ([], "required: A"),
         (["a.tsv", "b.tsv", "c.tsv"], "unrecognized arguments: c.tsv"),
-        (["missing.tsv"], "missing.tsv: cannot be read"),
+        (["missing.tsv"], "missing.tsv: not a data file (No such"),
         (["a.tsv", "a.tsv"], "given twice"),
         (["a.tsv", "--labels", "好"], "at least two classes"),
         (["a.tsv", "--encoding", "latin-9000"], "not a text encoding"),
@@ -255,7 +259,7 @@ def test_a_run_knows_its_training_data(tmp_path, capsys):
     path.unlink()
     assert training_examples(None, "utf-8", WORDS, record) is None
     gone = capsys.readouterr().err
-    assert "cannot be read (No such file" in gone
+    assert "not a data file (No such file" in gone
     assert gone.count("\n") == changed.count("\n") == 1
 
 
@@ -274,6 +278,132 @@ def test_evaluate_says_how_it_does_on_clean_rows(tmp_path, reference, files, cap
     assert evaluate.main([*map(str, given), "--train-data", str(b)]) == 0
     assert "every text is in" in capsys.readouterr().out
     assert evaluate.main([*map(str, given), "--train-data", "missing.tsv"]) == 2
-    assert "missing.tsv: cannot be read" in capsys.readouterr().err
+    assert "missing.tsv: not a data file (No such" in capsys.readouterr().err
     assert evaluate.main([*map(str, given[:-1]), str(files[0]), "--train-data", str(files[0])]) == 2
     assert "already the data or another output" in capsys.readouterr().err
+
+
+# Texts in the model's own training data
+
+
+def test_looking_up_training_texts_costs_what_hashing_them_costs(tmp_path):
+    own = [f"评论{i}" for i in range(20_000)]
+    save_file({"texts": text_hashes(own)}, tmp_path / "fed.safetensors")
+    texts = [text for i in range(1000) for text in (f"{own[7 * i]} ！", f"新评论{i}")]
+    started = time.perf_counter()
+    text_hashes(texts)
+    hashing = time.perf_counter() - started
+    found = fed_rows(tmp_path, [Example(text, 0, 0) for text in texts])
+    assert found == list(range(0, 2000, 2))
+    # A search through all hashes for each row would take a hundred times as long.
+    assert time.perf_counter() - started < 10 * hashing + 1
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({"text": np.zeros(3, np.int64)}, "texts"),
+        ({"texts": np.zeros(3, np.float32)}, "texts are float32, expected int64"),
+        (None, "header"),
+    ],
+)
+def test_hashes_of_another_form_are_refused(tmp_path, tensors, reason):
+    path = tmp_path / "fed.safetensors"
+    path.write_bytes(save(tensors) if tensors else b"{}")
+    with pytest.raises(UserError) as caught:
+        fed_rows(tmp_path, [Example("好", 0, 0)])
+    start = f"{path}: not the hashes of a model's training texts ("
+    assert str(caught.value).startswith(start) and reason in str(caught.value)
+
+
+# Through the commands: what their notes and errors say about a data file
+
+
+def trained(tmp_path: Path, data: Path, *more: str) -> int:
+    """The exit status of training a probe on the small model."""
+    import train
+
+    given = ["--method", "head_only", "--model", "tiny", "--device", "cpu", "--data", str(data)]
+    return train.main([*given, "--output", str(tmp_path / "run"), *more])
+
+
+def test_a_class_with_one_row_keeps_it_to_train_on(tmp_path, capsys):
+    rows = [(f"房间{i}", 0) for i in range(19)]
+    # SHA-256 of "8\n只此一条" is lower than that of any other text: without a rule, it is held out.
+    data = tsv(tmp_path / "a.tsv", [*rows, ("只此一条", 1)])
+    assert trained(tmp_path, data, "--data-seed", "8") == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert (record["training_rows"], record["held_out_rows"]) == (18, 2)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "reason"),
+    [
+        ([("a", 0), ("b", 0)], [], "no row in the file: add rows, or leave its word out"),
+        ([("a", 0), ("b", 0), ("c", 1)], ["--limit", "2"], "no row in the first 2 (--limit): add"),
+        ([("a", 0), ("b", 1)], [], "its only text is held out, and every other text is a class's"),
+    ],
+)
+def test_a_class_that_cannot_be_trained_gets_the_true_reason(tmp_path, capsys, rows, more, reason):
+    assert trained(tmp_path, tsv(tmp_path / "a.tsv", rows), *more) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and reason in err
+    assert not (tmp_path / "run").exists()
+
+
+def evaluated(tmp_path: Path, data: Path, *more: str) -> dict:
+    """The results of zero_shot with the small model."""
+    given = ["--method", "zero_shot", "--model", "tiny", "--device", "cpu", "--data", str(data)]
+    assert evaluate.main([*given, "--output", str(tmp_path / "results.json"), *more]) == 0
+    return json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+
+
+def notes(capsys) -> list[str]:
+    """The notes on stderr; nothing else is there."""
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("note: ") for line in lines), lines
+    return lines
+
+
+def test_spaces_between_label_words_change_nothing_but_a_note(tmp_path, capsys):
+    data = tsv(tmp_path / "a.tsv", [("这条评论写于七月八日", 1), ("灯坏了，没人来修", 0)])
+    sets = ["--label-sets", "差,好;消极,积极"]
+    right = evaluated(tmp_path, data, "--labels", "负面,正面", *sets)
+    assert notes(capsys) == []
+    for labels in ("负面, 正面", "负面，正面", "负面、正面"):
+        found = evaluated(tmp_path, data, "--labels", labels, "--label-sets", "差，好; 消极,积极")
+        for key in ("label_ids", "accuracy", "label_sets"):
+            assert found[key] == right[key]
+        said = [note.split("'")[0] for note in notes(capsys)]
+        assert said == ["note: --labels "] * (" " in labels) + ["note: --label-sets "]
+
+
+def test_one_note_of_digits_in_every_command(tmp_path, capsys):
+    """One content as CSV words and as JSON numbers: the same examples, and one note a file."""
+    rows = [(f"房间{i}", i % 4 + 1) for i in range(12)]
+    (tmp_path / "a.csv").write_text(
+        "label,text\n" + "".join(f"{label},{text}\n" for text, label in rows), encoding="utf-8"
+    )
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+    )
+    hashes, stars = set(), ["--labels", "1,2,3,4"]
+    for name in ("a.csv", "a.jsonl"):
+        status, out, err = command(tmp_path / name, "--labels", "1,2,3,4,5")
+        assert (status, err.count("\n")) == (0, 1)
+        assert err.startswith(f"note: {tmp_path / name}: ") and err.endswith("read as words\n")
+        assert counted(out)["class 1"] == ["3 (25.0%)"] and counted(out)["class 5"] == ["0 (0.0%)"]
+        (tmp_path / name).rename(tmp_path / f"new{name}")
+        data = tmp_path / f"new{name}"
+        assert trained(tmp_path / name, data, *stars) == 0
+        assert notes(capsys) == []  # with four words, a 4 can only be a word
+        record = json.loads((tmp_path / name / "run" / "run.json").read_text(encoding="utf-8"))
+        hashes.add(record["data_hash"])
+    assert len(hashes) == 1
+    words = ["--labels", "1,2,3,4,5", "--train-data", str(tmp_path / "newa.csv")]
+    found = evaluated(tmp_path, tmp_path / "newa.jsonl", *words, "--limit", "2")
+    assert found["clean"]["n"] == 0
+    assert [note.split(":")[1] for note in notes(capsys)] == [
+        f" {tmp_path / name}" for name in ("newa.jsonl", "newa.csv")
+    ]

@@ -1,3 +1,4 @@
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def test_csv_has_quoting(tmp_path):
     ]
 
 
+def test_a_long_text_is_read_from_every_format(tmp_path):
+    text = "好" * 200_000
+    assert read(tmp_path, "a.csv", f'label,text\n1,"{text}"\n')[0].text == text
+    assert read(tmp_path, "a.tsv", f"label\ttext\n1\t{text}\n")[0].text == text
+    assert read(tmp_path, "a.jsonl", f'{{"label": 1, "text": "{text}"}}')[0].text == text
+
+
 def test_csv_lines_are_counted_by_newlines(tmp_path):
     content = 'label,text\n1,"一\r二\u2028三"\n0,差\n'
     assert rows(read(tmp_path, "a.csv", content)) == [("一\r二\u2028三", 1, 2), ("差", 0, 3)]
@@ -52,6 +60,27 @@ def test_csv_lines_are_counted_by_newlines(tmp_path):
 def test_jsonl(tmp_path):
     content = '{"label": 1, "text": "好\\n\\"的\\""}\r\n{"text_a": "差", "label": "0", "id": [1]}'
     assert rows(read(tmp_path, "a.jsonl", content)) == [('好\n"的"', 1, 1), ("差", 0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("field", "noted"),
+    [
+        ('"他说""好"""', True),  # as pandas writes 他说"好"
+        ('"""好"""', True),
+        ('"很好"', True),
+        ('"屏幕太暗\n1\t很好"', True),  # one field of pandas, two rows here
+        ('尺寸 15.4"', False),
+        ('"屏幕"太暗', False),
+        ('他说"好"', False),
+        ('"房间10元', False),
+    ],
+)
+def test_quotes_in_a_tsv_are_read_as_they_are_with_a_note(tmp_path, capsys, field, noted):
+    found = read(tmp_path, "a.tsv", f"label\ttext\n0\t差\n1\t{field}\n")
+    assert [e.text for e in found] == ["差", *(part for part in field.split("\n1\t"))]
+    note = "found a field in quotes, read as it is: a .tsv has no quoting, each line is a row; if "
+    note = f"note: {tmp_path / 'a.tsv'}, line 3: {note}a program wrote it so, save it as .csv\n"
+    assert capsys.readouterr().err == note * noted
 
 
 def test_columns_go_by_name_and_others_are_ignored(tmp_path):
@@ -119,9 +148,62 @@ def test_labels_are_words_or_indices(tmp_path):
         assert [e.label for e in read(tmp_path, "a.tsv", content, labels)] == expected
 
 
-def test_a_json_integer_is_an_index_even_where_a_word_looks_like_it(tmp_path):
-    content = '{"label": 1, "text": "好"}\n{"label": 0, "text": "差"}\n'
-    assert [e.label for e in read(tmp_path, "a.jsonl", content, ("1", "0"))] == [1, 0]
+def in_every_format(tmp_path, found, labels, **options):
+    """The classes that the labels `found` get from .tsv, .csv, JSON strings and JSON numbers."""
+    contents = [
+        ("a.tsv", "text\tlabel\n", "好\t{}\n"),
+        ("a.csv", "\ufefflabel,text\r\n", '"{}",好\r\n'),
+        ("b.csv", "label,text\n", " {} ,好\n"),
+        ("a.jsonl", "", '{{"label": "{}", "text": "好"}}\n'),
+        ("b.jsonl", "", '{{"label": {}, "text": "好"}}\n'),
+    ]
+    for name, head, row in contents:
+        content = head + "".join(row.format(label) for label in found)
+        yield [e.label for e in read(tmp_path, name, content, labels, **options)]
+
+
+STARS = ("1", "2", "3", "4", "5")
+WRITTEN = "some labels are both a word of --labels and the number of another class; all are read as"
+
+
+@pytest.mark.parametrize(
+    ("labels", "found", "expected", "note"),
+    [
+        (STARS, "12345", [0, 1, 2, 3, 4], None),  # "5" is no index
+        (STARS, "01234", [0, 1, 2, 3, 4], "class numbers 0..4"),  # "0" is no word
+        (STARS, "1234", [0, 1, 2, 3], "words"),  # both fit
+        (STARS, "4123", [3, 0, 1, 2], "words"),
+        (("1", "0"), "0110", [1, 0, 0, 1], "words"),
+        (("0", "1"), "0110", [0, 1, 1, 0], None),  # both fit and agree
+        (("-1", "1"), ["-1", "1"], [0, 1], None),
+        (("0.5", "1.5"), ["1.5", "0.5"], [1, 0], None),
+        (WORDS, "10", [1, 0], None),
+    ],
+)
+def test_labels_mean_the_same_in_every_format(tmp_path, capsys, labels, found, expected, note):
+    assert list(in_every_format(tmp_path, found, labels)) == [expected] * 5
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (5 if note else 0)
+    assert all(x.startswith("note: ") and x.endswith(f"{WRITTEN} {note}") for x in lines)
+
+
+def test_the_whole_file_decides_what_digits_are_even_with_a_limit(tmp_path, capsys):
+    for found in ("12340", "12345", "12343", "11111", "43210", "54321"):
+        whole = next(in_every_format(tmp_path, found, STARS))
+        for limit in range(1, 6):
+            expected = [whole[:limit]] * 5
+            assert list(in_every_format(tmp_path, found, STARS, limit=limit)) == expected
+    capsys.readouterr()
+    # "0" alone says that the file has indices, and "5" that it has words.
+    with pytest.raises(UserError, match=r"line 4: found the label '5', expected an index 0\.\.4"):
+        next(in_every_format(tmp_path, "1052", STARS))
+    with pytest.raises(UserError, match="line 4: found the label '5'"):
+        next(in_every_format(tmp_path, "1052", STARS, limit=1))
+
+
+def test_a_word_that_begins_with_a_space_is_matched_without_it(tmp_path):
+    content = "label,text\nnegative,差\n positive,好\n"
+    assert [e.label for e in read(tmp_path, "a.csv", content, (" negative", " positive"))] == [0, 1]
 
 
 def test_limit_reads_and_validates_the_first_rows_only(tmp_path):
@@ -135,9 +217,18 @@ def test_limit_reads_and_validates_the_first_rows_only(tmp_path):
 # --- what is refused ------------------------------------------------------------------------------
 
 BLANK = "found a blank line, expected a row: remove it"
-FIELDS = "as in the header: remove tabs from .tsv texts, quote .csv texts"
+NO_QUOTING = "a .tsv has no quoting: remove tabs and newlines from its texts, or save it as .csv"
+BLANK_TSV = f"{BLANK}; {NO_QUOTING}"
+FIELDS = "as in the header: " + NO_QUOTING
 NO_ROWS = "{path}: found no rows, expected examples: give the right file"
-COLUMNS = "expected 'label' and either 'text_a' or 'text', no name twice: rename them"
+NAMES = "expected 'label' and either 'text_a' or 'text', no name twice: "
+COLUMNS = NAMES + "rename them"
+SEPARATE = NAMES + "separate them with tabs, unquoted, in a .tsv and with commas in a .csv"
+ENDING = "expected .tsv, .csv or .jsonl: save it as .csv, or rename it if it is one of these"
+WORKBOOK = (
+    "{path}: found a workbook, a Parquet file or an archive, expected text: save it as .csv in its "
+    "program, or unpack it"
+)
 TEXT = "expected valid characters, not all of them spaces: correct or remove the row"
 LABEL = (
     "expected an index 0..1 or one of 负面, 正面, one kind in all rows: correct it, or name the "
@@ -149,16 +240,14 @@ HEAD = "label\ttext\n"
 GOOD = '{"label": 1, "text": "好"}\n'
 
 REFUSED = {
-    "extension": (
-        "a.txt",
-        HEAD + "1\t好\n",
-        "{path}: extension '.txt', expected .tsv, .csv or .jsonl: rename it",
-    ),
-    "no extension": (
-        "train",
-        HEAD + "1\t好\n",
-        "{path}: extension '', expected .tsv, .csv or .jsonl: rename it",
-    ),
+    "extension": ("a.txt", HEAD + "1\t好\n", "{path}: extension '.txt', " + ENDING),
+    "json": ("a.json", "[]", "{path}: extension '.json', " + ENDING),
+    "xlsx": ("a.xlsx", b"PK\x03\x04\x14\x00", WORKBOOK),
+    "xlsx, renamed": ("a.csv", b"PK\x03\x04\x14\x00", WORKBOOK),
+    "xls": ("a.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", WORKBOOK),
+    "parquet": ("train.parquet", b"PAR1\x15\x04", WORKBOOK),
+    "gzip": ("a.tsv.gz", b"\x1f\x8b\x08\x00", WORKBOOK),
+    "no extension": ("train", HEAD + "1\t好\n", "{path}: extension '', " + ENDING),
     "empty tsv": ("a.tsv", "", NO_ROWS),
     "empty csv": ("a.csv", "\ufeff", NO_ROWS),
     "empty jsonl": ("a.jsonl", "\n \n", NO_ROWS),
@@ -192,7 +281,27 @@ REFUSED = {
     "wrong format": (
         "a.csv",
         HEAD + "1\t好\n",
-        r"{path}, line 1: found the columns 'label\ttext', " + COLUMNS,
+        r"{path}, line 1: found the columns 'label\ttext', " + SEPARATE,
+    ),
+    "semicolons": (
+        "a.csv",
+        "label;text\n1;好\n",
+        "{path}, line 1: found the columns 'label;text', " + SEPARATE,
+    ),
+    "all fields quoted": (
+        "a.tsv",
+        '"label"\t"text"\n"1"\t"好"\n',
+        """{path}, line 1: found the columns '"label"', '"text"', """ + SEPARATE,
+    ),
+    "a quoted tab": (
+        "a.tsv",
+        HEAD + '1\t"好\t的"\n',
+        "{path}, line 2: found 3 fields, expected 2 " + FIELDS,
+    ),
+    "a quoted newline": (
+        "a.tsv",
+        HEAD + '1\t"好\n的"\n',
+        "{path}, line 3: found 1 fields, expected 2 " + FIELDS,
     ),
     "no header, a long text": (
         "a.tsv",
@@ -222,7 +331,7 @@ REFUSED = {
     "unquoted comma, after a row of three lines": (
         "a.csv",
         'label,text\n1,"a\nb\nc"\n1,a,b\n',
-        "{path}, line 5: found 3 fields, expected 2 " + FIELDS,
+        "{path}, line 5: found 3 fields, expected 2 as in the header: " + CSV,
     ),
     "quote not closed": (
         "a.csv",
@@ -234,8 +343,8 @@ REFUSED = {
         'label,text\n1,"b"c\n',
         "{path}, line 2: not valid CSV (',' expected after '\"'): " + CSV,
     ),
-    "blank line": ("a.tsv", HEAD + "1\t好\n\n \n0\t差\n", "{path}, line 3: " + BLANK),
-    "blank line first": ("a.tsv", "\n" + HEAD + "1\t好\n", "{path}, line 1: " + BLANK),
+    "blank line": ("a.tsv", HEAD + "1\t好\n\n \n0\t差\n", "{path}, line 3: " + BLANK_TSV),
+    "blank line first": ("a.tsv", "\n" + HEAD + "1\t好\n", "{path}, line 1: " + BLANK_TSV),
     "blank line csv": ("a.csv", "label,text\n1,好\n\n0,差\n", "{path}, line 3: " + BLANK),
     "blank line jsonl": ("a.jsonl", GOOD + "\r\n" + GOOD, "{path}, line 2: " + BLANK),
     "empty text": ("a.tsv", HEAD + "1\t好\n0\t\n", "{path}, line 3: found the text '', " + TEXT),
@@ -284,28 +393,33 @@ REFUSED = {
         HEAD + "0\t好\n1\t好\n正面\t好\n",
         "{path}, line 4: found the label '正面', " + LABEL,
     ),
-    "label with a space": (
+    "label with a space inside": (
         "a.csv",
-        "label,text\n1 ,好\n",
-        "{path}, line 2: found the label '1 ', " + LABEL,
+        "label,text\n正 面,好\n",
+        "{path}, line 2: found the label '正 面', " + LABEL,
+    ),
+    "label 1.0": ("a.tsv", HEAD + "1.0\t好\n", "{path}, line 2: found the label '1.0', " + LABEL),
+    "label 1.0 in JSON": (
+        "a.jsonl",
+        GOOD + '{"label": 1.0, "text": "好"}',
+        "{path}, line 2: found the label '1.0', " + LABEL,
     ),
     "label 01": ("a.tsv", HEAD + "01\t好\n", "{path}, line 2: found the label '01', " + LABEL),
     "label -1": (
         "a.jsonl",
         GOOD + '{"label": -1, "text": "好"}',
-        "{path}, line 2: found the label -1, " + LABEL,
+        "{path}, line 2: found the label '-1', " + LABEL,
     ),
     "label empty": ("a.tsv", HEAD + "\t好\n", "{path}, line 2: found the label '', " + LABEL),
     **{
         f"label {source} in JSON": (
             "a.jsonl",
             GOOD + f'{{"label": {source}, "text": "好"}}\n',
-            f"{{path}}, line 2: found the label {shown}, " + LABEL,
+            f"{{path}}, line 2: found the label {shown}, expected a string or a number: correct it",
         )
         for source, shown in [
             ("true", "True"),
             ("false", "False"),
-            ("1.0", "1.0"),
             ("null", "None"),
             ("[1]", "[1]"),
         ]
@@ -374,9 +488,9 @@ def test_utf16_is_recognised_by_its_mark(tmp_path, codec, encoding):
     )
 
 
-@pytest.mark.parametrize("encoding", ["nope", "hex", ""])
+@pytest.mark.parametrize("encoding", ["nope", "hex", "", "idna", "undefined", "utf-8\0", "编码"])
 def test_unknown_encoding(tmp_path, encoding):
-    assert refusal(tmp_path, "a.tsv", HEAD, encoding=encoding) == (
+    assert refusal(tmp_path, "a.tsv", HEAD + "1\t好\n", encoding=encoding) == (
         f"--encoding {encoding}: not a text encoding; try utf-8"
     )
 
@@ -396,10 +510,17 @@ def test_no_file(tmp_path):
     ]:
         with pytest.raises(UserError) as caught:
             read_examples(tmp_path / name, WORDS)
-        assert str(caught.value) == f"{tmp_path / name}: cannot be read ({reason}); check the path"
-    with pytest.raises(UserError) as caught:
-        read_examples(str(tmp_path), WORDS)
-    assert str(caught.value) == (f"{tmp_path}: cannot be read (Is a directory); check the path")
+        assert str(caught.value) == f"{tmp_path / name}: not a data file ({reason}); check the path"
+
+
+def test_pipes_and_devices_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.tsv")
+    (tmp_path / "zero.tsv").symlink_to("/dev/zero")
+    for path in (tmp_path, tmp_path / "pipe.tsv", tmp_path / "zero.tsv"):
+        with pytest.raises(UserError) as caught:
+            read_examples(path, WORDS)
+        reason = "Is a directory" if path == tmp_path else "it is not a regular file"
+        assert str(caught.value) == f"{path}: not a data file ({reason}); check the path"
 
 
 # --- hash, split, counts --------------------------------------------------------------------------
@@ -475,11 +596,26 @@ def test_split_does_not_depend_on_row_order_and_little_on_other_rows():
 
 def test_split_of_few_rows():
     assert sorted(map(len, held_out_split(examples_of(("a", 0), ("b", 1))))) == [1, 1]
-    train, held_out = held_out_split(examples_of(("a", 0), ("b", 1), ("c", 1)), fraction=0.99)
+    train, held_out = held_out_split(examples_of(("a", 0), ("b", 0), ("c", 0)), fraction=0.99)
     assert (len(train), len(held_out)) == (1, 2)
     # No text fits into a share of one row: the one with the fewest copies is held out whole.
     copies = examples_of(("a", 0), ("b", 1), ("a", 0), ("b", 1), ("a", 0))
     assert held_out_split(copies) == ([0, 2, 4], [1, 3])
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.9])
+def test_split_keeps_a_text_of_every_class_to_train_on(seed, fraction):
+    rare = [("只此一条", 1), ("两条", 2), ("两条", 2), ("两种", 0), ("两种", 3)]
+    examples = examples_of(*rare, *[(f"评论{i}", 0) for i in range(45)])
+    train, held_out = held_out_split(examples, fraction, seed)
+    assert {examples[i].label for i in train} == {0, 1, 2, 3}
+    # Where no class would be lost, the split is what it is without this rule.
+    plenty = examples_of(*((text, 0) for text, _ in rare), *[(f"评论{i}", 0) for i in range(45)])
+    rest, wanted = held_out_split(plenty, fraction, seed)
+    if not set(wanted) & set(range(5)):
+        assert (train, held_out) == (rest, wanted)
+    assert len(held_out) == min(round(fraction * 50), 45) or fraction == 0.01
 
 
 def test_split_refuses_what_cannot_be_split():

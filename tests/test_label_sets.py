@@ -24,6 +24,9 @@ def test_the_own_set_is_the_first_and_no_word_stands_twice():
     sets = parse_label_sets("差,好;负面,正面;好,差", OWN)
     assert sets == [OWN, ("差", "好"), ("好", "差")]
     assert distinct_words(sets) == ("负面", "正面", "差", "好")
+    notes = []
+    assert parse_label_sets("差, 好；负面，正面; 好,差", OWN, notes.append) == sets
+    assert len(notes) == 2 and all(note.startswith("note: --label-sets") for note in notes)
 
 
 @pytest.mark.parametrize(

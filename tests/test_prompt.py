@@ -219,6 +219,32 @@ def test_labels_as_typed():
 
 
 @pytest.mark.parametrize(
+    ("argument", "words", "dropped"),
+    [
+        ("负面, 正面", ("负面", "正面"), True),
+        (" 负面,正面", ("负面", "正面"), True),
+        ("负面 ,正面", ("负面", "正面"), True),
+        ("负面,\u3000正面", ("负面", "正面"), True),
+        ("\t负面,\n正面", ("负面", "正面"), True),
+        ("bad, good", ("bad", "good"), True),
+        (" bad , good", (" bad", " good"), True),
+        (" bad, good", (" bad", " good"), False),
+        ("not bad,very good", ("not bad", "very good"), False),
+        ("负面，正面", ("负面", "正面"), False),
+        ("体育，财经,科技", ("体育", "财经", "科技"), False),
+        ("体育、财经、科技", ("体育", "财经", "科技"), False),
+        ("体育、娱乐,财经", ("体育、娱乐", "财经"), False),  # with a comma, 、 belongs to a word
+    ],
+)
+def test_commas_and_spaces_between_labels(argument, words, dropped):
+    notes = []
+    assert parse_labels(argument, say=notes.append) == parse_labels(argument) == words
+    assert len(notes) == dropped
+    said = f"{argument!r}: white space around words is dropped"
+    assert all(note.startswith(f"note: --labels {said}") for note in notes)
+
+
+@pytest.mark.parametrize(
     ("argument", "found"),
     [
         ("负面,负面", "负面 repeats"),
@@ -228,7 +254,10 @@ def test_labels_as_typed():
         ("负面,", "a word is empty"),
         ("负面, ,正面", "a word is empty"),
         ("负面", "one word"),
-        ("负面，正面", "one word"),  # a full-width comma
+        ("负面;正面", "one word"),
+        ("负面, 负面", "负面 repeats"),
+        (" 负面,  负面", "负面 repeats"),
+        ("负面， ", "a word is empty"),
     ],
 )
 def test_labels_refused(argument, found):

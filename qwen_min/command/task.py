@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,8 @@ class Task:
 
 def read_task(args: argparse.Namespace) -> Task:
     """The task of these arguments. Raises UserError for arguments that do not fit together."""
-    labels, template = parse_labels(args.labels), parse_template(args.template)
+    labels = parse_labels(args.labels, say=partial(print, file=sys.stderr))
+    template = parse_template(args.template)
     if args.system is not None and not args.chat:
         raise UserError("--system is a message of Qwen's chat markup; give --chat too")
     directory = resolve_model(args.model)

@@ -10,18 +10,24 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
 import reprlib
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from qwen_min.errors import UserError
-from qwen_min.files.disk import one_line_error
+from qwen_min.files.disk import one_line_error, read_regular
+
+# The beginning of a workbook or zip archive, an old workbook, a Parquet file, a gzip archive.
+BINARY = re.compile(rb"PK\x03\x04|\xd0\xcf\x11\xe0|PAR1\x15|\x1f\x8b")
+# A whole field in quotes, as CSV writes it; it may go over several lines.
+QUOTED = re.compile(r'"(?<![^\t\n]")[^"]*(?:""[^"]*)*"(?![^\t\r\n])')
+NO_QUOTING = "a .tsv has no quoting: remove tabs and newlines from its texts, or save it as .csv"
+QUOTING = 'write a field with commas, newlines or quotes in "...", and " inside it as ""'
 
 # Share of the training rows. They alone choose penalty, layer, checkpoint and temperature.
 HELD_OUT = 0.1
@@ -42,28 +48,36 @@ def read_examples(
     """The examples of a .tsv, .csv or .jsonl file, in file order.
 
     .tsv: a header row; fields are separated by tabs and not quoted, `"` is an ordinary character.
+    If a whole field stands in quotes, as pandas writes it, stderr gets a note.
     .csv: a header row; quoted fields may contain commas, newlines and doubled quotes (RFC 4180).
     .jsonl: one object a line. In each, the names are `label` and `text_a` (or `text`); others are
-    ignored. Labels are the words in `labels` or the indices 0..C-1, one kind for the whole file.
-    If every label fits both (words that are digits), they are words.
+    ignored.
 
-    With `limit`, only the first `limit` rows are checked, and only they decide which kind the
-    labels are; the encoding is checked for the whole file.
+    Labels are the words in `labels` or the indices 0..C-1, one kind for the whole file, without
+    white space around them. A JSON number counts as its digits, so all formats give the same
+    classes. If every label fits both kinds (words that are digits), they are words. If the kinds
+    would give different classes, stderr gets a note of the kind that was taken.
+
+    With `limit`, only the first `limit` rows are checked. If their labels fit both kinds, with
+    different classes, the rows after them are read too, because the whole file decides. The
+    encoding is always checked for the whole file.
 
     Raises UserError, one line that names the file and if possible the line in it.
     """
     path = Path(path)
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}, expected at least 1 row: give a positive number")
-    suffix = path.suffix.lower()
-    if os.path.isfile(path) and suffix not in (".tsv", ".csv", ".jsonl"):
-        raise UserError(f"{path}: extension {suffix!r}, expected .tsv, .csv or .jsonl: rename it")
-    records = _records(path, _decode(path, encoding))
+    content = _decode(path, encoding)
+    records = _records(path, content)
     # islice refuses numbers above sys.maxsize; --limit may be one.
     rows = list(islice(records, limit and min(limit, sys.maxsize)))
     if not rows:
         raise UserError(f"{path}: found no rows, expected examples: give the right file")
-    classes = _class_indices(path, rows, labels)
+    classes = _class_indices(path, rows, records, labels)
+    if path.suffix.lower() == ".tsv" and (quoted := QUOTED.search(content)):
+        place = f"{path}, line {content.count(chr(10), 0, quoted.start()) + 1}"
+        read = "found a field in quotes, read as it is: a .tsv has no quoting, each line is a row"
+        print(f"note: {place}: {read}; if a program wrote it so, save it as .csv", file=sys.stderr)
     return [Example(text, y, line) for (line, _, text), y in zip(rows, classes, strict=True)]
 
 
@@ -87,6 +101,8 @@ def held_out_split(
     text, and held out in that order until the share is full; a text with more copies than still fit
     is skipped. A text's rank depends on nothing else: not on Python's version, nor on other rows.
     New rows therefore move few others across, whereas a shuffle would deal all of them again.
+    A text is also skipped if no other text of a class would be left to train on; if that is so of
+    every text, a class is lost.
 
     Raises UserError unless 0 < fraction < 1 and there are at least two distinct texts.
     """
@@ -99,40 +115,53 @@ def held_out_split(
         raise UserError(f"found {len(rows_of)} distinct texts, at least 2 are needed: add data")
     ranked = sorted(rows_of, key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest())
     share = min(round(fraction * len(examples)), len(examples) - 1)
+    left = Counter(example.label for example in examples)
+
+    def last_of_class(text: str) -> bool:
+        return any(left[y] == n for y, n in labels_of[text].items())
+
+    labels_of = {t: Counter(examples[i].label for i in rows) for t, rows in rows_of.items()}
     held_out: list[int] = []
     for text in ranked:
-        if len(held_out) + len(rows_of[text]) <= share:
+        if len(held_out) + len(rows_of[text]) <= share and not last_of_class(text):
             held_out += rows_of[text]
+            left -= labels_of[text]
     if not held_out:  # no text fits: the share may be 0, or every text may have more copies
-        held_out = rows_of[min(ranked, key=lambda text: len(rows_of[text]))]
+        held_out = rows_of[min(ranked, key=lambda text: (last_of_class(text), len(rows_of[text])))]
     return sorted(set(range(len(examples))) - set(held_out)), sorted(held_out)
 
 
 def class_counts(examples: Sequence[Example], num_classes: int) -> list[int]:
     """Number of examples of each class, in class order: (C,)."""
-    labels = [example.label for example in examples]
-    return [labels.count(label) for label in range(num_classes)]
+    counts = Counter(example.label for example in examples)
+    return [counts[label] for label in range(num_classes)]
 
 
 def _decode(path: Path, encoding: str) -> str:
-    with one_line_error(path, "check the path", "cannot be read"):
-        data = path.read_bytes()
+    data = read_regular(path, "a data file", "check the path")
+    if BINARY.match(data):
+        found = "found a workbook, a Parquet file or an archive, expected text"
+        raise UserError(f"{path}: {found}: save it as .csv in its program, or unpack it")
+    if (suffix := path.suffix.lower()) not in (".tsv", ".csv", ".jsonl"):
+        advice = "save it as .csv, or rename it if it is one of these"
+        raise UserError(f"{path}: extension {suffix!r}, expected .tsv, .csv or .jsonl: {advice}")
     try:
         codec = codecs.lookup(encoding).name
+        b"\xff".decode(encoding, "replace")  # used below; idna, which is not for texts, refuses it
         if data[:2] in (b"\xff\xfe", b"\xfe\xff") and not codec.startswith("utf-16"):
             raise UserError(f"{path}: found a UTF-16 byte-order mark: add --encoding utf-16")
         # Not utf-8-sig: it counts the offset of an error from after the mark.
         return data.decode(encoding).removeprefix("\ufeff")
-    except LookupError:
-        raise UserError(f"--encoding {encoding}: not a text encoding; try utf-8") from None
     except UnicodeDecodeError as error:
         line = data[: error.start].decode(encoding, errors="replace").count("\n") + 1
         found = f"byte offset {error.start} is not valid {encoding}"
         other = "utf-8" if codec == "gb18030" else "gb18030"
         raise UserError(f"{path}, line {line}: {found}: try --encoding {other}") from None
+    except (LookupError, ValueError):  # ValueError: a codec's own, or a name with a NUL
+        raise UserError(f"--encoding {encoding}: not a text encoding; try utf-8") from None
 
 
-def _records(path: Path, content: str) -> Iterator[tuple[int, object, str]]:
+def _records(path: Path, content: str) -> Iterator[tuple[int, str, str]]:
     """Line number, label and text of each row."""
     header = None
     for line, fields in _rows(path, content):
@@ -146,7 +175,8 @@ def _records(path: Path, content: str) -> Iterator[tuple[int, object, str]]:
             continue
         elif len(fields) != len(header):
             found = f"found {len(fields)} fields, expected {len(header)} as in the header"
-            raise UserError(f"{place}: {found}: remove tabs from .tsv texts, quote .csv texts")
+            advice = QUOTING if path.suffix.lower() == ".csv" else NO_QUOTING
+            raise UserError(f"{place}: {found}: {advice}")
         else:
             record = dict(zip(header, fields, strict=True))
         text = record["text_a" if "text_a" in record else "text"]
@@ -154,7 +184,11 @@ def _records(path: Path, content: str) -> Iterator[tuple[int, object, str]]:
         if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
             found = f"found the text {reprlib.repr(text)}, expected valid characters"
             raise UserError(f"{place}: {found}, not all of them spaces: correct or remove the row")
-        yield line, record["label"], text
+        label = record["label"]
+        if type(label) not in (str, int, float):  # nor bool: true is no class number
+            found = f"found the label {reprlib.repr(label)}"
+            raise UserError(f"{place}: {found}, expected a string or a number: correct it")
+        yield line, str(label), text
 
 
 def _rows(path: Path, content: str) -> Iterator[tuple[int, list[str]]]:
@@ -171,13 +205,15 @@ def _rows(path: Path, content: str) -> Iterator[tuple[int, list[str]]]:
         if not any(field.strip() for field in fields):
             blank = blank or line
         elif blank:
-            raise UserError(f"{path}, line {blank}: found a blank line, expected a row: remove it")
+            advice = f"remove it; {NO_QUOTING}" if path.suffix.lower() == ".tsv" else "remove it"
+            raise UserError(f"{path}, line {blank}: found a blank line, expected a row: {advice}")
         else:
             yield line, fields
 
 
 def _csv_rows(path: Path, content: str) -> Iterator[tuple[int, list[str]]]:
     # newline="\n" keeps each line as it is, so that line_num counts lines as an editor does.
+    csv.field_size_limit(2**31 - 1)  # by default a text of more than 131,072 characters is refused
     reader = csv.reader(io.StringIO(content, newline="\n"), strict=True)
     line = 1
     try:
@@ -185,8 +221,7 @@ def _csv_rows(path: Path, content: str) -> Iterator[tuple[int, list[str]]]:
             yield line, fields
             line = reader.line_num + 1
     except csv.Error as error:
-        advice = 'write a field with commas, newlines or quotes in "...", and " inside it as ""'
-        raise UserError(f"{path}, line {line}: not valid CSV ({error}): {advice}") from None
+        raise UserError(f"{path}, line {line}: not valid CSV ({error}): {QUOTING}") from None
 
 
 def _parse_object(place: str, source: str) -> dict:
@@ -204,23 +239,38 @@ def _check_names(place: str, names: Sequence[str]) -> None:
     if "label" not in names or not one_text or len(set(names)) < len(names):
         found = ", ".join(map(reprlib.repr, names))
         expected = "'label' and either 'text_a' or 'text', no name twice"
-        raise UserError(f"{place}: found the columns {found}, expected {expected}: rename them")
+        advice = "rename them"
+        if any(re.search('["\t,;]', name) for name in names):
+            advice = "separate them with tabs, unquoted, in a .tsv and with commas in a .csv"
+        raise UserError(f"{place}: found the columns {found}, expected {expected}: {advice}")
 
 
-def _class_indices(path: Path, rows: Sequence[tuple], labels: Sequence[str]) -> list[int]:
-    """One class index for each row (line, label, text).
+def _class_indices(path: Path, rows: list, rest: Iterator, labels: Sequence[str]) -> list[int]:
+    """One class index for each of `rows`: (line, label, text).
 
-    All rows together decide between words and indices, because words that are digits fit both.
+    The whole file decides between words and indices: `rest`, the rows after these, is read only if
+    it can change the classes.
     """
-    words = {word: i for i, word in enumerate(labels)}
+    words = {word.strip(): i for i, word in enumerate(labels)}
     indices = {str(i): i for i in range(len(labels))}
-    as_words = [words.get(label) if isinstance(label, str) else None for _, label, _ in rows]
-    as_indices = [indices.get(str(label)) for _, label, _ in rows]  # str(True) is no index
-    for classes in (as_words, as_indices):
-        if None not in classes:
-            return classes
-    kind = as_indices if as_words[0] is None else as_words
-    line, label, _ = rows[kind.index(None)]
-    found = f"{path}, line {line}: found the label {reprlib.repr(label)}"
-    expected = f"an index 0..{len(labels) - 1} or one of {', '.join(labels)}, one kind in all rows"
-    raise UserError(f"{found}, expected {expected}: correct it, or name the words with --labels")
+
+    def read_as(kind: dict[str, int]) -> list[int | None]:
+        return [kind.get(label.strip()) for _, label, _ in rows]
+
+    number, as_words, as_indices = len(rows), read_as(words), read_as(indices)
+    if None not in [*as_words, *as_indices] and as_words != as_indices:
+        rows = [*rows, *rest]
+        as_words, as_indices = read_as(words), read_as(indices)
+    # The kind that fits more rows from the start is the file's; words if both fit all.
+    taken = max(as_words, as_indices, key=lambda kind: [*kind, None].index(None))
+    if None in taken:
+        line, label, _ = rows[taken.index(None)]
+        found = f"{path}, line {line}: found the label {reprlib.repr(label)}"
+        kinds = f"an index 0..{len(labels) - 1} or one of {', '.join(labels)}, one kind in all rows"
+        raise UserError(f"{found}, expected {kinds}: correct it, or name the words with --labels")
+    pairs = zip(as_words, as_indices, strict=True)
+    if None not in as_indices and any(word not in (None, index) for word, index in pairs):
+        kind = "words" if taken is as_words else f"class numbers 0..{len(labels) - 1}"
+        found = "some labels are both a word of --labels and the number of another class"
+        print(f"note: {path}: {found}; all are read as {kind}", file=sys.stderr)
+    return taken[:number]

@@ -11,10 +11,10 @@ from pathlib import Path
 from unicodedata import category, normalize
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash, read_examples
+from qwen_min.files.disk import read_safetensors, refuse_malformed
 from qwen_min.metrics import wilson_interval
 from qwen_min.prompt import parse_labels
 
@@ -65,25 +65,34 @@ def training_examples(
 
 
 def text_hashes(texts: Iterable[str]) -> np.ndarray:
-    """Eight bytes of SHA-256 of each normalised text: (distinct texts,) int64, ascending.
+    """The hashes of distinct texts, normalised: (distinct texts,) int64, ascending."""
+    return np.unique(_hashes(texts))
+
+
+def _hashes(texts: Iterable[str]) -> np.ndarray:
+    """Eight bytes of SHA-256 of each normalised text: (n,) int64.
 
     Enough to recognise a text, but not to reconstruct it.
     """
     digests = (hashlib.sha256(normalised(text).encode()).digest()[:8] for text in texts)
-    return np.unique(np.frombuffer(b"".join(digests), dtype="<i8"))
+    return np.frombuffer(b"".join(digests), dtype="<i8")
 
 
 def fed_rows(directory: Path, examples: Sequence[Example]) -> list[int]:
     """Indices of the examples that are in the training data of the model in `directory` itself.
 
     The model's file FED has their hashes; without this file the result is empty. If any example is
-    found, stderr gets a warning.
+    found, stderr gets a warning. Raises UserError for a file that has no such hashes.
     """
     if not (path := directory / FED).exists():
         return []
-    known = load_file(path)["texts"]
-    fed = [i for i, e in enumerate(examples) if text_hashes([e.text])[0] in known]
-    if fed:
+    kind, advice = "the hashes of a model's training texts", "copy the model again"
+    with refuse_malformed(path, kind, advice):
+        known = read_safetensors(path, kind, advice)[0]["texts"].numpy()
+        if known.dtype != np.int64:
+            raise ValueError(f"texts are {known.dtype}, expected int64")
+    hashes = _hashes(example.text for example in examples)
+    if fed := np.flatnonzero(np.isin(hashes, known)).tolist():
         found = f"{len(fed)} of these {len(examples)} texts are in the training data of {directory}"
         print(f"warning: {found}; metrics on them say nothing about new texts", file=sys.stderr)
     return fed
@@ -102,9 +111,9 @@ def clean_part(
         return None
     file, known = training or (None, [])
     sources = [file, "what the model itself was made from" if fed else None]
-    texts = [normalised(example.text) for example in examples]
     # Texts that are equal are also equal when normalised.
-    seen = {*stand_in(texts, [normalised(row.text) for row in known]), *fed}
+    texts, known = ((normalised(row.text) for row in rows) for rows in (examples, known))
+    seen = {*stand_in(texts, known), *fed}
     correct = [e.label == y for e, y in zip(examples, predictions, strict=True)]
     clean = [hit for i, hit in enumerate(correct) if i not in seen]
     n, hits = len(clean), int(sum(clean))

@@ -5,8 +5,9 @@ texts badly: the AUC shows this. Or one word may be more likely than the other i
 moves the best threshold and leaves the AUC as it is. Only the first depends on what the words mean.
 """
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,11 +22,14 @@ from qwen_min.tokenizer import Tokenizer
 Set = tuple[str, ...]  # one word for each class, in class order
 
 
-def parse_label_sets(argument: str, labels: Set) -> list[Set]:
-    """ "消极,积极;差,好" → the set of --labels, then these. Raises UserError for a wrong set."""
+def parse_label_sets(argument: str, labels: Set, say: Callable | None = None) -> list[Set]:
+    """ "消极,积极;差,好" → the set of --labels, then these. Raises UserError for a wrong set.
+
+    say: as in `parse_labels`.
+    """
     sets = [labels]
-    for part in argument.split(";"):
-        words = parse_labels(part, "--label-sets")
+    for part in re.split("[;；]", argument):
+        words = parse_labels(part, "--label-sets", say)
         if len(words) != len(labels):
             counts = f"has {len(words)} words, expected {len(labels)}"
             raise UserError(f"--label-sets: {part!r} {counts}: one for each class of --labels")
