@@ -38,7 +38,7 @@ from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.files.overlap import clean_part, fed_rows, training_examples
-from qwen_min.files.results import files_read, name_outputs, prediction_lines
+from qwen_min.files.results import name_outputs, prediction_lines
 from qwen_min.metrics import evaluate_predictions
 from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_mass
@@ -125,9 +125,11 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     examples, prompts = read_all_prompts(args, task)
     fed = fed_rows(task.directory, examples)
     training = training_examples(args.train_data, args.encoding, task.labels, record)
+    inputs = [task.directory, args.data, args.train_data, args.adapter, args.run]
     if args.run:
         name_outputs(args, record, examples_hash(examples))
-    files = open_outputs([args.output, args.predictions], files_read(args, record, task.directory))
+        inputs.append(record["arguments"].get("data"))
+    files = open_outputs([args.output, args.predictions], inputs)
     started = time.perf_counter()
     classifier = METHODS[args.method](source)
     load_seconds = time.perf_counter() - started

@@ -277,7 +277,7 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
         found = METHODS[args.method](job)
     except UserError:
         # Nothing was computed yet: delete run.json, so that the directory can be used again.
-        if not args.resume and [path.name for path in run.iterdir()] == ["run.json"]:
+        if not args.resume and [path.name for path in run.glob("*")] == ["run.json"]:
             (run / "run.json").unlink()
         raise
     except Stopped as stopped:

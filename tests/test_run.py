@@ -219,7 +219,8 @@ def test_a_checkpoint_is_what_was_written_with_a_manifest(tmp_path):
     save_checkpoint(tmp_path, 9, writer(9))
     assert steps(tmp_path) == [9, 12]  # by number, not by name
     assert names(tmp_path / "checkpoints") == ["step-12", "step-9"]
-    assert checkpoints(tmp_path / "absent") == []
+    (tmp_path / "new").mkdir()
+    assert checkpoints(tmp_path / "new") == []
 
 
 def test_a_checkpoint_that_is_there_stays(tmp_path):

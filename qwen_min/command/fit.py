@@ -12,6 +12,8 @@ from qwen_min.files import run as run_files
 from qwen_min.files.disk import read_json, write_atomically, write_json
 from qwen_min.training import Plan, best_step, make_optimizer, training_steps
 
+STATE = {"step": int, "seconds": float, "history": [{"step": int, "held_out_log_loss": float}]}
+
 
 class Stopped(Exception):
     """A signal asked the run to stop; it stopped after a step and saved a checkpoint."""
@@ -47,13 +49,8 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
     names, optimizer = list(training.parameters), make_optimizer(training.parameters.values())
     state = {"step": 0, "seconds": 0.0, "history": []}
     if checkpoint is not None:
-        fields = {
-            "step": int,
-            "seconds": float,
-            "history": [{"step": int, "held_out_log_loss": float}],
-        }
-        advice = "remove this checkpoint, then use --resume"
-        state = read_json(checkpoint / "state.json", "a training's state", advice, **fields)
+        how = ("a training's state", "remove this checkpoint, then use --resume")
+        state = read_json(checkpoint / "state.json", *how, **STATE)
         run_files.restore_optimizer(optimizer, names, checkpoint / "optimizer.safetensors")
     per_epoch = plan.steps_per_epoch(len(training.lengths))
     steps = plan.epochs * per_epoch

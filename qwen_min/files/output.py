@@ -10,6 +10,7 @@ from qwen_min.errors import UserError
 from qwen_min.files.disk import one_line_error, write_atomically
 
 RESULTS = ("results", "predictions")  # how the names of an evaluation's files begin
+Paths = Sequence[str | Path | None]
 STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 
@@ -61,19 +62,19 @@ class Output:
             raise UserError(f"{error}; {rescue}") from None
 
 
-def open_outputs(paths: Sequence[str | None], inputs: Sequence[str | Path]) -> list[Output | None]:
+def open_outputs(paths: Paths, inputs: Paths) -> list[Output | None]:
     """An Output for each path that is not None. Raises UserError as `refuse_inputs` does."""
     refuse_inputs(paths, inputs)
     return [None if path is None else Output(path) for path in paths]
 
 
-def refuse_inputs(paths: Sequence[str | None], inputs: Sequence[str | Path]) -> None:
+def refuse_inputs(paths: Paths, inputs: Paths) -> None:
     """Raise UserError if one of `paths` is another one or an input, or lies in an input directory.
 
     Only a file that is named results… or predictions… may be new there, or be replaced.
     """
     taken = set()
-    for place in map(Path, inputs):
+    for place in map(Path, filter(None, inputs)):
         with one_line_error(place, "make it readable", "cannot be read"):
             names = os.listdir(place) if place.is_dir() else []
         # A directory's entries too: what they link to is read.
@@ -83,8 +84,8 @@ def refuse_inputs(paths: Sequence[str | None], inputs: Sequence[str | Path]) -> 
         target = Path(os.path.realpath(path))
         around = () if target.name.startswith(RESULTS) else target.parents
         if taken & set().union(*map(_identities, (target, *around))):
-            found = "is already an input, among the inputs in a directory, or another output"
-            raise UserError(f"{path}: {found}; name a file elsewhere")
+            found = "is already the data or another output, or lies in a directory that is read"
+            raise UserError(f"{path}: {found}; give each its own, elsewhere")
         taken |= _identities(target)
 
 

@@ -5,12 +5,10 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from qwen_min.files.data import Example
-from qwen_min.files.run import ADAPTER
 
 
 def name_outputs(args: argparse.Namespace, record: dict, data_hash: str) -> None:
@@ -25,14 +23,6 @@ def name_outputs(args: argparse.Namespace, record: dict, data_hash: str) -> None
     ending = "-".join(parts)
     args.output = args.output or os.path.join(args.run, f"results-{ending}.json")
     args.predictions = args.predictions or os.path.join(args.run, f"predictions-{ending}.jsonl")
-
-
-def files_read(args: argparse.Namespace, record: dict | None, model: Path) -> list[str | Path]:
-    """What an evaluation reads: files, and directories with everything in them."""
-    read = [model, args.data, args.train_data, args.adapter, args.run]
-    if record:
-        read += [Path(args.run) / ADAPTER, record["arguments"].get("data")]
-    return [path for path in read if path]
 
 
 def prediction_lines(

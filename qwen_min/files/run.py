@@ -139,7 +139,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Path
     The manifest holds each file's size and SHA-256. A checkpoint that exists already is kept.
     """
     target = run / "checkpoints" / f"step-{step}"
-    if target not in _entries(target.parent, target.name):
+    if not target.exists():
         with disk.new_directory(target) as directory:
             write(directory)
             files = sorted(path for path in directory.rglob("*") if path.is_file())
@@ -166,14 +166,12 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def _entries(directory: Path, prefix: str) -> list[Path]:
-    """What is in `directory` and has a name that begins with `prefix`; [] if there is no such
-    directory. Path.glob would give [] also for one that cannot be read."""
+    """What is in `directory` and has a name that begins with `prefix`; [] if its parent has no
+    such directory. (Path.glob and Path.exists also say so of one that cannot be read.)
+    """
     with disk.one_line_error(directory, "make it readable, then use --resume", "cannot be read"):
-        try:
-            directory.lstat()  # a link that leads nowhere is there, and cannot be read
-        except FileNotFoundError:
-            return []
-        return [directory / name for name in os.listdir(directory) if name.startswith(prefix)]
+        names = os.listdir(directory) if directory.name in os.listdir(directory.parent) else []
+        return [directory / name for name in names if name.startswith(prefix)]
 
 
 def prune_checkpoints(run: Path, keep: Sequence[int | None]) -> None:
