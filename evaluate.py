@@ -128,7 +128,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     inputs = [task.directory, args.data, args.train_data, args.adapter, args.run]
     if args.run:
         name_outputs(args, record, examples_hash(examples))
-        inputs.append(record["arguments"].get("data"))
+        inputs += [f"{args.run}/adapter", record["arguments"].get("data")]
     files = open_outputs([args.output, args.predictions], inputs)
     started = time.perf_counter()
     classifier = METHODS[args.method](source)

@@ -73,17 +73,19 @@ def refuse_inputs(paths: Paths, inputs: Paths) -> None:
 
     Only a file that is named results… or predictions… may be new there, or be replaced.
     """
-    taken = set()
-    for place in map(Path, filter(None, inputs)):
+    places = [Path(path) for path in inputs if path]
+    around = set().union(*map(_identities, places))
+    taken = set(around)
+    for place in places:
         with one_line_error(place, "make it readable", "cannot be read"):
             names = os.listdir(place) if place.is_dir() else []
-        # A directory's entries too: what they link to is read.
+        # A link in the directory may lead to a file elsewhere.
         entries = (place / name for name in names if not name.startswith(RESULTS))
-        taken.update(*map(_identities, (place, *entries)))
+        taken.update(*map(_identities, entries))
     for path in (path for path in paths if path is not None):
         target = Path(os.path.realpath(path))
-        around = () if target.name.startswith(RESULTS) else target.parents
-        if taken & set().union(*map(_identities, (target, *around))):
+        parents = () if target.name.startswith(RESULTS) else target.parents
+        if taken & _identities(target) or around & set().union(*map(_identities, parents)):
             found = "is already the data or another output, or lies in a directory that is read"
             raise UserError(f"{path}: {found}; give each its own, elsewhere")
         taken |= _identities(target)
