@@ -126,9 +126,10 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     examples, prompts = read_all_prompts(args, task)
     fed = fed_rows(task.directory, examples)
     training = training_examples(args.train_data, args.encoding, task.labels, record)
+    inputs = [task.directory, args.data, args.train_data, args.adapter, args.run]
     if args.run:
         name_outputs(args, record, examples_hash(examples))
-    inputs = [args.data, *filter(None, [args.train_data])]
+        inputs += [f"{args.run}/adapter", record["arguments"].get("data")]
     files = open_outputs([args.output, args.predictions], inputs)
     started = time.perf_counter()
     classifier = METHODS[args.method](source)

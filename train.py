@@ -41,9 +41,10 @@ from qwen_min.command.terminal import progress_bar, text_table
 from qwen_min.command.trained import ADAPTER, HEAD, Trainable, attach_adapter, load_parts
 from qwen_min.errors import UserError
 from qwen_min.files.data import HELD_OUT, Example, class_counts, examples_hash, held_out_split
+from qwen_min.files.output import refuse_inputs
 from qwen_min.files.overlap import fed_rows
 from qwen_min.files.probe import cached_features, save_head
-from qwen_min.files.run import publish, run_arguments, start_record, write_json
+from qwen_min.files.run import lock_run, publish, run_arguments, start_record, write_json
 from qwen_min.files.weights import checkpoint_fingerprint, fingerprint, load_model, save_model
 from qwen_min.head import fit_layers
 from qwen_min.metrics import log_loss
@@ -214,13 +215,19 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args, given = parse_with_given(build_parser(), argv)
-    return run_command(lambda args: train(run_arguments(args, given)), args)
+
+    def command(args: argparse.Namespace) -> int:
+        with lock_run(args):  # before anything of the run is read
+            return train(run_arguments(args, given))
+
+    return run_command(command, args)
 
 
 def train(args: argparse.Namespace) -> int:
     """Read, split, load, train, and write the run directory."""
     arguments.check_training(args)
     device, task, run = choose_device(args.device), read_task(args), Path(args.output)
+    refuse_inputs([args.merge], [task.directory, run])
     examples, prompts = read_rows(args, task)
     fed_rows(task.directory, examples)  # warns if the model was made from some of the rows
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
@@ -273,7 +280,7 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
         found = METHODS[args.method](job)
     except UserError:
         # Nothing was computed yet: delete run.json, so that the directory can be used again.
-        if not args.resume and [path.name for path in run.iterdir()] == ["run.json"]:
+        if not args.resume and [path.name for path in run.glob("*")] == ["run.json"]:
             (run / "run.json").unlink()
         raise
     except Stopped as stopped:

@@ -354,6 +354,30 @@ def test_output_file(tmp_path):
     assert (tmp_path / "table.txt").read_text(encoding="utf-8") == shown
 
 
+@pytest.mark.parametrize("name", ["results-a.json", "predictions-a.jsonl", "log.jsonl", "run.json"])
+@pytest.mark.parametrize("as_directory", [False, True])
+def test_the_output_replaces_nothing_that_is_read(name, as_directory, seeds, tmp_path):
+    run = tmp_path / "lora-0"
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    given = run if as_directory else run / "results-a.json"
+    for output in (run / name, tmp_path / "lora-1" / ".." / "lora-0" / name):
+        status, out, err = command(given, seeds[0], "--output", output)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"error: {output}: is already the data")
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert command(given, "--output", run / "report.txt")[0] == 0
+
+
+def test_the_output_replaces_no_predictions_that_have_a_name_of_their_own(tmp_path):
+    path = evaluated(tmp_path / "a", "zero_shot", predictions=str(tmp_path / "b" / "rows.jsonl"))
+    (tmp_path / "b").mkdir()
+    rows = path.with_name("predictions.jsonl").rename(tmp_path / "b" / "rows.jsonl")
+    before = rows.read_bytes()
+    status, _, err = command(path, "--output", rows)
+    assert status == 2 and f"{rows}: is already the data" in err
+    assert rows.read_bytes() == before
+
+
 # Mistakes
 
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import fcntl
 import io
 import itertools
 import json
@@ -31,9 +32,11 @@ from qwen_min.files.disk import (
 )
 from qwen_min.files.run import (
     MANIFEST,
+    WRITTEN,
     StopRequest,
     append_log,
     checkpoints,
+    lock_run,
     optimizer_bytes,
     prune_checkpoints,
     publish,
@@ -216,7 +219,8 @@ def test_a_checkpoint_is_what_was_written_with_a_manifest(tmp_path):
     save_checkpoint(tmp_path, 9, writer(9))
     assert steps(tmp_path) == [9, 12]  # by number, not by name
     assert names(tmp_path / "checkpoints") == ["step-12", "step-9"]
-    assert checkpoints(tmp_path / "absent") == []
+    (tmp_path / "new").mkdir()
+    assert checkpoints(tmp_path / "new") == []
 
 
 def test_a_checkpoint_that_is_there_stays(tmp_path):
@@ -311,7 +315,7 @@ def test_a_changed_checkpoint_is_refused(name, change, tmp_path):
     save_checkpoint(tmp_path, 2, writer(2))
     change(tmp_path / "checkpoints" / "step-2" / name)
     with pytest.raises(
-        UserError, match=r"step-2: not a whole checkpoint .*remove .*--resume"
+        UserError, match=r"step-2(/manifest.json)?: not a whole checkpoint .*remove .*--resume"
     ) as error:
         checkpoints(tmp_path)
     assert "\n" not in str(error.value)
@@ -320,7 +324,49 @@ def test_a_changed_checkpoint_is_refused(name, change, tmp_path):
 @pytest.mark.parametrize("manifest", ["[]", "{}", "null", '{"state.json": 3}', '{"../x": [0, ""]}'])
 def test_another_manifest_is_refused(manifest, tmp_path):
     (save_checkpoint(tmp_path, 2, writer(2)) / MANIFEST).write_text(manifest)
-    with pytest.raises(UserError, match="step-2: not a whole checkpoint"):
+    with pytest.raises(UserError, match=r"step-2(/manifest.json)?: not a whole checkpoint"):
+        checkpoints(tmp_path)
+
+
+def replaced_by_a_file(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.touch()
+
+
+def replaced_by_a_link_to_nowhere(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to("unmounted")
+
+
+def unreadable(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """As without permission, or on a disk that fails; root, who may run this, has permission."""
+    for name in ("listdir", "scandir"):
+        real = getattr(os, name)
+
+        def refuse(path, real=real):
+            if Path(path) == folder:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return real(path)
+
+        patch.setattr(os, name, refuse)
+
+
+@pytest.mark.parametrize("damage", [replaced_by_a_file, replaced_by_a_link_to_nowhere, unreadable])
+def test_checkpoints_that_cannot_be_read_are_not_none(damage, tmp_path, monkeypatch):
+    """Taken for none, a resume would start at step 0, and empty the log."""
+    save_checkpoint(tmp_path, 2, writer(2))
+    damage(tmp_path / "checkpoints", monkeypatch)
+    for act in (checkpoints, lambda run: prune_checkpoints(run, [])):
+        with pytest.raises(UserError, match=r"checkpoints: cannot be read \(.*--resume") as error:
+            act(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_only_regular_files_are_in_a_checkpoint(tmp_path):
+    path = save_checkpoint(tmp_path, 2, writer(2)) / "state.json"
+    path.unlink()
+    os.mkfifo(path)  # reading it would wait for a writer
+    with pytest.raises(UserError, match=r"step-2: not a whole checkpoint .*state.json is missing"):
         checkpoints(tmp_path)
 
 
@@ -515,6 +561,42 @@ def test_log_drops_a_cut_last_line(tmp_path):
         assert logged(path) == ([1, 2, 3] if whole else [1, 3])
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": 2, "l\xffss": 0.5}',
+        b'{"step": 2, "loss": 0.5',
+        b'{"step": 2, "loss": 0.5}{"step": 2, "loss": 0.5}',
+        b'{"step": "2", "loss": 0.5}',
+        b'{"step": null}',
+        b'{"loss": 0.5}',
+        b"[2]",
+        b"\x00" * 100,
+        b"[" * 100_000,
+        b'{"step": ' + b"9" * 10_000 + b"}",
+    ],
+)
+def test_a_damaged_line_of_the_log_costs_only_itself(line, tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    whole = [json.dumps({"step": step, "loss": 0.5}).encode() for step in (1, 3, 4, 5)]
+    path.write_bytes(b"\n".join([whole[0], line, *whole[1:]]) + b"\n")
+    trim_log(path, 4)
+    assert path.read_bytes() == b"\n".join(whole[:3]) + b"\n"
+    assert capsys.readouterr().err == f"warning: {path}: damaged lines dropped: 1\n"
+    trim_log(path, 4)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_log_that_cannot_be_read_is_not_empty(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.mkdir()
+    with pytest.raises(UserError, match=r"log.jsonl: not a log \("):
+        trim_log(path, 2)
+    path.rmdir()
+    trim_log(path, 2)  # absent
+    assert path.read_bytes() == b""
+
+
 def test_a_full_disk_under_the_log_is_one_line(tmp_path):
     path = tmp_path / "log.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -537,7 +619,7 @@ def test_a_full_disk_under_the_log_is_one_line(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_noted_and_the_second_is_not_caught(number):
     seen = []
-    before = {n: signal.signal(n, lambda n, _: seen.append(n)) for n in (signal.SIGINT, number)}
+    before = {n: signal.signal(n, lambda n, _: seen.append(n)) for n in {signal.SIGINT, number}}
     try:
         stop = StopRequest()
         assert stop.signal is None
@@ -569,27 +651,91 @@ def recorded(run: Path, **changes: object) -> None:
     start_record(run, {**record, "base_fingerprint": "b", "data_hash": "d"}, resume=False)
 
 
+def started(args: argparse.Namespace, given: dict) -> argparse.Namespace:
+    """The arguments of a run, as train.py gets them."""
+    with lock_run(args):
+        return run_arguments(args, given)
+
+
 def refused(args: argparse.Namespace, given: dict, reason: str) -> None:
     with pytest.raises(UserError, match=reason) as error:
-        run_arguments(args, given)
+        started(args, given)
     assert "\n" not in str(error.value)
 
 
-def test_arguments_of_a_new_run(tmp_path):
+def test_arguments_of_a_new_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     args = arguments(output=str(tmp_path / "new"))
-    assert run_arguments(args, {}) == args
-    assert run_arguments(arguments(output=None), {}).output == "runs/lora_head"
+    assert started(args, {}) == args
+    assert started(arguments(output=None), {}).output == "runs/lora_head"
     refused(arguments(method=None), {}, "--method is missing")
+    refused(arguments(output=""), {}, "No such file or directory.*--output")
 
 
-@pytest.mark.parametrize("left", ["run.json", "checkpoints"])
-def test_a_new_run_needs_a_directory_without_one(left, tmp_path):
-    """Without run.json old checkpoints would be gone on with, by whatever other arguments."""
-    recorded(tmp_path)
-    save_checkpoint(tmp_path, 3, writer(3))
-    for name in {"run.json", "checkpoints"} - {left}:
-        (tmp_path / name).rename(tmp_path.with_name(name))
-    refused(arguments(output=str(tmp_path)), {}, "has a run: add --resume")
+@pytest.mark.parametrize("name", [*WRITTEN, "results-0a.json", "predictions-0a.jsonl", "ADAPTER"])
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_a_new_run_replaces_nothing_that_is_there(make, name, tmp_path):
+    """Without run.json old checkpoints would even be continued, with whatever other arguments."""
+    (tmp_path / "notes").write_text("the user's")
+    make(tmp_path / name)
+    before = {path: path.lstat() for path in tmp_path.rglob("*")}
+    refused(
+        arguments(output=str(tmp_path)), {}, f"holds {name}, which.*--resume.*another directory"
+    )
+    assert {path: path.lstat() for path in tmp_path.rglob("*")} == before
+
+
+def test_a_new_run_leaves_other_files_alone(tmp_path):
+    for name in ("notes", "adapter.old", "results.txt", ".run.json"):
+        (tmp_path / name).write_text("the user's")
+    args = arguments(output=str(tmp_path))
+    with lock_run(args):
+        save_checkpoint(tmp_path, 1, writer(1))
+    assert names(tmp_path) == [".run.json", "adapter.old", "checkpoints", "notes", "results.txt"]
+
+
+def test_a_run_that_writes_nothing_leaves_no_directory(tmp_path):
+    new, own, used = (tmp_path / name for name in ("new", "own", "used"))
+    own.mkdir()
+    for run in (new, own, used):
+        with pytest.raises(KeyError), lock_run(arguments(output=str(run))):
+            if run == used:
+                (run / "run.json").touch()
+            raise KeyError
+    assert names(tmp_path) == ["own", "used"]  # an empty directory of the user's stays
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new", "resume"])
+def test_one_directory_has_one_training(again, tmp_path):
+    run, link = tmp_path / "run", tmp_path / "link"
+    link.symlink_to(run)
+    with lock_run(arguments(output=str(run))):
+        for name in (run, link):
+            args = arguments(output=str(name), resume=again)
+            refused(args, {}, "another training is running in it; wait.*--output")
+        assert run.is_dir()  # a process that was refused removes nothing
+    recorded(run)
+    assert started(arguments(output=str(link), resume=True), {}).output == str(link)
+
+
+def test_the_lock_of_a_directory_that_was_removed_is_none(tmp_path, monkeypatch):
+    """The first process fails, and removes its directory, while the second waits to lock it."""
+    run, flock = tmp_path / "run", fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        flock(descriptor, how)
+        run.rename(tmp_path / "removed")
+        run.mkdir()  # by a third process
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    refused(arguments(output=str(run)), {}, "another training is running in it")
+
+
+def test_a_pipe_is_no_run_directory(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    for resume in (False, True):
+        args = arguments(output=str(tmp_path / "pipe"), resume=resume)
+        refused(args, {}, "pipe: cannot be opened .*--output")
 
 
 def test_resume_takes_the_arguments_the_run_began_with(tmp_path):
@@ -614,13 +760,15 @@ def test_resume_by_the_name_of_the_method(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recorded(tmp_path / "runs" / "lora_head")
     typed = {"resume": True, "method": "lora_head"}
-    args = run_arguments(arguments(output=None, **typed), typed)
+    args = started(arguments(output=None, **typed), typed)
     assert args.output == "runs/lora_head"
 
 
 def test_resume_refusals(tmp_path):
     refused(arguments(output=None, method=None, resume=True), {}, "--resume needs --output")
     typed = {"resume": True, "output": str(tmp_path / "run")}
+    refused(arguments(**typed), typed, r"run: cannot be opened \(No such file.*--output")
+    (tmp_path / "run").mkdir()
     refused(arguments(**typed), typed, r"run.json: not a run's record \(No such file.*train.py")
     recorded(tmp_path / "run")
     for change in ({"lr": 0.5}, {"seed": 1}, {"method": "head_only"}):

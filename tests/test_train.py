@@ -1,5 +1,6 @@
 """The command train.py, and evaluate.py on what it made: small checkpoint, CPU, one thread."""
 
+import hashlib
 import json
 import os
 import random
@@ -9,12 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPO, make_reference
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -22,7 +25,7 @@ import train
 from lora import lora_parameters
 from qwen_min.fast import forms
 from qwen_min.files.data import held_out_split, read_examples
-from qwen_min.files.run import checkpoints
+from qwen_min.files.run import MANIFEST, WRITTEN, checkpoints
 from qwen_min.files.weights import load_model
 
 WORDS = "坏,好"  # of three tokens and of one: neither merges with the template's end
@@ -61,6 +64,10 @@ def runs(base, data, tmp_path_factory) -> dict[str, Path]:
 
 def record(run: Path) -> dict:
     return json.loads((run / "run.json").read_text(encoding="utf-8"))
+
+
+def write_record(run: Path, **changes: object) -> None:
+    (run / "run.json").write_text(json.dumps(record(run) | changes), encoding="utf-8")
 
 
 def scores_of(capsys, *args: object) -> np.ndarray:
@@ -250,6 +257,55 @@ def test_features_are_computed_once(base, data, tmp_path, monkeypatch):
     assert train.main(arguments("head_only", base, data, tmp_path / "b", *cache)) == 0
 
 
+def flipped(path: Path, tensors: dict) -> None:
+    """One bit of the first number: its sign."""
+    whole = bytearray(path.read_bytes())
+    whole[8 + int.from_bytes(whole[:8], "little") + 3] ^= 0x80
+    path.write_bytes(whole)
+
+
+def rewritten(change) -> Callable[[Path, dict], None]:
+    """The features changed, and all else as it was."""
+
+    def rewrite(path: Path, tensors: dict) -> None:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        save_file({"features": change(tensors["features"])}, path, metadata)
+
+    return rewrite
+
+
+DAMAGE = {
+    "a flipped bit": flipped,
+    "a row too few": rewritten(lambda features: features[:-1].clone()),
+    "other rows": rewritten(lambda features: features.flip(0)),
+    "another dtype": rewritten(lambda features: features.double()),
+    "a number": rewritten(lambda features: features[0, 0, 0]),
+    "no hash": lambda path, tensors: save_file(tensors, path),
+    "a pipe": lambda path, tensors: path.unlink() or os.mkfifo(path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_kept_features_that_were_changed_are_computed_again(damage, runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(runs["head_only"], run)
+    (run / "head.safetensors").unlink()
+    write_record(run, finished=False)
+    (path,) = (run / "features").iterdir()
+    whole = {name: tensor.clone() for name, tensor in load_file(path).items()}  # not the mapping
+    DAMAGE[damage](path, whole)
+    if damage == "a pipe":  # this is not replaced
+        assert "not a regular file" in one_line(capsys, 2, "--resume", "--output", run)
+        return
+    assert train.main(["--resume", "--output", str(run)]) == 0
+    expected = load_file(runs["head_only"] / "head.safetensors")
+    found = load_file(run / "head.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(load_file(path)["features"], whole["features"])
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("method", LORA)
 def test_bf16_base_trains_and_stays_frozen(method, base, data, tmp_path):
     args = arguments(method, base, data, tmp_path / "run", "--dtype", "bfloat16", "--epochs", 1)
@@ -364,6 +420,63 @@ def test_a_signal_saves_and_says_how_to_go_on(number, status, base, data, tmp_pa
     assert not record(run)["finished"]
 
 
+def start(*args: object) -> subprocess.Popen:
+    """train.py in a process of its own, with its output in pipes."""
+    command = [sys.executable, str(REPO / "train.py"), *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_of_two_trainings_in_one_new_directory_one_is_refused(base, data, tmp_path):
+    run = tmp_path / "runs" / "new"
+    both = [
+        start(*arguments("lora_head", base, data, run, "--seed", seed, "--epochs", 10))
+        for seed in (0, 1)
+    ]
+    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in both]
+    assert sorted(status for _, status in ends) == [0, 2]
+    for seed, (err, status) in enumerate(ends):
+        if status == 0:
+            assert record(run)["arguments"]["seed"] == seed and record(run)["finished"]
+        else:
+            assert (
+                err.startswith(f"error: {run}: another training is running")
+                and err[:-1].isprintable()
+            )
+    alone = arguments("lora_head", base, data, tmp_path / "alone", "--epochs", 10)
+    seed = record(run)["arguments"]["seed"]
+    assert train.main([*alone, "--seed", str(seed)]) == 0
+    assert result_bytes(run) == result_bytes(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("again", ["new", "resume"])
+def test_beside_a_running_training_nothing_starts_until_it_is_killed(
+    again, base, data, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    args = arguments("lora_head", base, data, run, "--epochs", 500, "--save-every", 5)
+    process = start(*args)
+    wait_for_lines(run / "log.jsonl", 6)
+    started = time.monotonic()
+    line = one_line(capsys, 2, *args, *["--resume"] * (again == "resume"))
+    assert time.monotonic() - started < 1
+    assert f"{run}: another training is running in it; wait" in line
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    if again == "new":
+        assert "add --resume" in one_line(capsys, 2, *args)
+        return
+    steps = [step for step, _ in checkpoints(run)]
+    assert steps and not record(run)["finished"]
+    child = in_child([*args, "--resume"])
+    wait_for_lines(run / "log.jsonl", 3)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+    assert checkpoints(run)[-1][0] > max(steps)
+    numbers = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert numbers == list(range(1, checkpoints(run)[-1][0] + 1))
+
+
 # --- one line, and the status --------------------------------------------------------------------
 
 
@@ -469,6 +582,75 @@ def test_a_heads_classes_keep_their_names(runs, data, capsys):
     assert WORDS in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def read(runs, base, data, tmp_path_factory) -> Path:
+    """Copies of what evaluations read: run, probe, base; a hub's cache; links to parts of them."""
+    root = tmp_path_factory.mktemp("read")
+    for source, name in ((runs["lora_label_scoring"], "run"), (runs["head_only"], "probe")):
+        shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("*-*.json*"))
+    shutil.copytree(base, root / "base")
+    shutil.copytree(base, root / "cache" / "blobs")
+    (root / "cache" / "snapshot").mkdir()
+    for path in (root / "cache" / "blobs").iterdir():
+        (root / "cache" / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
+    for name in ("train.tsv", "test.tsv"):
+        shutil.copy(data, root / name)
+    for run in ("run", "probe"):
+        own = record(root / run)["arguments"] | {"data": str(root / "train.tsv")}
+        write_record(root / run, arguments=own)
+    (root / "link.json").symlink_to("base/config.json")
+    (root / "new.json").symlink_to("base/chat_template.jinja")  # absent, but would be read
+    (root / "results.json").symlink_to("run/run.json")
+    os.link(root / "run" / "run.json", root / "hard.json")
+    (root / "other").symlink_to("run")
+    (root / "run" / "parent").symlink_to("..")
+    return root
+
+
+RUN, PROBE = ["--run", "run"], ["--run", "probe", "--model", "base"]
+ADAPTED = ["--method", "lora_label_scoring", "--adapter", "run/adapter", "--model", "base"]
+CACHED = ["--method", "zero_shot", "--model", "cache/snapshot", "--train-data", "train.tsv"]
+INPUTS = [
+    *[(RUN, f"run/{name}") for name in WRITTEN],
+    *[(RUN, f"run/adapter/adapter_{name}") for name in ("config.json", "model.safetensors")],
+    *[(RUN, name) for name in ("results.json", "hard.json", "other/run.json", "run/notes.txt")],
+    *[(RUN, name) for name in ("test.tsv", "train.tsv")],
+    *[(PROBE, name) for name in ("probe/head.safetensors", "base/config.json", "link.json")],
+    *[(ADAPTED, name) for name in ("run/adapter/adapter_config.json", "new.json")],
+    *[(CACHED, f"cache/{name}/config.json") for name in ("snapshot", "blobs")],
+    (CACHED, "train.tsv"),
+]
+
+
+@pytest.mark.parametrize(("args", "path"), INPUTS, ids=str)
+@pytest.mark.parametrize("option", ["--output", "--predictions"])
+def test_no_output_replaces_what_an_evaluation_reads(option, args, path, read, capsys, monkeypatch):
+    monkeypatch.chdir(read)
+    before = contents(read)
+    status = evaluate.main([*args, "--data", "test.tsv", "--labels", WORDS, option, path])
+    err = capsys.readouterr().err.strip().split("\n")
+    assert (status, len(err)) == (2, 1)
+    assert err[0].startswith(f"error: {path}: is already the data") and "elsewhere" in err[0]
+    assert contents(read) == before
+
+
+def test_results_have_their_names_in_a_directory_that_is_read(read, capsys, monkeypatch):
+    monkeypatch.chdir(read)
+    for _ in range(2):  # the second time they are replaced
+        assert evaluate.main(["--run", "run", "--data", "test.tsv"]) == 0
+        output = ["--output", "run/results.json", "--predictions", "run/predictions.jsonl"]
+        assert evaluate.main(["--run", "run", "--data", "test.tsv", *output]) == 0
+    made = {path.name for path in Path("run").iterdir()} - {*WRITTEN, "parent"}
+    assert len(made) == 4 and {"results.json", "predictions.jsonl"} < made
+    assert evaluate.main(["--run", "run", "--data", "test.tsv", "--output", "beside.json"]) == 0
+    Path("beside.json").unlink()
+    monkeypatch.chdir("base")
+    method = ["--method", "zero_shot", "--model", ".", "--data", "../test.tsv", "--labels", WORDS]
+    assert evaluate.main([*method, "--output", "results.json"]) == 0
+    Path("results.json").unlink()
+    capsys.readouterr()
+
+
 def test_other_settings_are_another_file(runs, data, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(runs["lora_label_scoring"], run)
@@ -488,9 +670,46 @@ def test_a_mistake_leaves_no_run_behind(more, base, data, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_output_that_holds_a_run_is_refused(runs, base, data, capsys):
-    line = one_line(capsys, 2, *arguments("lora_head", base, data, runs["lora_head"]))
-    assert "--resume" in line
+def contents(directory: Path) -> dict[str, bytes | None]:
+    """Every file in a directory with its bytes, and every directory."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in directory.rglob("*")
+    }
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_output_that_holds_any_part_of_a_run_is_refused(method, runs, base, data, tmp_path, capsys):
+    """Whatever a training and an evaluation of this method write: each part alone stops a run."""
+    run = tmp_path / "run"
+    shutil.copytree(runs[method], run)
+    assert evaluate.main(["--run", str(run), "--data", str(data)]) == 0
+    capsys.readouterr()
+    parts = list(run.iterdir())
+    assert len(parts) >= 5
+    assert "--resume" in one_line(capsys, 2, *arguments(method, base, data, run))
+    for part in parts:
+        used = tmp_path / f"with {part.name}"
+        used.mkdir()
+        part.rename(used / part.name)
+        (used / "notes").write_text("the user's")
+        before = contents(used)
+        line = one_line(capsys, 2, *arguments("lora_head", base, data, used))
+        assert f"holds {part.name}, " in line and "another directory" in line
+        assert contents(used) == before
+
+
+@pytest.mark.parametrize(
+    "place", ["run/merged", "run/adapter", "run", "base/merged", "base", "link"]
+)
+def test_merge_stays_out_of_what_is_read_and_of_the_run(place, base, data, tmp_path, capsys):
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "link").symlink_to("base/new")
+    before = contents(tmp_path)
+    args = arguments("lora_label_scoring", tmp_path / "base", data, tmp_path / "run")
+    line = one_line(capsys, 2, *args, "--merge", tmp_path / place)
+    assert "lies in a directory" in line or "exists already" in line
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("flag", ["--lr", "--r", "--seed", "--batch-size", "--max-text-tokens"])
@@ -498,6 +717,47 @@ def test_resume_with_another_argument_names_it(flag, runs, capsys):
     value = {"--lr": "0.5"}.get(flag, "77")
     line = one_line(capsys, 2, "--resume", "--output", runs["lora_head"], flag, value)
     assert flag in line and value in line
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ("[]", "expected an object"),
+        ('{"step": 4, "seconds": 1.0}', "history is None, expected type list"),
+        ('{"step": "4", "seconds": 1.0, "history": []}', "step is '4', expected type int"),
+        ('{"step": 4, "seconds": 1.0, "history": [{"step": 4}]}', "held_out_log_loss is None"),
+        ("[" * 100_000, ""),
+    ],
+)
+def test_a_state_that_is_none_is_refused(state, said, runs, tmp_path, capsys):
+    """With a manifest that agrees: what is checked is the content."""
+    run = tmp_path / "run"
+    shutil.copytree(runs["lora_head"], run)
+    write_record(run, finished=False)
+    _, checkpoint = checkpoints(run)[-1]
+    (checkpoint / "state.json").write_text(state)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["state.json"] = [len(state), hashlib.sha256(state.encode()).hexdigest()]
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    before = contents(run)
+    line = one_line(capsys, 2, "--resume", "--output", run)
+    assert f"{checkpoint}/state.json: not a training's state (" in line
+    assert "--resume" in line and said in line
+    assert contents(run) == before
+
+
+def test_a_directory_that_is_removed_in_training_is_one_line(
+    base, data, tmp_path, capsys, monkeypatch
+):
+    run, real = tmp_path / "run", forms.head_losses
+
+    def removing(*args):
+        shutil.rmtree(run, ignore_errors=True)
+        return real(*args)
+
+    monkeypatch.setattr(forms, "head_losses", removing)
+    line = one_line(capsys, 2, *arguments("lora_head", base, data, run))
+    assert "log.jsonl: cannot be written (No such file or directory)" in line
 
 
 def test_resume_with_other_data_is_refused(runs, base, data, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The arguments of the two commands, and which of them fit together."""
 
 import argparse
+import os
 from pathlib import Path
 
 from qwen_min.command.cli import option, positive_int
@@ -157,7 +158,7 @@ def check_training(args: argparse.Namespace) -> None:
     words, probe = method == "lora_label_scoring", method == "head_only"
     no_model = args.merge and (not words or nothing)
     not_frozen, no_probe = probe and args.train_embeddings, args.adapter and not probe
-    both, exists = args.plain and args.checkpointing, args.merge and Path(args.merge).exists()
+    both, exists = args.plain and args.checkpointing, args.merge and os.path.lexists(args.merge)
     refusals = {
         "--merge needs lora_label_scoring with LoRA: a plain checkpoint has no head": no_model,
         "--lora-targets none leaves nothing to train; choose attention or all": words and nothing,

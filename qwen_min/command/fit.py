@@ -1,6 +1,5 @@
 """A training in a run directory: the loop of training.py with log, checkpoints and signals."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,10 @@ from torch import Tensor, nn
 
 from qwen_min.command.terminal import progress_bar
 from qwen_min.files import run as run_files
-from qwen_min.files.disk import write_atomically, write_json
+from qwen_min.files.disk import read_json, write_atomically, write_json
 from qwen_min.training import Plan, best_step, make_optimizer, training_steps
+
+STATE = {"step": int, "seconds": float, "history": [{"step": int, "held_out_log_loss": float}]}
 
 
 class Stopped(Exception):
@@ -48,7 +49,8 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
     names, optimizer = list(training.parameters), make_optimizer(training.parameters.values())
     state = {"step": 0, "seconds": 0.0, "history": []}
     if checkpoint is not None:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        how = ("a training's state", "remove this checkpoint, then use --resume")
+        state = read_json(checkpoint / "state.json", *how, **STATE)
         run_files.restore_optimizer(optimizer, names, checkpoint / "optimizer.safetensors")
     per_epoch = plan.steps_per_epoch(len(training.lengths))
     steps = plan.epochs * per_epoch

@@ -22,14 +22,13 @@ import lora
 from qwen_min.errors import UserError
 from qwen_min.files.disk import write_atomically
 from qwen_min.files.probe import load_head, save_head
-from qwen_min.files.run import checkpoints, publish
+from qwen_min.files.run import ADAPTER, HEAD, VECTORS, checkpoints, publish
 from qwen_min.head import LinearHead
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.tokenizer import Tokenizer
 
 TARGETS = {"attention": lora.ATTENTION, "all": (*lora.ATTENTION, *lora.MLP), "none": ()}
-ADAPTER, HEAD, VECTORS = "adapter", "head.safetensors", "embeddings.safetensors"
 GIVE_BASE = "give the checkpoint that it was trained on by --model"
 
 

@@ -141,13 +141,14 @@ def read_regular(path: Path, kind: str, advice: str, limit: int = MAX_BYTES) -> 
     """
     with refuse_malformed(path, kind, advice):
         # Without O_NONBLOCK, opening a pipe waits until another process writes to it.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(path, flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise ValueError("it is not a regular file")
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise ValueError(f"it has more than {limit:,} bytes")
-        return data
+            if status.st_size > limit:  # not read(limit + 1): Python would reserve that much
+                raise ValueError(f"it has more than {limit:,} bytes")
+            return file.read()
 
 
 def parse_json(source: bytes | str) -> object:

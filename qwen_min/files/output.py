@@ -1,5 +1,6 @@
 """Result files that are checked before the work starts, so that no computed result is lost."""
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -8,6 +9,8 @@ from pathlib import Path
 from qwen_min.errors import UserError
 from qwen_min.files.disk import one_line_error, write_atomically
 
+RESULTS = ("results", "predictions")  # how the names of an evaluation's files begin
+Paths = Sequence[str | Path | None]
 STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 
@@ -59,17 +62,41 @@ class Output:
             raise UserError(f"{error}; {rescue}") from None
 
 
-def open_outputs(paths: Sequence[str | None], inputs: Sequence[str]) -> list[Output | None]:
-    """An Output for each path that is not None.
-
-    Raises UserError if one would replace another or one of the files `inputs`.
-    """
-    taken = {os.path.realpath(path) for path in inputs}
-    for path in (path for path in paths if path is not None):
-        if os.path.realpath(path) in taken:
-            raise UserError(f"{path}: is already the data or another output; give each its own")
-        taken.add(os.path.realpath(path))
+def open_outputs(paths: Paths, inputs: Paths) -> list[Output | None]:
+    """An Output for each path that is not None. Raises UserError as `refuse_inputs` does."""
+    refuse_inputs(paths, inputs)
     return [None if path is None else Output(path) for path in paths]
+
+
+def refuse_inputs(paths: Paths, inputs: Paths) -> None:
+    """Raise UserError if one of `paths` is another one or an input, or lies in an input directory.
+
+    Only a file that is named results… or predictions… may be new there, or be replaced.
+    """
+    places = [Path(path) for path in inputs if path]
+    around = set().union(*map(_identities, places))
+    taken = set(around)
+    for place in places:
+        with one_line_error(place, "make it readable", "cannot be read"):
+            names = os.listdir(place) if place.is_dir() else []
+        # A link in the directory may lead to a file elsewhere.
+        entries = (place / name for name in names if not name.startswith(RESULTS))
+        taken.update(*map(_identities, entries))
+    for path in (path for path in paths if path is not None):
+        target = Path(os.path.realpath(path))
+        parents = () if target.name.startswith(RESULTS) else target.parents
+        if taken & _identities(target) or around & set().union(*map(_identities, parents)):
+            found = "is already the data or another output, or lies in a directory that is read"
+            raise UserError(f"{path}: {found}; give each its own, elsewhere")
+        taken |= _identities(target)
+
+
+def _identities(path: Path) -> set:
+    """Equal for two names of one file: its path without links and, if it exists, its number."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return {os.path.realpath(path), (found.st_dev, found.st_ino)}
+    return {os.path.realpath(path)}
 
 
 def commit_outputs(texts: Sequence[tuple[Output | None, str]]) -> None:

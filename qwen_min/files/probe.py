@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qwen_min.errors import UserError
 from qwen_min.files import disk
+from qwen_min.files.weights import fingerprint
 from qwen_min.head import POOLINGS, LinearHead
 from qwen_min.prompt import Prompt
 
@@ -53,25 +54,31 @@ def cached_features(
     """compute(prompts) (n, S, D), kept in `directory` by files of CACHE_ROWS rows.
 
     A file is named by the hash of `setting` (weights, dtype, pooling, layers) and of the prompts'
-    ids, which follow from tokenizer, template, truncation and texts. `progress` is called with the
-    number of rows that were there already. Raises UserError if a feature is not finite, or if
+    ids, which follow from tokenizer, template, truncation and texts. It has a hash of its features:
+    those of a file that was changed, or has no hash, are computed again. `progress` is called with
+    the number of rows that were there already. Raises UserError if a feature is not finite, or if
     nothing can be kept.
     """
     with disk.one_line_error(directory, "name a directory for features by --feature-cache"):
         directory.mkdir(parents=True, exist_ok=True)
-    parts = []
+    parts, how = [], ("kept features", "compute them again")
     for start in range(0, len(prompts), CACHE_ROWS):
         chunk = prompts[start : start + CACHE_ROWS]
         key = hashlib.sha256(f"{setting} {[prompt.ids for prompt in chunk]}".encode()).hexdigest()
         path = directory / f"{key}.safetensors"
         try:
-            part = disk.read_safetensors(path, "kept features", "compute them again")[0]["features"]
+            with disk.refuse_malformed(path, *how):
+                tensors, metadata = disk.read_safetensors(path, *how)
+                part = tensors["features"]
+                if len(part) != len(chunk) or metadata["hash"] != fingerprint([(key, part)]):
+                    raise ValueError("they were changed")
             progress(len(chunk))
-        except (UserError, KeyError):  # absent, or damaged
+        except UserError:  # absent, or damaged
             part = compute(chunk)
             if not part.isfinite().all():
                 advice = "fetch the weights again, or try --dtype float32"
                 raise UserError(f"a hidden state is not finite; {advice}") from None
-            disk.write_atomically(path, save({"features": part}))
+            metadata = {"hash": fingerprint([(key, part)])}
+            disk.write_atomically(path, save({"features": part}, metadata))
         parts.append(part)
     return torch.cat(parts)

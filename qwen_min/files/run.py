@@ -10,11 +10,14 @@ process dies (see disk.py). No pickle anywhere.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -26,6 +29,10 @@ from qwen_min.files import disk
 from qwen_min.files.disk import write_atomically, write_json
 
 MANIFEST = "manifest.json"
+ADAPTER, HEAD, VECTORS = "adapter", "head.safetensors", "embeddings.safetensors"
+# Everything that a training writes into its directory, and how an evaluation's files begin.
+WRITTEN = ("run.json", "log.jsonl", "checkpoints", "features", ADAPTER, HEAD, VECTORS)
+EVALUATED = ("results-", "predictions-")
 
 
 def read_run(directory: str | Path) -> dict:
@@ -43,23 +50,59 @@ FREE = ("output", "resume", "merge", "model", "data", "encoding", "feature_cache
 FREE += ("device", "batch_tokens")
 
 
+@contextlib.contextmanager
+def lock_run(args: argparse.Namespace) -> Iterator[None]:
+    """Keep --output (default: runs/METHOD) for this process alone, for the length of the block.
+
+    The system releases the lock when the process ends, also by a kill. A new run's directory is
+    made, and removed again if it stays empty. Raises UserError if another training has it, or if a
+    new run would replace something in it.
+    """
+    import fcntl  # not on Windows, where the report, which imports this module, can be made
+
+    if not args.resume and not args.method:
+        raise UserError("--method is missing; name the method to train")
+    if args.output is None and not args.method:
+        raise UserError("--resume needs --output, the directory of the run to continue")
+    args.output = f"runs/{args.method}" if args.output is None else args.output
+    run, advice = Path(args.output), "name another directory with --output"
+    with contextlib.ExitStack() as at_end:
+        with disk.one_line_error(run, advice, "cannot be opened"):
+            made = not args.resume and not run.exists()
+            if made:
+                run.mkdir(parents=True, exist_ok=True)  # another process may have just made it
+            descriptor = os.open(args.output, os.O_RDONLY | os.O_DIRECTORY)
+            at_end.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # A process that failed may have removed the directory before we had its lock.
+                if not os.path.samestat(os.fstat(descriptor), run.stat()):
+                    raise BlockingIOError
+            except BlockingIOError:
+                found = "another training is running in it"
+                raise UserError(f"{run}: {found}; wait for its end, or {advice}") from None
+            names = [] if args.resume else sorted(os.listdir(run))
+        if held := [n for n in names if n.lower() in WRITTEN or n.startswith(EVALUATED)]:
+            found = f"--output {run} holds {', '.join(held)}, which a run writes"
+            raise UserError(f"{found}: add --resume to continue a run, or {advice}")
+        if made:
+            at_end.callback(_remove_if_empty, run)
+        yield
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
 def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     """The arguments of a training run: `args`, or with --resume the ones that the run began with.
 
-    given: those of `args` that the user typed. Raises UserError if --output already holds a run
-    (with --resume: if it holds none), and if a typed argument differs from the resumed run's.
+    given: those of `args` that the user typed. Raises UserError if --resume finds no run in
+    --output, or if a typed argument differs from the resumed run's.
     """
-    if args.output is None and args.method:
-        args.output = f"runs/{args.method}"
     if not args.resume:
-        if not args.method:
-            raise UserError("--method is missing; name the method to train")
-        # A new run would wrongly continue from checkpoints that are there without a run.json.
-        if any((Path(args.output) / name).exists() for name in ("run.json", "checkpoints")):
-            raise UserError(f"--output {args.output} has a run: add --resume, or name another one")
         return args
-    if args.output is None:
-        raise UserError("--resume needs --output, the directory of the run to continue")
     before = read_run(args.output)["arguments"]
     for name, value in given.items():
         if name not in FREE and before.get(name) != value:
@@ -111,25 +154,36 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     Raises UserError for one that does not match its manifest: it was changed after it was saved.
     """
     found = []
-    for path in (run / "checkpoints").glob("step-*"):
-        with disk.refuse_malformed(path, "a whole checkpoint", "remove it, then use --resume"):
+    kind, advice = "a whole checkpoint", "remove this checkpoint, then use --resume"
+    for path in _entries(run / "checkpoints", "step-"):
+        entries = disk.read_json(path / MANIFEST, kind, advice).items()
+        with disk.refuse_malformed(path, kind, advice):
             step = int(path.name.removeprefix("step-"))
-            entries = dict(json.loads((path / MANIFEST).read_text(encoding="utf-8"))).items()
             if not entries or any(_size_and_hash(path / name) != entry for name, entry in entries):
                 raise ValueError(f"it does not match its {MANIFEST}")
         found.append((step, path))
     return sorted(found)
 
 
+def _entries(directory: Path, prefix: str) -> list[Path]:
+    """What is in `directory` and has a name that begins with `prefix`; [] if its parent has no
+    such directory. (Path.glob and Path.exists also say so of one that cannot be read.)
+    """
+    with disk.one_line_error(directory, "make it readable, then use --resume", "cannot be read"):
+        names = os.listdir(directory) if directory.name in os.listdir(directory.parent) else []
+        return [directory / name for name in names if name.startswith(prefix)]
+
+
 def prune_checkpoints(run: Path, keep: Sequence[int | None]) -> None:
     """Remove the checkpoints of steps not in `keep`, and what a killed process left behind."""
-    for path in (run / "checkpoints").glob(".step-*"):
+    for path in _entries(run / "checkpoints", ".step-"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in (run / "checkpoints").glob("step-*"):
+    for path in _entries(run / "checkpoints", "step-"):
         if path.name not in [f"step-{step}" for step in keep]:
             # Rename first: if the process dies while files are removed, no half checkpoint is left.
             doomed = path.with_name(f".{path.name}.removed")
-            path.rename(doomed)
+            with disk.one_line_error(path):
+                path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -141,6 +195,8 @@ def publish(source: Path, target: Path) -> None:
 
 
 def _size_and_hash(path: Path) -> list:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing, or not a file")
     data = path.read_bytes()
     return [len(data), hashlib.sha256(data).hexdigest()]
 
@@ -172,12 +228,23 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], pa
 
 
 def trim_log(path: Path, step: int) -> None:
-    """Prepare log.jsonl for the steps after `step`: drop later lines; step 0 empties the file."""
-    lines = path.read_text(encoding="utf-8").split("\n") if step and path.exists() else []
-    # The last line is incomplete if the process died while writing it.
-    whole = [line for line in lines if line.startswith('{"step": ') and line.endswith("}")]
-    kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
-    write_atomically(path, "".join(kept).encode())
+    """Prepare log.jsonl for the steps after `step`: drop later lines; step 0 empties the file.
+
+    Also dropped are lines that are not whole: that a dying process cut, or that were changed. If
+    there are any, stderr gets a warning.
+    """
+    kept, lines, damaged = [], [], 0
+    if step and path in _entries(path.parent, path.name):
+        lines = disk.read_regular(path, "a log", "move it away").split(b"\n")
+    for line in filter(None, lines):
+        try:
+            if disk.parse_json(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (KeyError, TypeError, ValueError, RecursionError):
+            damaged += 1
+    if damaged:
+        print(f"warning: {path}: damaged lines dropped: {damaged}", file=sys.stderr)
+    write_atomically(path, b"".join(kept))
 
 
 def append_log(path: Path, **fields: object) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from qwen_min.errors import UserError
 from qwen_min.files.disk import read_json, refuse_malformed
-from qwen_min.files.run import FREE, read_run
+from qwen_min.files.run import FREE, WRITTEN, read_run
 from qwen_min.metrics import confusion_matrix, mcnemar_exact, paired_bootstrap
 
 NEEDED = dict.fromkeys(("accuracy_interval", "per_class", "confusion_matrix"), list)
@@ -135,9 +135,7 @@ def read_predictions(path: Path, results: dict) -> Predictions | None:
 
     Raises UserError unless they give the confusion matrix of the results.
     """
-    named = Path(results["arguments"].get("predictions") or path)
-    usual = path.with_name(path.name.replace("results", "predictions")).with_suffix(".jsonl")
-    places = (usual, path.parent / named.name, named)
+    places = prediction_places(path, results)
     place = next((p for p in places if p.exists() and p.resolve() != path.resolve()), None)
     if place is None:
         return None
@@ -155,6 +153,20 @@ def read_predictions(path: Path, results: dict) -> Predictions | None:
         if confusion_matrix(labels, predicted, classes).tolist() != results["confusion_matrix"]:
             raise ValueError(f"they make another confusion matrix than {path.name} has")
         return Predictions(np.array(labels), np.array(predicted), scores)
+
+
+def prediction_places(path: Path, results: dict) -> tuple[Path, ...]:
+    """Where the predictions of a results file may be."""
+    named = Path(results["arguments"].get("predictions") or path)
+    usual = path.with_name(path.name.replace("results", "predictions")).with_suffix(".jsonl")
+    return usual, path.parent / named.name, named
+
+
+def files_read(results: Sequence[Result]) -> list[Path]:
+    """What a report on these results reads, and what else their runs hold."""
+    places = [p for r in results for p in (r.path, *prediction_places(r.path, r.results))]
+    places += [r.run / name for r in results if r.run for name in WRITTEN]
+    return [place for place in places if place.exists()]
 
 
 def gather(results: Sequence[Result]) -> list[Method]:

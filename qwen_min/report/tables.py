@@ -20,7 +20,7 @@ from qwen_min.command.cli import make_parser, run_command
 from qwen_min.command.terminal import text_table
 from qwen_min.errors import UserError
 from qwen_min.files.output import commit_outputs, open_outputs
-from qwen_min.report.compare import HEADLINE, OTHERS, Method, compare, gather, read_all
+from qwen_min.report.compare import HEADLINE, OTHERS, Method, compare, files_read, gather, read_all
 
 DECIMALS = {"trained_parameters": 0, "training_seconds": 1, "seconds": 1}  # others: 4
 PAIRS = """\
@@ -44,8 +44,9 @@ def report(args: argparse.Namespace) -> int:
     """Read and compare the results, print or write the report, then draw the pictures."""
     if args.plots and find_spec("matplotlib") is None:
         raise UserError("--plots needs matplotlib, which is not installed: pip install matplotlib")
-    (output,) = open_outputs([args.output], args.results)
-    methods = gather(read_all(args.results))
+    results = read_all(args.results)
+    (output,) = open_outputs([args.output], files_read(results))
+    methods = gather(results)
     pairs = [compare(a, b) for a, b in combinations(methods, 2)]
     if args.format == "json":
         text = json.dumps(as_json(methods, pairs), ensure_ascii=False, indent=2)
