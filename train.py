@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora import merge_lora
+from lora import lora_modules, lora_parameters, merge_lora
 from qwen_min.command import arguments
 from qwen_min.command.classifier import Source, forms
 from qwen_min.command.cli import (
@@ -38,15 +38,7 @@ from qwen_min.command.cli import (
 from qwen_min.command.fit import Stopped, Training, fit
 from qwen_min.command.task import read_rows, read_task
 from qwen_min.command.terminal import progress_bar, text_table
-from qwen_min.command.trained import (
-    ADAPTER,
-    HEAD,
-    Trainable,
-    adapter_hash,
-    attach_adapter,
-    dependencies,
-    load_parts,
-)
+from qwen_min.command.trained import ADAPTER, HEAD, Trainable, attach_adapter, identity, load_parts
 from qwen_min.errors import UserError
 from qwen_min.files.data import HELD_OUT, Example, class_counts, examples_hash, held_out_split
 from qwen_min.files.overlap import fed_rows
@@ -80,7 +72,8 @@ def head_only(job: Job) -> dict:
     layers = arguments.candidate_layers(args.layer, last)
     if args.adapter:
         attach_adapter(model, Path(args.adapter), job.source.record)
-        base_hash += adapter_hash(Path(args.adapter))  # of its config too: alpha counts
+        base_hash += fingerprint(lora_parameters(model).items())
+        base_hash += str({(m.r, m.alpha, m.use_rslora) for m in lora_modules(model).values()})
         # Kept with the run: the head means nothing without the states that it was solved on.
         publish(Path(args.adapter), job.run / ADAPTER)
     started = time.perf_counter()
@@ -249,7 +242,7 @@ def train(args: argparse.Namespace) -> int:
         "method": args.method,
         "arguments": vars(args),
         "labels": list(task.labels),
-        **dependencies(task, args.adapter),
+        **identity(task, args.adapter),
         "frozen_before": fingerprint(frozen.items()),
         "data_hash": examples_hash(examples),
         "training_rows": len(training),

@@ -17,7 +17,7 @@ import numpy as np
 
 from qwen_min.command.arguments import UNTRAINED
 from qwen_min.command.task import Task
-from qwen_min.command.trained import ADAPTER, GIVE_BASE, Parts, dependencies, load_parts, parts_of
+from qwen_min.command.trained import ADAPTER, GIVE_BASE, Parts, identity, load_parts, parts_of
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example
 from qwen_min.files.run import check_same
@@ -89,18 +89,16 @@ class Source:
         return Parts(True, "adapter" if self.args.method == "lora_head" else None)
 
     @property
-    def adapter(self) -> Path | None:
+    def adapter(self) -> str | Path | None:
         """The directory of the LoRA, if there is one: in the run's, or of --adapter."""
-        if self.record:
-            return Path(self.args.run) / ADAPTER if self.parts.lora else None
-        return Path(self.args.adapter) if self.args.adapter else None
+        inside = self.args.run and self.parts.lora
+        return Path(self.args.run) / ADAPTER if inside else self.args.adapter
 
     @cached_property
-    def dependencies(self) -> dict:
+    def identity(self) -> dict:
         """What predictions depend on beside arguments and examples, as results record it."""
-        record, found = self.record or {}, dependencies(self.task, self.adapter)
-        found["training_data_hash"] = record.get("data_hash")
-        found["training_template"] = record.get("template")
+        record, found = self.record or {}, identity(self.task, self.adapter)
+        found |= {f"training_{name}": record.get(name) for name in ("data_hash", "template")}
         if self.args.method == "zero_shot_generate":
             from qwen_min.lab.generation import stop_ids
 
@@ -122,13 +120,12 @@ class Source:
 
         Raises UserError if something is missing, or does not fit this base or these labels.
         """
-        args, labels, own = self.args, self.task.labels, {**self.dependencies}
+        args, labels, own = self.args, self.task.labels, {**self.identity}
         if self.record:
-            trained = vars(args) | self.record["arguments"]  # older runs have fewer arguments
-            # Another template or other markup may be asked for. The run's own must be unchanged.
-            same_markup = all(trained[name] == getattr(args, name) for name in ("chat", "system"))
-            template = parse_template(trained["template"])
-            own["template"] = self.task.whole_template(template) if same_markup else None
+            # Other markup or another template may be asked for; the run's own must be unchanged.
+            before = vars(args) | self.record["arguments"]  # older runs have fewer arguments
+            same = (before["chat"], before["system"]) == (args.chat, args.system)
+            own["template"] = same and self.task.whole_template(parse_template(before["template"]))
             check_same(self.record, own, args.run, GIVE_BASE)
         head = load_parts(model, Path(args.run or args.adapter), self.adapter, self.parts, own)
         if head is None:

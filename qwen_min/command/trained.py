@@ -33,7 +33,7 @@ from qwen_min.tokenizer import Tokenizer
 TARGETS = {"attention": lora.ATTENTION, "all": (*lora.ATTENTION, *lora.MLP), "none": ()}
 ADAPTER, HEAD, VECTORS = "adapter", "head.safetensors", "embeddings.safetensors"
 GIVE_BASE = "give the checkpoint that it was trained on by --model"
-KEPT = ("base_fingerprint", "tokenizer_hash")  # of what a run depends on: also in its adapter
+KEPT = ("base_fingerprint", "tokenizer_hash")  # of a run's identity: also in its adapter
 
 
 @dataclass(frozen=True)
@@ -54,25 +54,20 @@ def parts_of(method: str, arguments: Mapping) -> Parts:
     return Parts(adapter, head, bool(arguments.get("train_embeddings")))  # older runs lack the last
 
 
-def dependencies(task: Task, adapter: str | Path | None) -> dict:
+def identity(task: Task, adapter: str | Path | None) -> dict:
     """What predictions depend on beside arguments and data: hashes, and the prompt's template.
 
     adapter: the directory of a LoRA, if there is one. The keys are those of `run.DEPENDS_ON`.
     """
+    files = [Path(adapter) / name for name in (CONFIG_FILE, TENSOR_FILE)] if adapter else []
+    # A missing file is an error where the adapter is loaded.
+    parts = [read_regular(p, "an adapter's file", "save it again") for p in files if p.is_file()]
     return {
         "base_fingerprint": checkpoint_fingerprint(task.directory),
         "tokenizer_hash": hashlib.sha256(task.tokenizer.to_json().encode()).hexdigest(),
         "template": task.whole_template(),
-        "adapter_hash": adapter_hash(Path(adapter)) if adapter else None,
+        "adapter_hash": hashlib.sha256(b"".join(parts)).hexdigest() if adapter else None,
     }
-
-
-def adapter_hash(directory: Path) -> str:
-    """One SHA-256 over the config and the tensors of a LoRA."""
-    files = [directory / name for name in (CONFIG_FILE, TENSOR_FILE)]
-    # What is missing is named where the adapter is loaded.
-    whole = [read_regular(p, "an adapter's file", "save it again") for p in files if p.is_file()]
-    return hashlib.sha256(b"".join(whole)).hexdigest()
 
 
 def load_parts(
@@ -80,7 +75,7 @@ def load_parts(
 ) -> LinearHead | None:
     """Put the parts in `directory` (LoRA: in `adapter`) on the model, in place; returns the head.
 
-    own: the `dependencies` of the model. Raises UserError if a part is missing, unreadable, or was
+    own: the `identity` of the base. Raises UserError if a part is missing, unreadable, or was
     trained on other weights.
     """
     weight = None
@@ -109,7 +104,7 @@ def attach_adapter(
 ) -> Tensor | None:
     """Put the LoRA in `directory` on the model, in place; returns its head (C, D), fp32, or None.
 
-    own: the `dependencies` of the model. vectors: whether the caller also loads token vectors that
+    own: the `identity` of the base. vectors: whether the caller also loads token vectors that
     were trained with it. Raises UserError for an adapter that cannot be read, or that was trained
     on other weights or with another tokenizer. An adapter that PEFT wrote does not say on which:
     that is not checked.
@@ -138,7 +133,7 @@ class Trainable:
         found = checkpoints(run)
         self.checkpoint = checkpoint = found[-1][1] if found else None
         self.model, self.base_hash = model, record["base_fingerprint"]
-        self.kept = {key: record[key] for key in KEPT if key in record}  # older runs: not all
+        self.kept = {key: record[key] for key in KEPT if key in record}  # an older run has less
         self.parts = parts_of(record["method"], record["arguments"])
         torch.manual_seed(args.seed)
         weight, words = None, self.parts.head is None

@@ -13,20 +13,14 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The files of a checkpoint's directory beside its weights (few have all; * is any name). They are
 # downloaded together, and copied together into a merged checkpoint. The value is the key of a hash,
 # or of a content, that changes with the file: in run.json and in results.
-FILES = {
-    "config.json": "base_fingerprint",  # with the weights
-    "tokenizer.json": "tokenizer_hash",
-    "chat_template.jinja": "template",
-    "tokenizer_config.json": "template",  # the chat template, where it has no file of its own
-    "generation_config.json": "stop_ids",  # the tokens that end an answer
-    "fed.safetensors": None,  # hashes of the texts that it was trained on, to count known rows
-    # Read by other programs only: transformers and converters.
-    "special_tokens_map.json": None,
-    "added_tokens.json": None,
-    "additional_chat_templates/*.jinja": None,
-    "vocab.json": None,
-    "merges.txt": None,
-}
+FILES = {"config.json": "base_fingerprint", "tokenizer.json": "tokenizer_hash"}
+# The chat template; transformers 4 writes it to tokenizer_config.json.
+FILES |= dict.fromkeys(("chat_template.jinja", "tokenizer_config.json"), "template")
+FILES |= {"generation_config.json": "stop_ids"}  # the tokens that end an answer
+# Hashes of known texts, which change no prediction, and what other programs read: transformers
+# (also for tokens that a chat template names) and converters.
+FILES |= dict.fromkeys(("fed.safetensors", "special_tokens_map.json", "added_tokens.json"))
+FILES |= dict.fromkeys(("additional_chat_templates/*.jinja", "vocab.json", "merges.txt"))
 # ".." is in no hub name and no git ref; inside the cache it would lead to another directory.
 HUB_NAME = re.compile(r"(?!.*\.\.)\w[\w.-]*/[\w.-]+(@[^\s@]+)?", re.ASCII)
 

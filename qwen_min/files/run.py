@@ -43,14 +43,10 @@ def read_run(directory: str | Path) -> dict:
 # dropout, --batch-tokens, which then changes only the rounding of sums.
 FREE = ("output", "resume", "merge", "model", "data", "encoding", "feature_cache")
 FREE += ("device", "batch_tokens")
-# What a run depends on beside its arguments, by key of run.json, and what an error calls it.
-DEPENDS_ON = {
-    "base_fingerprint": "model",
-    "tokenizer_hash": "tokenizer",
-    "template": "chat template",  # the prompt's whole template; --template is an argument
-    "adapter_hash": "adapter",
-    "data_hash": "data",
-}
+# What a run depends on beside its arguments, by key of run.json, and what an error calls it. The
+# template is the whole one, with the chat template's markup.
+DEPENDS_ON = {"base_fingerprint": "model", "tokenizer_hash": "tokenizer"}
+DEPENDS_ON |= {"template": "chat template", "adapter_hash": "adapter", "data_hash": "data"}
 
 
 def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:

@@ -127,9 +127,8 @@ def read_result(path: Path) -> Result:
         record = read_run(run)
         training = training or record["arguments"]
         if training == record["arguments"]:
-            known = {"base_fingerprint": "base_fingerprint", "training_data_hash": "data_hash"}
-            known["training_template"] = "template"
-            results |= {name: record.get(key) for name, key in known.items()}
+            known = {f"training_{name}": record.get(name) for name in ("data_hash", "template")}
+            results |= known | {"base_fingerprint": record.get("base_fingerprint")}
     seed = (training or arguments).get("seed", 0)
     with refuse_malformed(path, kind, advice):
         if missing := [key for key in NULLABLE if key not in results]:
@@ -155,8 +154,6 @@ def identify(results: dict, training: dict) -> tuple[dict, dict]:
     for name, value in training.items():
         if name not in NEUTRAL | known and (name, value) not in shown.items():
             shown[f"train_{name}" if name in arguments else name] = value
-    if data_hash and training.get("limit"):
-        shown["train_data"] = f"{training.get('data')}[:{training['limit']}]"
     shown["template"] = whole_template(results.get("template"), arguments)
     trained_on = whole_template(results.get("training_template"), training)
     shown["train_template"] = trained_on if trained_on != shown["template"] else None
