@@ -25,7 +25,8 @@ NEEDED = {"accuracy_interval": [float], "per_class": [{"name": str} | PER_CLASS]
 NEEDED |= {"confusion_matrix": [[int]], "macro": PER_CLASS, "training_arguments": (dict, None)}
 NEEDED |= {"method": str, "examples_hash": str, "n": int, "accuracy": float, "seconds": float}
 NEEDED |= dict.fromkeys((*NULLABLE, "trained_parameters", "training_seconds"), (float, None))
-NEEDED |= {"arguments": {"run": (str, None), "predictions": (str, None)}}
+NEEDED |= dict.fromkeys(("base_fingerprint", "tokenizer_hash"), (str, None))
+NEEDED["arguments"] = dict.fromkeys(("run", "predictions", "model", "template"), (str, None))
 # Numbers of a row, and their headings. The recall of each class stands between the two.
 HEADLINE = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
 OTHERS = {"auc_roc": "AUC", "brier": "Brier", "ece": "ECE", "trained_parameters": "trained"}
@@ -128,7 +129,7 @@ def read_result(path: Path) -> Result:
         training = training or record["arguments"]
         if training == record["arguments"]:
             known = {f"training_{name}": record.get(name) for name in ("data_hash", "template")}
-            results |= known | {"base_fingerprint": record.get("base_fingerprint")}
+            results |= known | {"base_fingerprint": str(record.get("base_fingerprint", ""))}
     seed = (training or arguments).get("seed", 0)
     with refuse_malformed(path, kind, advice):
         if missing := [key for key in NULLABLE if key not in results]:
@@ -170,7 +171,9 @@ def identify(results: dict, training: dict) -> tuple[dict, dict]:
 def whole_template(known: str | None, arguments: dict) -> str | None:
     """The template with its markup. Of an older version it is known only if there is none."""
     typed = arguments.get("template")
-    return known or (typed if arguments.get("chat") or not typed else typed.replace("\\n", "\n"))
+    if typed and not arguments.get("chat"):
+        typed = str(typed).replace("\\n", "\n")
+    return known or typed
 
 
 def read_predictions(path: Path, results: dict) -> Predictions | None:
@@ -208,7 +211,7 @@ def gather(results: Sequence[Result]) -> list[Method]:
     for result in results:
         # An older version recorded none: it is the only one that is known of the same weights.
         if len(only := tokenizers[result.identity.get("model")] - {None}) == 1:
-            result.identity["tokenizer_hash"] = min(only)
+            result.identity["tokenizer_hash"] = result.shown["tokenizer_hash"] = min(only)
         same = json.dumps(result.identity, sort_keys=True)
         # A method with a seed that occurs twice becomes two rows.
         seen[same, result.seed] += 1
