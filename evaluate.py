@@ -134,6 +134,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     started = time.perf_counter()
     classifier = METHODS[args.method](source)
     load_seconds = time.perf_counter() - started
+    identity = source.identity  # hashed before scoring, because reading can fail
     evaluation = Evaluation(source, classifier, examples, prompts, training)
     outcome = classify(evaluation)
     clean = clean_part(training, examples, outcome.predictions, fed)
@@ -143,6 +144,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         "clean": clean,
         "fed_rows": len(fed),
         "load_seconds": load_seconds,
+        **identity,
         "arguments": vars(args),
         "training_arguments": record["arguments"] if record else None,
     }

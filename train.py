@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora import lora_parameters, merge_lora
+from lora import lora_modules, lora_parameters, merge_lora
 from qwen_min.command import arguments
 from qwen_min.command.classifier import Source, forms
 from qwen_min.command.cli import (
@@ -38,14 +38,14 @@ from qwen_min.command.cli import (
 from qwen_min.command.fit import Stopped, Training, fit
 from qwen_min.command.task import read_rows, read_task
 from qwen_min.command.terminal import progress_bar, text_table
-from qwen_min.command.trained import ADAPTER, HEAD, Trainable, attach_adapter, load_parts
+from qwen_min.command.trained import ADAPTER, HEAD, Trainable, attach_adapter, identity, load_parts
 from qwen_min.errors import UserError
 from qwen_min.files.data import HELD_OUT, Example, class_counts, examples_hash, held_out_split
 from qwen_min.files.output import refuse_inputs
 from qwen_min.files.overlap import fed_rows
 from qwen_min.files.probe import cached_features, save_head
 from qwen_min.files.run import lock_run, publish, run_arguments, start_record, write_json
-from qwen_min.files.weights import checkpoint_fingerprint, fingerprint, load_model, save_model
+from qwen_min.files.weights import fingerprint, load_model, save_model
 from qwen_min.head import fit_layers
 from qwen_min.metrics import log_loss
 from qwen_min.model import Qwen
@@ -72,8 +72,9 @@ def head_only(job: Job) -> dict:
     last = model.config.num_hidden_layers
     layers = arguments.candidate_layers(args.layer, last)
     if args.adapter:
-        attach_adapter(model, Path(args.adapter), base_hash, base=args.model)
+        attach_adapter(model, Path(args.adapter), job.source.record, base=args.model)
         base_hash += fingerprint(lora_parameters(model).items())
+        base_hash += str({(m.r, m.alpha, m.use_rslora) for m in lora_modules(model).values()})
         # Kept with the run: the head means nothing without the states that it was solved on.
         publish(Path(args.adapter), job.run / ADAPTER)
     started = time.perf_counter()
@@ -251,8 +252,7 @@ def train(args: argparse.Namespace) -> int:
         "method": args.method,
         "arguments": vars(args),
         "labels": list(task.labels),
-        "template": task.whole_template(),
-        "base_fingerprint": checkpoint_fingerprint(task.directory),
+        **identity(task, args.adapter),
         "frozen_before": fingerprint(frozen.items()),
         "data_hash": examples_hash(examples),
         "training_rows": len(training),
@@ -306,7 +306,7 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
 def merge(source: Source, run: Path) -> None:
     """Write base and LoRA (and token vectors) as a plain checkpoint."""
     model, out = source.base(), source.args.merge
-    load_parts(model, run, run / ADAPTER, source.parts, source.record["base_fingerprint"])
+    load_parts(model, run, run / ADAPTER, source.parts, source.record)
     merge_lora(model)
     save_model(model, source.task.directory, out)
     print(f"{out}: base and LoRA, merged; use it with --model {out}")

@@ -47,6 +47,12 @@ class Tokenizer:
         names = sorted(self.markup, key=len, reverse=True)
         self._markup_pattern = f"({'|'.join(map(re.escape, names))})"
 
+    def to_json(self) -> str:
+        """The content of tokenizer.json, equal for all files that mean the same."""
+        self._whole.no_truncation()  # of other programs: not used here
+        self._whole.no_padding()
+        return self._whole.to_str()
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; markup in it is plain text."""
         return self._base.encode(text, add_special_tokens=False).ids

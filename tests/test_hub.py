@@ -19,7 +19,7 @@ import pytest
 
 from qwen_min.errors import UserError
 from qwen_min.files import hub as hub_module
-from qwen_min.files.hub import OPTIONAL, resolve_model
+from qwen_min.files.hub import FILES, resolve_model
 
 REPO = Path(__file__).resolve().parent.parent
 # Prints one JSON line per name; anything but a UserError is a bug and ends it with a traceback.
@@ -46,6 +46,7 @@ SMALL_FILES_ONLY = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (
 # huggingface_hub writes in chunks of 10 MB: less than one chunk would leave nothing to resume.
 CUT_AT, BIG = 11_000_000, bytes(range(256)) * 48_000
 WANTED = {"config.json": b"{}", "tokenizer.json": b'{"model": {}}'}
+OPTIONAL = {name.replace("*", "tool_use"): b"{}" for name in FILES} | WANTED
 DECOYS = {
     "README.md": b"read me",
     "pytorch_model.bin": b"pickle",
@@ -53,6 +54,7 @@ DECOYS = {
     "consolidated.safetensors": b"again",
     "original/model.safetensors": b"again",
 }
+DECOYS |= {"additional_chat_templates/../../../x.jinja": b"outside", "x.jinja": b"{}"}
 SINGLE = WANTED | {"model.safetensors": b"weights"}
 SHARDS = WANTED | {
     "model.safetensors.index.json": json.dumps(
@@ -87,7 +89,7 @@ REPOS = {
     "org/cut": {commit("8"): WANTED | {"model.safetensors": BIG}},
     "org/broken": {commit("9"): SINGLE},
     "org/short": {commit("9"): SINGLE},
-    "org/chat": {commit("9"): SINGLE | dict.fromkeys(OPTIONAL, b"{}")},
+    "org/chat": {commit("9"): SINGLE | OPTIONAL},
     "org/gated": {commit("a"): SINGLE},
     "org/stranger": {commit("b"): SINGLE},
     "org/pickled": {commit("c"): WANTED | {"pytorch_model.bin": b"pickle"}},
@@ -397,7 +399,7 @@ def test_only_what_is_needed_is_downloaded(online, hub):
 
 
 def test_the_chat_template_and_what_ends_an_answer_come_along(online):
-    assert contents(online["org/chat"]["path"]) == SINGLE | dict.fromkeys(OPTIONAL, b"{}")
+    assert contents(online["org/chat"]["path"]) == SINGLE | OPTIONAL
 
 
 def test_an_index_brings_exactly_the_shards_that_it_maps(online, hub):

@@ -8,6 +8,7 @@ are what goes into a classification and what comes out.
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -16,13 +17,14 @@ import numpy as np
 
 from qwen_min.command.arguments import UNTRAINED
 from qwen_min.command.task import Task
-from qwen_min.command.trained import ADAPTER, GIVE_BASE, Parts, load_parts, parts_of
+from qwen_min.command.trained import ADAPTER, GIVE_BASE, Parts, identity, load_parts, parts_of
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example
-from qwen_min.files.weights import checkpoint_fingerprint, load_model
+from qwen_min.files.run import check_same
+from qwen_min.files.weights import load_model
 from qwen_min.head import LinearHead
 from qwen_min.model import Qwen
-from qwen_min.prompt import Prompt
+from qwen_min.prompt import Prompt, parse_template
 
 Progress = Callable[[int], object]  # called with the number of rows finished
 
@@ -87,6 +89,23 @@ class Source:
         return Parts(True, "adapter" if self.args.method == "lora_head" else None)
 
     @property
+    def adapter(self) -> str | Path | None:
+        """The directory of the LoRA, if there is one: in the run's, or of --adapter."""
+        inside = self.args.run and self.parts.lora
+        return Path(self.args.run) / ADAPTER if inside else self.args.adapter
+
+    @cached_property
+    def identity(self) -> dict:
+        """What predictions depend on beside arguments and examples, as results record it."""
+        record, found = self.record or {}, identity(self.task, self.adapter)
+        found |= {f"training_{name}": record.get(name) for name in ("data_hash", "template")}
+        if self.args.method == "zero_shot_generate":
+            from qwen_min.lab.generation import stop_ids
+
+            found["stop_ids"] = sorted(stop_ids(self.task.directory, self.task.tokenizer.markup))
+        return found
+
+    @property
     def changes_base(self) -> bool:
         """Whether the method scores with another model than the base."""
         untrained = self.args.method in (*UNTRAINED, "transplanted_head")
@@ -101,14 +120,15 @@ class Source:
 
         Raises UserError if something is missing, or does not fit this base or these labels.
         """
-        args, labels = self.args, self.task.labels
-        base_hash = checkpoint_fingerprint(self.task.directory)
-        if self.record and self.record["base_fingerprint"] != base_hash:
-            found = f"its base's fingerprint is not that of {args.model}"
-            raise UserError(f"{args.run}: {found}; {GIVE_BASE}")
+        args, labels, own = self.args, self.task.labels, {**self.identity}
+        if self.record:
+            # Other markup or another template may be asked for; the run's own must be unchanged.
+            before = vars(args) | self.record["arguments"]  # older runs have fewer arguments
+            same = (before["chat"], before["system"]) == (args.chat, args.system)
+            own["template"] = same and self.task.whole_template(parse_template(before["template"]))
+            check_same(self.record, own, args.run, GIVE_BASE)
         directory = Path(args.run or args.adapter)
-        adapter = directory / ADAPTER if args.run else directory
-        head = load_parts(model, directory, adapter, self.parts, base_hash, args.model)
+        head = load_parts(model, directory, self.adapter, self.parts, own, args.model)
         if head is None:
             return None
         D, L = model.config.hidden_size, model.config.num_hidden_layers

@@ -8,6 +8,7 @@ A run directory, and each of its checkpoints, holds what its method trains:
 """
 
 import argparse
+import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,13 @@ import torch
 from torch import Tensor, nn
 
 import lora
+from lora.adapter import CONFIG_FILE, TENSOR_FILE
+from qwen_min.command.task import Task
 from qwen_min.errors import UserError
-from qwen_min.files.disk import write_atomically
+from qwen_min.files.disk import read_regular, write_atomically
 from qwen_min.files.probe import load_head, save_head
-from qwen_min.files.run import ADAPTER, HEAD, VECTORS, checkpoints, publish
+from qwen_min.files.run import ADAPTER, HEAD, VECTORS, check_same, checkpoints, publish
+from qwen_min.files.weights import checkpoint_fingerprint
 from qwen_min.head import LinearHead
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
@@ -30,6 +34,7 @@ from qwen_min.tokenizer import Tokenizer
 
 TARGETS = {"attention": lora.ATTENTION, "all": (*lora.ATTENTION, *lora.MLP), "none": ()}
 GIVE_BASE = "give the checkpoint that it was trained on by --model"
+KEPT = ("base_fingerprint", "tokenizer_hash")  # of a run's identity: also in its adapter
 
 
 @dataclass(frozen=True)
@@ -50,23 +55,40 @@ def parts_of(method: str, arguments: Mapping) -> Parts:
     return Parts(adapter, head, bool(arguments.get("train_embeddings")))  # older runs lack the last
 
 
+def identity(task: Task, adapter: str | Path | None) -> dict:
+    """What predictions depend on beside arguments and data: hashes, and the prompt's template.
+
+    adapter: the directory of a LoRA, if there is one. The keys are those of `run.DEPENDS_ON`.
+    """
+    files = [Path(adapter) / name for name in (CONFIG_FILE, TENSOR_FILE)] if adapter else []
+    # A missing file is an error where the adapter is loaded.
+    parts = [read_regular(p, "an adapter's file", "save it again") for p in files if p.is_file()]
+    return {
+        "base_fingerprint": checkpoint_fingerprint(task.directory),
+        "tokenizer_hash": hashlib.sha256(task.tokenizer.to_json().encode()).hexdigest(),
+        "template": task.whole_template(),
+        "adapter_hash": hashlib.sha256(b"".join(parts)).hexdigest() if adapter else None,
+    }
+
+
 def load_parts(
-    model: Qwen, directory: Path, adapter: Path, parts: Parts, base_hash: str, base: str = ""
+    model: Qwen, directory: Path, adapter: Path, parts: Parts, own: Mapping, base: str = ""
 ) -> LinearHead | None:
     """Put the parts in `directory` (LoRA: in `adapter`) on the model, in place; returns the head.
 
-    base_hash, base: the fingerprint of the model's checkpoint, and its name. Raises UserError if a
-    part is missing, unreadable, or was trained on other weights.
+    own, base: the `identity` of the base, and its name. Raises UserError if a part is missing,
+    unreadable, or was trained on other weights.
     """
     weight = None
     if parts.lora:
-        weight = attach_adapter(model, adapter, base_hash, vectors=parts.vectors, base=base)
+        weight = attach_adapter(model, adapter, own, vectors=parts.vectors, base=base)
         if parts.head != "file" and (weight is not None) != (parts.head == "adapter"):
             found = "no head" if weight is None else "a classifier's head"
             raise UserError(f"{adapter}: holds {found}; choose the --method that it was trained by")
     if parts.vectors:
         from qwen_min.lab import token_vectors
 
+        base_hash = own["base_fingerprint"]
         token_vectors.load(directory / VECTORS, model, parts.head is None, base_hash)
     if parts.head == "file":
         return load_head(directory / HEAD)
@@ -81,16 +103,17 @@ def final_head(model: Qwen, weight: Tensor) -> LinearHead:
 def attach_adapter(
     model: Qwen,
     directory: Path,
-    base_hash: str,
+    own: Mapping,
     dropout: float | None = None,
     vectors: bool = False,
     base: str = "",
 ) -> Tensor | None:
     """Put the LoRA in `directory` on the model, in place; returns its head (C, D), fp32, or None.
 
-    vectors: whether the caller also loads token vectors that were trained with it. Raises UserError
-    for an adapter that cannot be read, or that was trained on other weights. An adapter that PEFT
-    wrote says only the name of its base: where `base`, the model's, is another, a line warns of it.
+    own: the `identity` of the base. vectors: whether the caller also loads token vectors that
+    were trained with it. Raises UserError for an adapter that cannot be read, or that was trained
+    on other weights or with another tokenizer. An adapter that PEFT wrote says only the name of its
+    base: where `base`, the model's, is another, a line warns of it.
     """
     try:
         config, head, metadata = lora.load_adapter(directory, model, dropout)
@@ -104,9 +127,7 @@ def attach_adapter(
     if "base_fingerprint" not in metadata and len(names) == 2:
         known = f"{directory} was trained on {config.base_model}, by its adapter_config.json"
         print(f"warning: {known}; it is put on {base}", file=sys.stderr)
-    if metadata.get("base_fingerprint", base_hash) != base_hash:
-        found = "was trained on another base (their fingerprints differ)"
-        raise UserError(f"{directory}: {found}; {GIVE_BASE}")
+    check_same(metadata, own, directory, GIVE_BASE)
     return head
 
 
@@ -129,6 +150,7 @@ class Trainable:
         found = checkpoints(run)
         self.checkpoint = checkpoint = found[-1][1] if found else None
         self.model, self.base_hash = model, record["base_fingerprint"]
+        self.kept = {key: record[key] for key in KEPT if key in record}  # an older run has less
         self.parts = parts_of(record["method"], record["arguments"])
         torch.manual_seed(args.seed)
         weight, words = None, self.parts.head is None
@@ -143,9 +165,7 @@ class Trainable:
             raise UserError(str(error)) from None
         if self.parts.lora and checkpoint:
             adapter = checkpoint / ADAPTER
-            weight = attach_adapter(
-                model, adapter, self.base_hash, args.dropout, self.parts.vectors
-            )
+            weight = attach_adapter(model, adapter, record, args.dropout, self.parts.vectors)
         self.parameters = lora.lora_parameters(model)
         self.vectors, self.vectors_before = {}, {}
         if self.parts.vectors:
@@ -173,8 +193,7 @@ class Trainable:
     def save(self, directory: Path) -> None:
         """Write all parts."""
         if self.parts.lora:
-            metadata = {"base_fingerprint": self.base_hash}
-            metadata |= {"token_vectors": VECTORS} if self.vectors else {}
+            metadata = self.kept | ({"token_vectors": VECTORS} if self.vectors else {})
             head = self.weight if self.parts.head == "adapter" else None
             lora.save_adapter(directory / ADAPTER, self.model, self.config, head, metadata)
         if self.parts.head == "file":

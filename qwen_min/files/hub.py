@@ -2,6 +2,7 @@
 
 import os
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 from qwen_min.errors import UserError
@@ -9,15 +10,24 @@ from qwen_min.files.disk import read_json
 
 TINY = Path(__file__).parent.parent / "tiny"  # the checkpoint that comes with the project
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Optional files: the chat template, and the tokens that end an answer.
-OPTIONAL = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+# The files of a checkpoint's directory beside its weights (few have all; * is any name). They are
+# downloaded together, and copied together into a merged checkpoint. The value is the key of a hash,
+# or of a content, that changes with the file: in run.json and in results.
+FILES = {"config.json": "base_fingerprint", "tokenizer.json": "tokenizer_hash"}
+# The chat template; transformers 4 writes it to tokenizer_config.json.
+FILES |= dict.fromkeys(("chat_template.jinja", "tokenizer_config.json"), "template")
+FILES |= {"generation_config.json": "stop_ids"}  # the tokens that end an answer
+# Hashes of known texts, which change no prediction, and what other programs read: transformers
+# (also for tokens that a chat template names) and converters.
+FILES |= dict.fromkeys(("fed.safetensors", "special_tokens_map.json", "added_tokens.json"))
+FILES |= dict.fromkeys(("additional_chat_templates/*.jinja", "vocab.json", "merges.txt"))
 # ".." is in no hub name and no git ref; inside the cache it would lead to another directory.
 HUB_NAME = re.compile(r"(?!.*\.\.)\w[\w.-]*/[\w.-]+(@[^\s@]+)?", re.ASCII)
 
 
 def resolve_model(name: str) -> Path:
-    """The directory of the model that `--model` names: config.json, tokenizer.json, safetensors,
-    and those of the files in OPTIONAL that the model has.
+    """The directory of the model that `--model` names: safetensors, config.json, tokenizer.json,
+    and what the model has of the other FILES.
 
     `tiny` is the embedded checkpoint (`./tiny` is a directory of that name). For an existing
     directory there is no network access, and huggingface_hub is not imported.
@@ -80,7 +90,9 @@ def _download(repo: str, revision: str) -> Path:
     commit = config.parent.name  # the cache's layout: snapshots/COMMIT/config.json
     names = os.listdir(config.parent) if failure else [f.rfilename for f in info.siblings or ()]
     shards = read_index(fetch(INDEX, commit)).values() if INDEX in names else [SINGLE]
-    for file in ("tokenizer.json", *set(OPTIONAL).intersection(names), *set(shards)):
+    # Names come from outside: none may lead to another directory.
+    others = [n for n in names if ".." not in n and any(fnmatch(n, pattern) for pattern in FILES)]
+    for file in dict.fromkeys(("tokenizer.json", *others, *shards)):
         fetch(file, commit)
     return config.parent
 

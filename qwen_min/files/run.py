@@ -17,7 +17,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -27,6 +27,7 @@ from safetensors.torch import save
 from qwen_min.errors import UserError
 from qwen_min.files import disk
 from qwen_min.files.disk import write_atomically, write_json
+from qwen_min.files.hub import FILES
 
 MANIFEST = "manifest.json"
 ADAPTER, HEAD, VECTORS = "adapter", "head.safetensors", "embeddings.safetensors"
@@ -44,10 +45,15 @@ def read_run(directory: str | Path) -> dict:
     return run
 
 
-# What may differ when a run is resumed: paths (model and data are compared by their hashes), and
-# settings that change only the rounding of sums and the draws of dropout.
+# What may differ when a run is resumed: paths, because what they name is compared by `check_same`;
+# the device, because the first may be gone (dropout draws other numbers on another); and, without
+# dropout, --batch-tokens, which then changes only the rounding of sums.
 FREE = ("output", "resume", "merge", "model", "data", "encoding", "feature_cache")
 FREE += ("device", "batch_tokens")
+# What a run depends on beside its arguments, by key of run.json, and what an error calls it. The
+# template is the whole one, with the chat template's markup.
+DEPENDS_ON = {"base_fingerprint": "model", "tokenizer_hash": "tokenizer"}
+DEPENDS_ON |= {"template": "chat template", "adapter_hash": "adapter", "data_hash": "data"}
 
 
 @contextlib.contextmanager
@@ -104,21 +110,23 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     if not args.resume:
         return args
     before = read_run(args.output)["arguments"]
+    dropout = before["method"] != "head_only" and before.get("dropout")
+    free = [name for name in FREE if not (dropout and name == "batch_tokens")]
     for name, value in given.items():
-        if name not in FREE and before.get(name) != value:
+        if name not in free and before.get(name) != value:
             found = f"--{name.replace('_', '-')} is {value!r} but the run has {before.get(name)!r}"
             raise UserError(f"--resume: {found}; leave it out, or start another run")
-    free = {name: given[name] for name in FREE if name in given}
     # --merge applies to one command only. --output is where the run was found: it may have moved.
-    before |= {"merge": None, **free, "output": args.output}
+    before |= {"merge": None} | {name: given[name] for name in free if name in given}
+    before["output"] = args.output
     return argparse.Namespace(**(vars(args) | before))
 
 
 def start_record(run: Path, record: dict, resume: bool) -> dict:
     """Write run.json; with --resume compare `record` with the existing one, and return that.
 
-    Raises UserError if the directory cannot be made, or if model or data are not those that the
-    run began with.
+    Raises UserError if the directory cannot be made, or if something that the run depends on has
+    changed since.
     """
     if not resume:
         with disk.one_line_error(run, "name another directory with --output"):
@@ -126,11 +134,22 @@ def start_record(run: Path, record: dict, resume: bool) -> dict:
         write_json(run / "run.json", record)
         return record
     before = read_run(run)
-    for key, what in (("base_fingerprint", "model"), ("data_hash", "data")):
-        if before[key] != record[key]:
-            same = f"give the same {what}, or start another run"
-            raise UserError(f"--resume: the {what} is not the one of {run} ({key} differs); {same}")
+    check_same(before, record, f"--resume of {run}", "give the same, or start another run")
     return before
+
+
+def check_same(before: Mapping, now: Mapping, place: object, advice: str) -> None:
+    """Raise UserError if one of DEPENDS_ON has changed between two records.
+
+    What one of them lacks is not compared: older versions recorded less.
+    """
+    for key, what in DEPENDS_ON.items():
+        if before.get(key) and now.get(key) and before[key] != now[key]:
+            files = [name for name, changes in FILES.items() if changes == key]
+            files += ["the weights"] * (key == "base_fingerprint")
+            differs = f"{key} differs" + f": {' or '.join(files)}" * bool(files)
+            found = f"the {what} is not the one that was trained with ({differs})"
+            raise UserError(f"{place}: {found}; {advice}")
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Path:

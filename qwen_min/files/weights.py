@@ -3,7 +3,6 @@ an error. The one exception is an lm_head in a tied checkpoint: a copy of the em
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,13 +13,10 @@ from torch import Tensor
 
 from qwen_min.config import QwenConfig
 from qwen_min.errors import UserError
-from qwen_min.files.disk import new_directory, read_json, read_safetensors, write_json
-from qwen_min.files.hub import INDEX, SINGLE, read_index
+from qwen_min.files.disk import new_directory, read_json, read_regular, read_safetensors, write_json
+from qwen_min.files.hub import FILES, INDEX, SINGLE, read_index
 from qwen_min.model import Qwen
 
-# A merged checkpoint copies these from its base. The last holds hashes of the texts that the base
-# was trained on.
-COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "fed.safetensors")
 AGAIN = "fetch it again"
 FIT = "take config.json and unquantised weights from one checkpoint"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -98,16 +94,17 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor], directory: P
 
 
 def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
-    """Write `model` as a plain checkpoint, with config and tokenizer copied from `source`.
+    """Write `model` as a plain checkpoint; what else the directory `source` has is copied.
 
     `out` must not exist; it appears complete or not at all. Raises UserError if it cannot be
     written.
     """
     source, out = Path(source), Path(out)
     with new_directory(out, "name another, or make room") as directory:
-        for name in COPIED:
-            if (source / name).exists():
-                shutil.copyfile(source / name, directory / name)
+        for path in (path for pattern in FILES for path in source.glob(pattern)):
+            copy = directory / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_bytes(read_regular(path, "a file of a checkpoint", AGAIN))
         config = read_json(source / "config.json", "a model's config", AGAIN)
         config["torch_dtype"] = str(model.lm_head_weight.dtype).removeprefix("torch.")
         config.pop("dtype", None)

@@ -1,7 +1,7 @@
 """Read results of evaluate.py, group the seeds of each method, and test methods in pairs.
 
 Two results are compared only if their example hashes agree. Results that differ in the seed alone
-belong to one method.
+belong to one method (`identify`).
 """
 
 import json
@@ -15,20 +15,26 @@ from typing import NamedTuple
 import numpy as np
 
 from qwen_min.errors import UserError
-from qwen_min.files.disk import read_json, refuse_malformed
-from qwen_min.files.run import FREE, WRITTEN, read_run
+from qwen_min.files.disk import read_json, read_regular, refuse_malformed
+from qwen_min.files.run import WRITTEN, read_run
 from qwen_min.metrics import confusion_matrix, mcnemar_exact, paired_bootstrap
 
-NEEDED = dict.fromkeys(("accuracy_interval", "per_class", "confusion_matrix"), list)
+PER_CLASS = dict.fromkeys(("precision", "recall", "f1"), float)
+NULLABLE = ("precision", "recall", "f1", "auc_roc", "brier", "ece")  # with some methods or classes
+NEEDED = {"accuracy_interval": [float], "per_class": [{"name": str} | PER_CLASS]}
+NEEDED |= {"confusion_matrix": [[int]], "macro": PER_CLASS, "training_arguments": (dict, None)}
 NEEDED |= {"method": str, "examples_hash": str, "n": int, "accuracy": float, "seconds": float}
-NEEDED |= {"macro": dict, "arguments": dict}
+NEEDED |= dict.fromkeys((*NULLABLE, "trained_parameters", "training_seconds"), (float, None))
+NEEDED |= dict.fromkeys(("base_fingerprint", "tokenizer_hash"), (str, None))
+NEEDED["arguments"] = dict.fromkeys(("run", "predictions", "model", "template"), (str, None))
 # Numbers of a row, and their headings. The recall of each class stands between the two.
 HEADLINE = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
 OTHERS = {"auc_roc": "AUC", "brier": "Brier", "ece": "ECE", "trained_parameters": "trained"}
 OTHERS |= {"training_seconds": "train s", "seconds": "eval s"}
-# Arguments that do not make another method. The examples are identified by their hash instead.
-IGNORED = {*FREE, "method", "seed", "run", "predictions", "train_data", "data", "limit", "encoding"}
-IGNORED |= {"label_sets", "calibrate", "explain"}
+# Arguments that change no prediction: names of outputs, and what is measured besides.
+NEUTRAL = {"method", "seed", "run", "output", "predictions", "changed", "resume", "merge"}
+NEUTRAL |= {"feature_cache", "train_data", "calibrate", "explain"}
+ROWS = {"data", "limit", "encoding"}  # which rows are read: these have a hash
 
 
 class Predictions(NamedTuple):
@@ -44,7 +50,8 @@ class Result(NamedTuple):
 
     path: Path
     results: dict  # the content of the file
-    identity: dict  # examples, method and arguments, also of training: equal for all its seeds
+    identity: dict  # what the predictions depend on besides the seed, as `identify` returns it
+    shown: dict  # the same, with arguments instead of hashes
     seed: int  # of training; of the evaluation if nothing was trained
     trained: bool
     predictions: Predictions | None  # None if the file is missing
@@ -90,7 +97,8 @@ class Method(NamedTuple):
 def read_columns(path: Path, *keys: str) -> list[list]:
     """The values of each key in all lines of a JSON Lines file."""
     # Not str.splitlines: JSON strings may contain U+2028.
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    lines = read_regular(path, "JSON Lines", "evaluate again").decode("utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
     return [[row[key] for row in rows] for key in keys]
 
 
@@ -110,24 +118,62 @@ def read_all(arguments: Sequence[str]) -> list[Result]:
 def read_result(path: Path) -> Result:
     """Read a results file and its predictions. Raises UserError for any other file."""
     advice = "give the file that evaluate.py writes as --output, or a run directory"
-    results = read_json(path, "results of evaluate.py", advice, **NEEDED)
-    arguments = results["arguments"]
+    kind = "results of evaluate.py"
+    results = read_json(path, kind, advice, **NEEDED)
+    arguments, training = results["arguments"], results.get("training_arguments")
     # The run directory may have been moved since, with the results in it.
     places = (path.parent, Path(arguments["run"])) if arguments.get("run") else ()
     run = next((place for place in places if (place / "run.json").exists()), None)
-    training = results.get("training_arguments")
-    if training is None and run:
-        training = read_run(run)["arguments"]
-    settings = {name: value for name, value in arguments.items() if name not in IGNORED}
-    for name, value in (training or {}).items():
-        # data and limit stay: training rows must match between seeds. Equal values: listed once.
-        if name not in IGNORED - {"data", "limit"} and (name, value) not in settings.items():
-            settings[f"train_{name}" if name in arguments else name] = value
-    settings = {name: v for name, v in settings.items() if v is not None and v is not False}
-    identity = {"examples": results["examples_hash"][:8], **settings, "method": results["method"]}
+    if run and "base_fingerprint" not in results:  # an older version's: the run may tell
+        record = read_run(run)
+        training = training or record["arguments"]
+        if training == record["arguments"]:
+            known = {f"training_{name}": record.get(name) for name in ("data_hash", "template")}
+            results |= known | {"base_fingerprint": str(record.get("base_fingerprint", ""))}
     seed = (training or arguments).get("seed", 0)
+    with refuse_malformed(path, kind, advice):
+        if missing := [key for key in NULLABLE if key not in results]:
+            raise ValueError(f"{missing[0]} is missing")
+        if type(seed) is not int or len(results["accuracy_interval"]) != 2:
+            raise ValueError("its training seed or its accuracy_interval has the wrong type")
+    identity, shown = identify(results, training or {})
     predictions = read_predictions(path, results)
-    return Result(path, results, identity, seed, training is not None, predictions, run)
+    return Result(path, results, identity, shown, seed, training is not None, predictions, run)
+
+
+def identify(results: dict, training: dict) -> tuple[dict, dict]:
+    """What the predictions of `results` depend on besides the seed: by hashes, and as arguments.
+
+    Results are seeds of one method only if all of it is equal. Files count by the hash of what was
+    read. Where an older version recorded none, by their names, which never equal a hash. training:
+    the arguments of the run, if there is one.
+    """
+    arguments, data_hash = results["arguments"], results.get("training_data_hash")
+    shown = {name: v for name, v in arguments.items() if name not in NEUTRAL | ROWS}
+    # The model of an evaluation is always that of the training. Other equal values: listed once.
+    known = {"model", "template"} | (ROWS - {"data"} if data_hash else set())
+    for name, value in training.items():
+        if name not in NEUTRAL | known and (name, value) not in shown.items():
+            shown[f"train_{name}" if name in arguments else name] = value
+    shown["template"] = whole_template(results.get("template"), arguments)
+    trained_on = whole_template(results.get("training_template"), training)
+    shown["train_template"] = trained_on if trained_on != shown["template"] else None
+    # Found when it ran: dtype and device can be "auto" as arguments.
+    found = ("dtype", "device", "tokenizer_hash", "stop_ids")
+    shown |= {name: results[name] for name in found if name in results}
+    shown = {name: v for name, v in shown.items() if v is not None and v is not False}
+    shown = {"examples": results["examples_hash"][:8], **shown, "method": results["method"]}
+    hashes = {"model": results.get("base_fingerprint"), "train_data": data_hash}
+    hashes |= dict.fromkeys(("adapter", "train_adapter"), results.get("adapter_hash"))
+    return {name: hashes.get(name) or value for name, value in shown.items()}, shown
+
+
+def whole_template(known: str | None, arguments: dict) -> str | None:
+    """The template with its markup. Of an older version it is known only if there is none."""
+    typed = arguments.get("template")
+    if typed and not arguments.get("chat"):
+        typed = str(typed).replace("\\n", "\n")
+    return known or typed
 
 
 def read_predictions(path: Path, results: dict) -> Predictions | None:
@@ -171,8 +217,13 @@ def files_read(results: Sequence[Result]) -> list[Path]:
 
 def gather(results: Sequence[Result]) -> list[Method]:
     """Group the seeds of each method, in the order given, and give each method a unique name."""
-    groups, seen = defaultdict(list), Counter()
+    groups, seen, tokenizers = defaultdict(list), Counter(), defaultdict(set)
+    for identity in (result.identity for result in results):
+        tokenizers[identity.get("model")].add(identity.get("tokenizer_hash"))
     for result in results:
+        # An older version recorded none: it is the only one that is known of the same weights.
+        if len(only := tokenizers[result.identity.get("model")] - {None}) == 1:
+            result.identity["tokenizer_hash"] = result.shown["tokenizer_hash"] = min(only)
         same = json.dumps(result.identity, sort_keys=True)
         # A method with a seed that occurs twice becomes two rows.
         seen[same, result.seed] += 1
@@ -190,10 +241,16 @@ def gather(results: Sequence[Result]) -> list[Method]:
 def method_name(result: Result, among: Sequence[Result]) -> str:
     """The method, and the arguments in which it differs from results of the same method."""
     own = result.identity
-    others = [r.identity for r in among if r.identity["method"] == own["method"]]
-    keys = dict.fromkeys([*own, *sorted(key for other in others for key in other)])
-    differing = [key for key in keys if any(o.get(key) != own.get(key) for o in others)]
-    return " ".join([own["method"], *(f"{key}={short(own.get(key))}" for key in differing)])
+    others = [r for r in among if r.identity["method"] == own["method"]]
+    keys = dict.fromkeys([*own, *sorted(key for other in others for key in other.identity)])
+    parts = [own["method"]]
+    for key in keys:
+        if differing := [o for o in others if o.identity.get(key) != own.get(key)]:
+            text = short(result.shown.get(key))
+            alike = text in [short(other.shown.get(key)) for other in differing]
+            is_hash = own.get(key) != result.shown.get(key)
+            parts.append(f"{key}={text}" + f" ({str(own.get(key))[:8]})" * (alike and is_hash))
+    return " ".join(parts)
 
 
 def short(value: object, characters: int = 24) -> str:
