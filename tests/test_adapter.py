@@ -600,7 +600,9 @@ def test_the_name_counts_for_nothing_where_the_fingerprint_is_known(
     config = LoRAConfig(2, 4.0, 0.0, ATTENTION, False, "CAUSAL_LM", "Qwen/Qwen2.5-7B")
     metadata = {"base_fingerprint": checkpoint_fingerprint(TINY)}
     save_adapter(tmp_path, model, config, None, metadata)
-    attach_adapter(load_model(TINY), tmp_path, checkpoint_fingerprint(TINY), base="tiny")
+    attach_adapter(
+        load_model(TINY), tmp_path, {"base_fingerprint": checkpoint_fingerprint(TINY)}, base="tiny"
+    )
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="trained on another base"):
-        attach_adapter(load_model(TINY), tmp_path, "another", base="tiny")
+        attach_adapter(load_model(TINY), tmp_path, {"base_fingerprint": "another"}, base="tiny")
