@@ -604,5 +604,5 @@ def test_the_name_counts_for_nothing_where_the_fingerprint_is_known(
         load_model(TINY), tmp_path, {"base_fingerprint": checkpoint_fingerprint(TINY)}, base="tiny"
     )
     assert capsys.readouterr().err == ""
-    with pytest.raises(UserError, match="trained on another base"):
+    with pytest.raises(UserError, match="the model is not the one that was trained with"):
         attach_adapter(load_model(TINY), tmp_path, {"base_fingerprint": "another"}, base="tiny")
