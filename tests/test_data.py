@@ -610,6 +610,9 @@ def test_split_keeps_a_text_of_every_class_to_train_on(seed, fraction):
     examples = examples_of(*rare, *[(f"评论{i}", 0) for i in range(45)])
     train, held_out = held_out_split(examples, fraction, seed)
     assert {examples[i].label for i in train} == {0, 1, 2, 3}
+    # The same where the share is less than a row and one text is held out nevertheless.
+    few = examples_of(("只此一条", 1), ("a", 0), ("b", 0))
+    assert 0 in held_out_split(few, 0.1, seed)[0]
     # Where no class would be lost, the split is what it is without this rule.
     plenty = examples_of(*((text, 0) for text, _ in rare), *[(f"评论{i}", 0) for i in range(45)])
     rest, wanted = held_out_split(plenty, fraction, seed)

@@ -115,12 +115,12 @@ def held_out_split(
         raise UserError(f"found {len(rows_of)} distinct texts, at least 2 are needed: add data")
     ranked = sorted(rows_of, key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest())
     share = min(round(fraction * len(examples)), len(examples) - 1)
-    left = Counter(example.label for example in examples)
+    labels_of = {t: Counter(examples[i].label for i in rows) for t, rows in rows_of.items()}
+    left = Counter(example.label for example in examples)  # rows of each class to train on
 
     def last_of_class(text: str) -> bool:
         return any(left[y] == n for y, n in labels_of[text].items())
 
-    labels_of = {t: Counter(examples[i].label for i in rows) for t, rows in rows_of.items()}
     held_out: list[int] = []
     for text in ranked:
         if len(held_out) + len(rows_of[text]) <= share and not last_of_class(text):
