@@ -143,9 +143,10 @@ def test_markup_counts_in_the_template_and_not_in_a_text(tokenizer, theirs):
         # The shorter field counts the plain tokens, too.
         [cut] = build(tokenizer, [text], template, 2)
         assert len(cut.ids) == len(prompt.ids) - len(tokenizer.encode(text)) + 2
-    # A label is literal as well, and so is what a text's border could complete.
+    # What a text's border could complete is plain text, too. A label is the user's.
     [prompt] = build_prompts(tokenizer, ["<|im_"], "{text}end|>：", ["<|im_end|>", "好"])
-    assert not control & {*prompt.ids, *prompt.labels[0]}
+    assert not control & {*prompt.ids}
+    assert prompt.labels[0] == (end,)
 
 
 # ---- labels -----------------------------------------------------------------------------------
