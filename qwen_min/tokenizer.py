@@ -26,7 +26,8 @@ CONTROL = re.compile(r"<[|｜].+[|｜]>|</?(think|tool_call|tool_response)>", re
 class Tokenizer:
     """The tokenizer of a model directory.
 
-    `markup` maps control strings such as `<|im_start|>` to their ids. All ids are below `size`.
+    `added` are the added tokens in order of their ids. `markup` maps those that are markup, such as
+    `<|im_start|>`, to their ids. All ids are below `size`.
     `required` are the tokens that tokenizer.json puts around every text (Qwen's files name none).
     They are not put there; a template has to contain them.
     Raises UserError if tokenizer.json is missing, malformed, not a BPE or a random one.
@@ -34,7 +35,7 @@ class Tokenizer:
 
     def __init__(self, directory: str | Path):
         path = Path(directory) / "tokenizer.json"
-        if not path.exists():
+        if not path.is_file():  # a pipe would block
             raise UserError(f"{path}: no such file; give a model directory, which has one")
         try:
             whole = BaseTokenizer.from_file(str(path))
@@ -50,25 +51,24 @@ class Tokenizer:
         whole.no_truncation()
         whole.no_padding()
         self._path, self._whole = path, whole
-        added = sorted(whole.get_added_tokens_decoder().items())
-        if any(t.rstrip for _, t in added) and any(t.content[:1].isspace() for _, t in added):
+        self.added = [token for _, token in sorted(whole.get_added_tokens_decoder().items())]
+        if any(t.rstrip for t in self.added) and any(t.content[:1].isspace() for t in self.added):
             problem = "an added token has rstrip and another begins with white space"
             raise UserError(f"{path}: {problem}: the library fails there; set rstrip to false")
-        self.markup = {
-            t.content: id_ for id_, t in added if t.special or CONTROL.fullmatch(t.content)
-        }
+        names = [t.content for t in self.added if t.special or CONTROL.fullmatch(t.content)]
+        self.markup = {name: whole.token_to_id(name) for name in names}
         # The same parts without the post-processor; texts are encoded by this one.
         self._base = BaseTokenizer(whole.model)
         self._base.normalizer = whole.normalizer
         self._base.pre_tokenizer = whole.pre_tokenizer
         self._base.decoder = whole.decoder
-        if len(added) > len(self.markup):
+        if len(self.added) > len(self.markup):
             # In the same order, so with the same ids. As special tokens are plain text for this
             # tokenizer, all markup is made special.
             self._base.encode_special_tokens = True
-            for _, token in added:
+            for token in self.added:
                 token.special = token.content in self.markup
-                self._base.add_tokens([token])
+            self._base.add_tokens(self.added)
         # The model's vocab_size is larger: ids from `size` on have no text.
         self.size = 1 + max(whole.get_vocab().values())
         self.required = whole.encode("").tokens
