@@ -12,6 +12,7 @@ There are two kinds:
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import Tokenizer as BaseTokenizer
@@ -93,14 +94,16 @@ class Tokenizer:
 
         Raises UserError for markup that changes with its neighbours: it can't be encoded apart.
         """
-        pieces, end = [], 0
         whole = self._whole.encode(text, add_special_tokens=False)
-        for token, (start, stop) in zip(whole.ids, whole.offsets, strict=True):
+        # A token ends where the next one starts: an accent that NFC joins is in no token's offsets.
+        starts = [*(start for start, _ in whole.offsets), len(text)]
+        pieces, done = [], 0
+        for token, (start, end) in zip(whole.ids, pairwise(starts), strict=True):
             if (markup := self._whole.id_to_token(token)) in self.markup:
                 self._check_alone(markup)
-                pieces += [text[end:start], markup]
-                end = stop
-        return [*pieces, text[end:]]
+                pieces += [text[done:start], markup]
+                done = end
+        return [*pieces, text[done:]]
 
     def _check_alone(self, markup: str) -> None:
         """Raise UserError for markup with `lstrip`, `rstrip` or `single_word`."""

@@ -138,7 +138,8 @@ def render_template(template: str, chat: ChatTemplate, system: str | None) -> st
                 frames.add(rendered.replace(text, FIELD) if rendered.count(text) == 1 else "")
     except Exception as error:  # a program of others can raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{chat.path}: cannot be rendered ({reason}); {ADVICE}") from None
+        problem = f"its chat template cannot be rendered ({reason})"
+        raise UserError(f"{chat.path}: {problem}; {ADVICE}") from None
     frame = frames.pop()
     if frames or frame.count(FIELD) != 1:
         problem = "its chat template changes the user's message, repeats it or leaves it out"
