@@ -11,7 +11,7 @@ from qwen_min.config import QwenConfig
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example, read_examples
 from qwen_min.files.hub import resolve_model
-from qwen_min.files.tokens import check_added_tokens
+from qwen_min.files.tokens import read_tokenizer
 from qwen_min.prompt import Prompt, build_prompts, check_lengths, parse_labels, parse_template
 from qwen_min.tokenizer import Tokenizer
 
@@ -82,8 +82,7 @@ def read_task(args: argparse.Namespace) -> Task:
         raise UserError("--system is a message of Qwen's chat markup; give --chat too")
     directory = resolve_model(args.model)
     config = QwenConfig.from_json(directory / "config.json")
-    tokenizer = Tokenizer(directory)
-    check_added_tokens(directory, tokenizer)
+    tokenizer = read_tokenizer(directory)
     if tokenizer.size > config.vocab_size:
         raise UserError(
             f"{directory}: tokenizer.json has {tokenizer.size} tokens, expected at most "

@@ -40,11 +40,13 @@ def special_tokens(config: dict) -> dict[str, str]:
     return {name: text for name, text in contents.items() if isinstance(text, str)}
 
 
-def check_added_tokens(directory: Path, tokenizer: Tokenizer) -> None:
-    """Raise UserError where these files add other tokens than tokenizer.json, which we read alone.
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer, after a look at the files beside tokenizer.json, which it is read from alone.
 
-    transformers takes tokens from both. Which file counts depends on the class and the version.
+    transformers takes added tokens from all of them; which one counts depends on its version and
+    on the tokenizer's class. Raises UserError where they differ.
     """
+    tokenizer = Tokenizer(directory)
     config, path = read_tokenizer_config(directory), directory / CONFIG
     for name in ("add_prefix_space", "split_special_tokens"):
         if config.get(name):
@@ -63,3 +65,4 @@ def check_added_tokens(directory: Path, tokenizer: Tokenizer) -> None:
     if odd:
         found = f"its added tokens are not those of tokenizer.json ({', '.join(sorted(odd)[:5])})"
         raise UserError(f"{path}: {found}; save the tokenizer again, with transformers")
+    return tokenizer
