@@ -32,12 +32,8 @@ def special_tokens(config: dict) -> dict[str, str]:
     qwen = str(config.get("tokenizer_class", "Qwen2Tokenizer")).startswith("Qwen2Tokenizer")
     extra = config.get("extra_special_tokens")
     named = (DEFAULTS if qwen else {}) | config | (extra if isinstance(extra, dict) else {})
-    contents = {
-        name: token.get("content") if isinstance(token, dict) else token
-        for name, token in named.items()
-        if name.endswith("_token")
-    }
-    return {name: text for name, text in contents.items() if isinstance(text, str)}
+    texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in named.items()}
+    return {n: t for n, t in texts.items() if n.endswith("_token") and isinstance(t, str)}
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
@@ -56,12 +52,13 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         named = [*([] if isinstance(extra, dict) else extra), *config.get("older", [])]
         named = [AddedToken(t) if isinstance(t, str) else AddedToken(**t) for t in named]
         decoder = [AddedToken(**t) for t in dict(config.get("added_tokens_decoder") or {}).values()]
-    kinds = [
+    here, there = (
         {(t.content, t.lstrip, t.rstrip, t.single_word) for t in tokens}
         for tokens in (tokenizer.added, decoder or tokenizer.added)
-    ]
-    odd = {t.content for t in named} | {*special_tokens(config).values()} - {DEFAULT}
-    odd = odd - {t.content for t in tokenizer.added} | {name for name, *_ in kinds[0] ^ kinds[1]}
+    )
+    odd = {t.content for t in named} | {*special_tokens(config).values()}
+    odd -= {DEFAULT, *(t.content for t in tokenizer.added)}
+    odd |= {name for name, *_ in here ^ there}
     if odd:
         found = f"its added tokens are not those of tokenizer.json ({', '.join(sorted(odd)[:5])})"
         raise UserError(f"{path}: {found}; save the tokenizer again, with transformers")
