@@ -9,8 +9,9 @@ word as its continuation. Two rules decide the ids:
 2. For the same reason a label is never encoded alone. Its tokens are those that
    encode(prompt + label) has after encode(prompt). encode(prompt) must be its beginning.
 
-Only markup in the template, such as `<|im_end|>`, is always a token of its own. In a text and in a
-label word it is plain text.
+Added tokens of the vocabulary, such as `[差评]`, count everywhere. Markup, such as `<|im_end|>`,
+counts in the template and in label words, which the user of the command writes. In a text, and
+where a text completes it, it is plain text.
 """
 
 import re
@@ -105,23 +106,23 @@ def build_prompts(
     then has no tokens of its own), if two labels have the same tokens, or if a prompt is empty.
     """
     short_texts = [shorten(tokenizer, text, max_text_tokens) for text in texts]
-    # Markup cuts the template into pieces (without markup there is one). No token crosses a cut, so
-    # pieces are encoded apart, and a label can merge with the last piece only.
-    *start, last = tokenizer.split_markup(template)
+    before, after = template.split(FIELD)
 
     @cache
-    def encode(piece: str, ending: str = "") -> list[list[int]]:
-        """For each text the ids of a piece, with the text in it, and of an ending after it."""
-        if FIELD in piece:  # all texts in one call: the library encodes them in parallel
-            filled = [piece.replace(FIELD, text) + ending for text in short_texts]
-            return tokenizer.encode_batch(filled)
-        markup = tokenizer.markup.get(piece)
-        ids = tokenizer.encode(piece + ending) if markup is None else [markup]
-        return [ids] * len(texts)
+    def encode(left: str, right: str | None = None) -> list[list[int]]:
+        """For each text the ids of `left` + text + `right`, or of `left` alone."""
+        if right is not None:  # all texts in one call: the library encodes them in parallel
+            return tokenizer.encode_batch([left + text + right for text in short_texts])
+        markup = tokenizer.markup.get(left)
+        return [tokenizer.encode(left) if markup is None else [markup]] * len(texts)
 
     def encode_prompts(ending: str = "") -> list[tuple[int, ...]]:
         """For each text the ids of its whole prompt, and of an ending after it."""
-        pieces = [*(encode(piece) for piece in start), encode(last, ending)]
+        # Markup cuts the template into pieces (without markup there is one). No token crosses a
+        # cut, so pieces are encoded apart, and an ending changes the ids of the last piece only.
+        *start, left = tokenizer.split_markup(before)
+        right, *rest = tokenizer.split_markup(after + ending)
+        pieces = [*map(encode, start), encode(left, right), *map(encode, rest)]
         return [tuple(chain.from_iterable(row)) for row in zip(*pieces, strict=True)]
 
     prompts = []

@@ -1,12 +1,18 @@
 """Text to token ids and back, by the `tokenizers` library and the checkpoint's tokenizer.json.
 
-The library turns `<|im_end|>` into its control token wherever it occurs, also inside a review that
-somebody wrote. This class treats every text as plain text. The added tokens of tokenizer.json are
-kept in a table, `markup`, for code that composes a prompt and needs the control tokens.
+tokenizer.json holds a BPE and *added tokens*: strings that are one token each, wherever they occur.
+There are two kinds:
+
+- Markup: special tokens, and Qwen's control strings, some of which its files don't call special.
+  They give a prompt its structure. In a user's text they are plain text: a review that contains
+  `<|im_end|>` must not end the message.
+- Vocabulary: all others, such as `[差评]`, added with `add_tokens` before a fine-tuning. They are
+  words, in a text as elsewhere.
 """
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import Tokenizer as BaseTokenizer
@@ -14,17 +20,23 @@ from tokenizers import models
 
 from qwen_min.errors import UserError
 
+# <|im_start|>, <|fim_prefix|>, <｜User｜> (of DeepSeek's Qwen), <think>, </tool_call>, ...
+CONTROL = re.compile(r"<[|｜].+[|｜]>|</?(think|tool_call|tool_response)>", re.DOTALL)
+
 
 class Tokenizer:
     """The tokenizer of a model directory.
 
-    `markup` maps control strings such as `<|im_start|>` to their ids. All ids are below `size`.
-    Raises UserError if tokenizer.json is missing, malformed or not a BPE.
+    `added` are the added tokens in order of their ids. `markup` maps those that are markup, such as
+    `<|im_start|>`, to their ids. All ids are below `size`.
+    `required` are the tokens that tokenizer.json puts around every text (Qwen's files name none).
+    They are not put there; a template has to contain them.
+    Raises UserError if tokenizer.json is missing, malformed, not a BPE or a random one.
     """
 
     def __init__(self, directory: str | Path):
         path = Path(directory) / "tokenizer.json"
-        if not path.exists():
+        if not path.is_file():  # a pipe would block
             raise UserError(f"{path}: no such file; give a model directory, which has one")
         try:
             whole = BaseTokenizer.from_file(str(path))
@@ -34,18 +46,33 @@ class Tokenizer:
         if not isinstance(whole.model, models.BPE):
             kind = type(whole.model).__name__
             raise UserError(f"{path}: is a {kind} tokenizer, expected BPE; fetch the model's own")
-        self.markup = {t.content: id_ for id_, t in whole.get_added_tokens_decoder().items()}
-        self._whole = whole  # decodes the added tokens too
-        # The same parts without added tokens, truncation, padding and post-processor.
+        if whole.model.dropout:
+            advice = "set it to null: it makes ids random"
+            raise UserError(f"{path}: the BPE has dropout {whole.model.dropout}; {advice}")
+        whole.no_truncation()
+        whole.no_padding()
+        self._path, self._whole = path, whole
+        self.added = [token for _, token in sorted(whole.get_added_tokens_decoder().items())]
+        if any(t.rstrip for t in self.added) and any(t.content[:1].isspace() for t in self.added):
+            problem = "an added token has rstrip and another begins with white space"
+            raise UserError(f"{path}: {problem}: the library fails there; set rstrip to false")
+        names = [t.content for t in self.added if t.special or CONTROL.fullmatch(t.content)]
+        self.markup = {name: whole.token_to_id(name) for name in names}
+        # The same parts without the post-processor; texts are encoded by this one.
         self._base = BaseTokenizer(whole.model)
         self._base.normalizer = whole.normalizer
         self._base.pre_tokenizer = whole.pre_tokenizer
         self._base.decoder = whole.decoder
+        if len(self.added) > len(self.markup):
+            # In the same order, so with the same ids. As special tokens are plain text for this
+            # tokenizer, all markup is made special.
+            self._base.encode_special_tokens = True
+            for token in self.added:
+                token.special = token.content in self.markup
+            self._base.add_tokens(self.added)
         # The model's vocab_size is larger: ids from `size` on have no text.
-        self.size = 1 + max([*self._base.get_vocab().values(), *self.markup.values()])
-        # The longest first: a regular expression takes the first alternative that matches.
-        names = sorted(self.markup, key=len, reverse=True)
-        self._markup_pattern = f"({'|'.join(map(re.escape, names))})"
+        self.size = 1 + max(whole.get_vocab().values())
+        self.required = whole.encode("").tokens
 
     def to_json(self) -> str:
         """The content of tokenizer.json, equal for all files that mean the same."""
@@ -69,8 +96,28 @@ class Tokenizer:
         return self._base.encode(text, add_special_tokens=False).offsets
 
     def split_markup(self, text: str) -> list[str]:
-        """Cut `text` at markup: [literal, markup, literal, ...]; literals may be empty."""
-        return re.split(self._markup_pattern, text) if self.markup else [text]
+        """Cut `text` at markup: [literal, markup, literal, ...]; literals may be empty.
+
+        Raises UserError for markup that changes with its neighbours: it can't be encoded apart.
+        """
+        whole = self._whole.encode(text, add_special_tokens=False)
+        # A token ends where the next one starts: an accent that NFC joins is in no token's offsets.
+        starts = [*(start for start, _ in whole.offsets), len(text)]
+        pieces, done = [], 0
+        for token, (start, end) in zip(whole.ids, pairwise(starts), strict=True):
+            if (markup := self._whole.id_to_token(token)) in self.markup:
+                self._check_alone(markup)
+                pieces += [text[done:start], markup]
+                done = end
+        return [*pieces, text[done:]]
+
+    def _check_alone(self, markup: str) -> None:
+        """Raise UserError for markup with `lstrip`, `rstrip` or `single_word`."""
+        for side in ("0", " "):
+            whole = self._whole.encode(side + markup + side, add_special_tokens=False).ids
+            if whole != [*self.encode(side), self.markup[markup], *self.encode(side)]:
+                problem = "changes with its neighbours (lstrip, rstrip, single_word)"
+                raise UserError(f"{self._path}: {markup} {problem}; leave it out of the prompt")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids back to text, markup included; incomplete characters become U+FFFD."""

@@ -1,6 +1,7 @@
-"""Chat markup by hand against apply_chat_template, on templates that behave as Qwen's do."""
+"""Chat markup, by hand and rendered, against apply_chat_template; what hostile templates can do."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,13 @@ from conftest import make_tokenizer
 from transformers import AutoTokenizer
 
 from qwen_min.errors import UserError
-from qwen_min.lab.chat import QWEN25_SYSTEM, ChatFormat, read_chat_format, wrap_template
+from qwen_min.lab.chat import (
+    QWEN25_SYSTEM,
+    ChatFormat,
+    ChatTemplate,
+    read_chat_format,
+    wrap_template,
+)
 from qwen_min.prompt import DEFAULT_TEMPLATE, build_prompts
 from qwen_min.tokenizer import Tokenizer
 
@@ -25,7 +32,8 @@ def with_system(sentence: str) -> str:
     ) + "{% endif %}"
 
 
-# Written for these tests; what matters is what they add around one question.
+# Written for these tests; what matters is what they add around one question. BY_HAND has the format
+# that gives the same, where there is one.
 TEMPLATES = {
     "Qwen2.5": with_system(QWEN25_SYSTEM),
     "Qwen1.5 and Qwen2": with_system("You are a helpful assistant."),
@@ -35,8 +43,49 @@ TEMPLATES = {
     + "{% if enable_thinking is defined and enable_thinking is false %}"
     + "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}",
     "Qwen3 of July 2025": LOOP + ASK + "{% endif %}",
+    # The default message in a variable, as exports of fine-tuned models have it.
+    "a variable": """{% if messages[0]['role'] == 'system' %}
+{% set said = messages[0]['content'] %}{% set others = messages[1:] %}
+{% else %}
+{% set said = 'Answer truthfully.' %}{% set others = messages %}
+{% endif %}
+{% if said is defined %}{{ '<|im_start|>system\n' + said + '<|im_end|>\n' }}{% endif %}
+{% for turn in others %}
+    {% set content = turn['content'] %}
+    {% if turn['role'] == 'user' %}
+{{ '<|im_start|>user\n' + content + '<|im_end|>\n<|im_start|>assistant\n' -}}
+    {% elif turn['role'] == 'assistant' %}
+        {% generation %}{{ content + '<|im_end|>' }}{% endgeneration %}
+    {% endif %}
+{% endfor %}""",
+    "tools and a search": """{%- if tools %}{{- tools | tojson(indent=2) }}{%- endif %}
+{%- set found = namespace(at=messages|length - 1, any=false) %}
+{%- for message in messages[::-1] %}
+    {%- if message.role != "user" %}{%- continue %}{%- endif %}
+    {%- set found.at = messages|length - loop.index %}{%- set found.any = true %}
+    {%- break %}
+{%- endfor %}
+{%- if not found.any %}{{- raise_exception("no user") }}{%- endif %}
+{%- for message in messages %}
+    {%- if message.content is string and loop.index0 <= found.at %}
+        {{- '<|im_start|>' ~ message.role ~ '\n' ~ message.content ~ '<|im_end|>' ~ '\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}""",
+    "other markup": "{{ bos_token }}{{ eos_token }}{% for message in messages %}"
+    "{{ '[' ~ message['role'] | upper ~ ']: ' ~ message['content'] ~ eos_token }}\n\n{% endfor %}"
+    "{{ '[BOT]:' if add_generation_prompt }}",
+}
+BY_HAND = {
+    "Qwen2.5": ChatFormat(QWEN25_SYSTEM, False),
+    "Qwen1.5 and Qwen2": ChatFormat("You are a helpful assistant.", False),
+    "Qwen3": ChatFormat(None, True),
+    "Qwen3 of July 2025": ChatFormat(None, False),
+    "a variable": ChatFormat("Answer truthfully.", False),
+    "tools and a search": ChatFormat(None, False),
 }
 ALWAYS_THINKS = LOOP + "{{ '<|im_start|>assistant\\n<think>\\n' }}"
+USER = "{{ messages[-1].content }}"
 
 
 @pytest.fixture
@@ -50,26 +99,50 @@ def put(directory: Path, template: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
 
 
+def messages_of(text: str, system: str | None) -> list[dict]:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": text}]
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("system", [None, "", "只回答一个词。\nOne word."])
 @pytest.mark.parametrize("template", [DEFAULT_TEMPLATE, "{text}"])
-def test_token_for_token_as_the_checkpoints_own_template(name, system, template, directory):
+def test_rendered_as_transformers_renders_it(name, system, template, directory):
     put(directory, TEMPLATES[name])
     ours, theirs = Tokenizer(directory), AutoTokenizer.from_pretrained(directory)
-    chat = read_chat_format(directory, "qwen3" if "Qwen3" in name else "qwen2")
+    chat = read_chat_format(directory, "qwen2")
     wrapped = wrap_template(template, chat, ours.markup, system)
-    for text in ("房间很干净。", "don't ask,\n 12345 ", "。"):
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        messages.append({"role": "user", "content": template.replace("{text}", text)})
-        expected = theirs.apply_chat_template(
-            messages,
-            tokenize=True,
-            add_generation_prompt=True,
-            enable_thinking=False,
-            return_dict=False,
-        )
+    if name in BY_HAND:
+        assert wrapped == wrap_template(template, BY_HAND[name], ours.markup, system)
+    options = {"add_generation_prompt": True, "enable_thinking": False}
+    for text in ("房间很干净。", "don't ask,\n 12345 ", "。", " <b>&'\"\\{{ 1 }}{% if %}\n\n"):
+        messages = messages_of(template.replace("{text}", text), system)
+        expected = theirs.apply_chat_template(messages, tokenize=False, **options)
+        assert wrapped.replace("{text}", text) == expected
+        expected = theirs.apply_chat_template(messages, return_dict=False, **options)
         (prompt,) = build_prompts(ours, [text], wrapped, ("好评", "差评"))
         assert list(prompt.ids) == list(expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"bos_token": "<|im_start|>"},
+        {"bos_token": {"__type": "AddedToken", "content": "<|im_end|>"}, "eos_token": None},
+        {"tokenizer_class": "Qwen2Tokenizer", "eos_token": None, "my_token": "<tool_call>"},
+        {"tokenizer_class": "Qwen2Tokenizer", "extra_special_tokens": {"my_token": "<|im_end|>"}},
+    ],
+)
+def test_special_tokens_by_name_are_those_of_transformers(config, directory):
+    path = directory / "tokenizer_config.json"
+    before = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    names = ("bos_token", "eos_token", "pad_token", "unk_token", "my_token")
+    template = "".join(f"{name}={{{{ {name} }}}} " for name in names) + USER
+    path.write_text(json.dumps(before | config | {"chat_template": template}))
+    theirs = AutoTokenizer.from_pretrained(directory)
+    expected = theirs.apply_chat_template(messages_of("{text}", None), tokenize=False)
+    assert wrap_template("{text}", read_chat_format(directory, "qwen2"), ()) == expected
 
 
 def test_the_think_block_and_the_system_message_go_where_they_should():
@@ -101,27 +174,113 @@ def test_without_a_template_the_kind_of_model_decides(directory):
 
 
 def test_where_the_template_may_stand(directory):
-    several = [{"name": "tools", "template": "x"}, {"name": "default", "template": "y"}]
-    put(directory, several)
-    assert read_chat_format(directory, "qwen3") == ChatFormat(None, False)  # y, which has nothing
-    (directory / "chat_template.jinja").write_text(TEMPLATES["Qwen3"])
-    assert read_chat_format(directory, "qwen2") == ChatFormat(None, True)
+    """Of several places transformers and we take the same one."""
+
+    def taken() -> str:
+        frame = wrap_template("{text}", read_chat_format(directory, "qwen2"), ())
+        theirs = AutoTokenizer.from_pretrained(directory)
+        assert frame == theirs.apply_chat_template(messages_of("{text}", None), tokenize=False)
+        return frame.removesuffix("{text}")
+
+    put(directory, [{"name": n, "template": n + USER} for n in ("tools", "default")])
+    assert taken() == "default"
+    put(directory, "one" + USER)
+    assert taken() == "one"
+    (directory / "chat_template.jinja").write_bytes(("文件\r\n" + USER + "\r\n").encode())
+    assert taken() == "文件\n"
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tools.jinja").write_text("tools" + USER)
+    assert taken() == "文件\n"
+    (directory / "additional_chat_templates" / "default.jinja").write_text("more" + USER)
+    assert taken() == "more"
 
 
-@pytest.mark.parametrize(
-    ("content", "said"), [("{", "not a tokenizer config"), ("[]", "not a tokenizer config")]
-)
-def test_a_broken_file_is_one_line(content, said, directory):
+@pytest.mark.parametrize("content", ["{", "[]", '{"chat_template": 1}', '{"chat_template": [1]}'])
+def test_a_broken_file_is_one_line(content, directory):
     (directory / "tokenizer_config.json").write_text(content)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=r"not a (tokenizer config|chat template)") as error:
         read_chat_format(directory, "qwen2")
     assert "\n" not in str(error.value)
 
 
-def test_a_model_that_always_thinks_is_refused(directory):
-    put(directory, ALWAYS_THINKS)
-    with pytest.raises(UserError, match="starts every answer with thoughts"):
-        read_chat_format(directory, "qwen3")
+@pytest.mark.parametrize("content", [b"\xff", None])
+def test_a_broken_template_file_is_one_line(content, directory):
+    path = directory / "chat_template.jinja"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match="not a chat template") as error:
+        read_chat_format(directory, "qwen2")
+    assert "\n" not in str(error.value)
+
+
+def refusal(source: str, template: str = "{text}", system: str | None = None) -> str:
+    chat = ChatTemplate(Path("chat_template.jinja"), source, {})
+    with pytest.raises(UserError) as error:
+        wrap_template(template, chat, (), system)
+    assert str(error.value).startswith("chat_template.jinja: its ")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_model_that_always_thinks_is_refused():
+    assert "starts every answer with thoughts" in refusal(ALWAYS_THINKS)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("{{ messages[-1].content | trim }}", "{{ messages[-1].content | upper }}"),
+        *("{{ messages[-1].content | e }}", "{{ messages[-1].content | tojson }}"),
+        *("{{ messages[-1].content[:500] }}", "{{ messages[-1].content | length }}" + USER),
+        *(
+            "",
+            "Hello",
+            USER + USER,
+            "{text}" + USER,
+            "{{ messages[-1].content.split('</think>')[0] }}",
+        ),
+    ],
+)
+def test_a_template_that_changes_the_text_is_refused(source):
+    assert "changes the user's message" in refusal(source)
+
+
+def test_what_the_template_does_to_words_around_the_text_is_rendered():
+    chat = ChatTemplate(Path("x"), "{{ messages[-1].content | trim }}", {})
+    assert wrap_template("  评论：{text}\n情感：\n", chat, ()) == "评论：{text}\n情感："
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ missing.name }}", "'missing' is undefined"),
+        ("{{ raise_exception('no\\nsystem') }}", "no system"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{% for i in range(999999999) %}{% endfor %}", "Range too big"),
+        ("{{ 9**9**9**9 }}", "a power or a large product"),
+        ("{{ 'x' * 10000000000 }}", "a power or a large product"),
+        ("{{ [1] * 10000000000 }}", "a power or a large product"),
+        ("{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "more than 1,000,000"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ " + "(" * 9999 + ")" * 9999 + " }}", "RecursionError"),
+        ("{% for i in [1] %}" * 50 + "{% endfor %}" * 50, "too many statically nested blocks"),
+    ],
+)
+def test_a_template_that_cannot_be_rendered_is_one_line(source, said):
+    message = refusal(source + USER)
+    assert "cannot be rendered" in message and said in message and len(message) < 300
+
+
+def test_an_endless_template_ends(monkeypatch):
+    monkeypatch.setattr("qwen_min.lab.chat.SECONDS", 1)
+    loops = "".join(f"{{% for i{n} in range(99999) %}}" for n in range(9)) + "{% endfor %}" * 9
+    start = time.monotonic()
+    assert "more than 1 s" in refusal(loops)
+    assert time.monotonic() - start < 3
 
 
 @pytest.mark.parametrize(

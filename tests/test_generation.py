@@ -76,6 +76,38 @@ def test_the_first_label_word_decides(answer, found):
     assert first_label(answer, words) == found
 
 
+@pytest.mark.parametrize(
+    ("words", "answer", "found"),
+    [
+        (("negative", "positive"), "Negative", 0),
+        (("negative", "positive"), " negative", 0),
+        (("negative", "positive"), "\n\nPOSITIVE.", 1),
+        (("Negative", "Positive"), "it is positive", 1),
+        ((" negative", " positive"), "Positive", 1),
+        (("negative", "positive"), "Negative, not positive", 0),
+        (("negative", "positive"), "答案是Positive。", 1),
+        (("negative", "positive"), "unsure", OFF_TRACK),
+        (("отрицательно", "положительно"), "Положительно", 1),
+        (("good", "not good"), "Not good", 1),  # the longest, in any case
+        (("us", "US"), "US", 1),
+        (("us", "US"), "us, not US", 0),
+        (("us", "US"), "the US, not us", 1),
+        (("us", "US"), "Us", 0),  # neither: the first class
+        (("bad", " bad"), " bad", 1),
+        (("bad", " bad"), "bad", 0),
+        (("A", "B"), "The answer is B", 1),  # the a in `answer` is no A
+        (("A", "B"), "a", 0),
+        (("A", "B"), "I can't say a thing; b", 0),
+        (("US", "EU"), "because the EU", 1),
+        (("negative", "positive"), "Negatives", 0),  # nothing else is there
+        (("(a)", "[b]"), "[B]", 1),
+        (("{0}", "."), "x{0}", 0),
+    ],
+)
+def test_letter_case_and_white_space_do_not_count(words, answer, found):
+    assert first_label(answer, words) == found
+
+
 def test_what_ends_an_answer(tmp_path):
     markup = {"<|im_end|>": 11, "<|endoftext|>": 12, "<|im_start|>": 13}
     path = tmp_path / "generation_config.json"

@@ -325,3 +325,37 @@ def test_a_broken_generation_config_is_seen_before_the_model_is_loaded(
     monkeypatch.setattr("qwen_min.command.classifier.load_model", None)
     status, out, err = command(*given("zero_shot_generate", tmp_path / "model"))
     assert (status, out) == (2, "") and "not a generation config" in err and err.count("\n") == 1
+
+
+def test_answers_in_another_letter_case_count(reference, tmp_path, monkeypatch):
+    """The model says `Negative`; the label word is `negative`."""
+    data = tmp_path / "data.tsv"
+    data.write_text("label\ttext\nnegative\t差\npositive\t好\n", encoding="utf-8")
+    tokenizer = Tokenizer(reference[0])
+    answers = [tokenizer.encode(text) for text in ("Negative", " POSITIVE.")]
+    monkeypatch.setattr("qwen_min.fast.forms.generate_answers", lambda *_, **__: answers)
+    arguments = given("zero_shot_generate", reference[0], "--data", data)
+    results, rows, _ = results_of(tmp_path, *arguments, "--labels", "negative,positive")
+    assert [row["prediction"] for row in rows] == [0, 1]
+    assert results["accuracy"] == 1
+
+
+def test_tokens_that_tokenizer_json_puts_around_texts_stand_in_the_template(reference, tmp_path):
+    model = shutil.copytree(reference[0], tmp_path / "model")
+    raw = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    start = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    raw["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+        "special_tokens": {
+            "<|im_start|>": {"id": "<|im_start|>", "ids": [501], "tokens": ["<|im_start|>"]}
+        },
+    }
+    (model / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    status, out, err = command(*given("zero_shot", model, "--limit", 2))
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert "tokenizer.json puts <|im_start|> around every text" in err
+    output = ["--output", tmp_path / "r.json", "--predictions", tmp_path / "p.jsonl"]
+    given_ = given("zero_shot", model, "--limit", 2, *output)
+    assert command(*given_, "--template", "<|im_start|>" + TEMPLATE)[0] == 0

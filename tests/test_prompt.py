@@ -5,7 +5,7 @@ import random
 
 import pytest
 from conftest import make_tokenizer
-from test_tokenizer import ODD, TEXTS, edit, random_texts
+from test_tokenizer import ODD, SHAPES, TEXTS, add, edit, random_texts, texts_of
 from transformers import AutoTokenizer
 
 from qwen_min.errors import UserError
@@ -143,9 +143,68 @@ def test_markup_counts_in_the_template_and_not_in_a_text(tokenizer, theirs):
         # The shorter field counts the plain tokens, too.
         [cut] = build(tokenizer, [text], template, 2)
         assert len(cut.ids) == len(prompt.ids) - len(tokenizer.encode(text)) + 2
-    # A label is literal as well, and so is what a text's border could complete.
+    # What a text's border could complete is plain text, too. A label is the user's.
     [prompt] = build_prompts(tokenizer, ["<|im_"], "{text}end|>：", ["<|im_end|>", "好"])
-    assert not control & {*prompt.ids, *prompt.labels[0]}
+    assert not control & {*prompt.ids}
+    assert prompt.labels[0] == (end,)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("template", [*TEMPLATES[:4], "[好评]foo{text}夕<|im_end|>[差评]\n拼夕"])
+def test_prompts_with_added_tokens_are_those_of_transformers(shape, template, tmp_path):
+    """Also where a token spans a border: of template and text, of text and label."""
+    tokens, rng = SHAPES[shape], random.Random(3)
+    theirs, ours = add(tmp_path, tokens), Tokenizer(tmp_path)
+    special = {str(t) for t in tokens if getattr(t, "special", False)}
+    names = [str(token) for token in tokens]
+    built = 0
+    for text in texts_of(tokens, 4)[:80]:
+        # Borders that cut a token, and labels that are one, begin with one or end one.
+        left, right = (rng.choice(["", *names, *(name[:1] for name in names)]) for _ in range(2))
+        whole = template.replace("{text}", left + "{text}" + right)
+        label = rng.choice([*names, *(name[1:] + "x" for name in names), "好", " 差", "<|im_end|>"])
+        rendered = whole.replace("{text}", text)
+        if not rendered or any(rendered.count(name) > whole.count(name) for name in special):
+            continue  # no prompt, or the text holds or completes markup
+        if (expected := continuation(theirs, rendered, label)) is None:
+            with pytest.raises(UserError, match=r"^row 1: "):
+                build_prompts(ours, [text], whole, (label, "!"), 10**6)
+            continue
+        try:
+            [prompt] = build_prompts(ours, [text], whole, (label, "!"), 10**6)
+        except UserError:
+            assert continuation(theirs, rendered, "!") is None
+            continue
+        assert list(prompt.ids) == theirs(rendered)["input_ids"], (whole, text)
+        assert list(prompt.labels[0]) == expected, (whole, text, label)
+        built += 1
+    assert built > 15
+
+
+def test_words_added_to_a_vocabulary_are_one_id_each(tmp_path):
+    theirs, tokenizer = add(tmp_path, ["[差评]", "[好评]", "拼夕夕"]), Tokenizer(tmp_path)
+    ids = theirs.convert_tokens_to_ids(["[差评]", "[好评]", "拼夕夕"])
+    [prompt] = build_prompts(tokenizer, ["在拼夕夕买的"], labels=("[差评]", "[好评]"))
+    assert prompt.labels == ((ids[0],), (ids[1],)) and prompt.ids.count(ids[2]) == 1
+    # Text and template together make one; the label would end one that the prompt begins.
+    [prompt] = build_prompts(tokenizer, ["夕夕"], "拼{text}\n", ("[差评]", "[好评]"))
+    assert prompt.ids[0] == ids[2]
+    with pytest.raises(UserError, match=r"好\[差', and the label '评\]' merge into one token"):
+        build_prompts(tokenizer, ["好"], "{text}[差", ("评]", "!"))
+
+
+@pytest.mark.parametrize("shape", ["as strings", "lstrip", "rstrip", "single_word"])
+def test_a_text_is_not_cut_inside_an_added_token(shape, tmp_path):
+    tokens = SHAPES[shape]
+    add(tmp_path, tokens)
+    tokenizer = Tokenizer(tmp_path)
+    for text in texts_of(tokens, 6):
+        offsets = tokenizer.offsets(text)
+        inside = {i for start, end in offsets for i in range(start + 1, end)}
+        for limit in (1, 3, len(offsets) - 1):
+            kept = shorten(tokenizer, text, max(limit, 1))
+            assert len(tokenizer.encode(kept)) <= max(limit, 1)
+            assert len(kept) not in inside
 
 
 # ---- labels -----------------------------------------------------------------------------------

@@ -1,17 +1,19 @@
-"""Token ids against transformers; markup counts in a template and is plain text in a text."""
+"""Token ids against transformers; words added to a vocabulary count, markup in a text doesn't."""
 
 import json
 import random
 import unicodedata
+from itertools import chain
 from pathlib import Path
 
 import pytest
 from conftest import CORPUS, make_tokenizer
+from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as BaseTokenizer
-from tokenizers import models
 from transformers import AutoTokenizer
 
 from qwen_min.errors import UserError
+from qwen_min.files.tokens import read_tokenizer
 from qwen_min.tokenizer import Tokenizer
 
 TEXTS = [
@@ -153,6 +155,243 @@ def test_the_longest_markup_wins(tmp_path):
     assert ids == theirs("".join(pieces))["input_ids"]
 
 
+# ---- added tokens -----------------------------------------------------------------------------
+
+FLAGS = ("lstrip", "rstrip", "single_word")
+WORDS = [
+    "[差评]",
+    "[好评]",
+    "拼夕夕",
+    "拼夕",
+    "好评",
+    "foo",
+    " foo",
+    "foo bar",
+    "<brand>",
+    "评]好",
+    "é",
+]
+SHAPES = {
+    "as strings": ["[差评]", "[好评]", "拼夕夕"],
+    "special": [AddedToken("[差评]", special=True), "拼夕夕", AddedToken("<s>", special=True)],
+    "lstrip": [AddedToken("拼夕夕", lstrip=True), AddedToken("foo", lstrip=True, normalized=False)],
+    "rstrip": [AddedToken("拼夕夕", rstrip=True), AddedToken("foo", rstrip=True, normalized=False)],
+    "both": [AddedToken("[差评]", lstrip=True, rstrip=True), "[好评]"],
+    "single_word": [AddedToken("foo", single_word=True), AddedToken("好评", single_word=True)],
+    "NFC": ["caf\u00e9", AddedToken("e\u0301", normalized=False)],
+    "one in another": WORDS,
+    "already in the BPE": ["e", "th", "\n", " "],
+}
+
+
+def add(directory: Path, tokens: list, nfc: bool = True) -> AutoTokenizer:
+    """A tokenizer to which transformers has added `tokens`, saved and read again."""
+    make_tokenizer(directory)
+    if nfc:
+        edit(directory, normalizer={"type": "NFC"})
+    theirs = AutoTokenizer.from_pretrained(directory)
+    theirs.add_tokens(tokens)
+    theirs.save_pretrained(directory)
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def texts_of(tokens: list, seed: int) -> list[str]:
+    """Random texts in which the tokens occur often, next to each other, cut, and beside space."""
+    rng, names = random.Random(seed), [str(token) for token in tokens]
+    pool = [*names, *names, *(n[:-1] for n in names), *(n[1:] for n in names), *ODD, " ", "  ", "x"]
+    return ["".join(rng.choices(pool, k=rng.randrange(12))) for _ in range(300)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_added_tokens_are_those_of_transformers(shape, tmp_path):
+    tokens = SHAPES[shape]
+    theirs, ours = add(tmp_path, tokens), Tokenizer(tmp_path)
+    special = [str(t) for t in tokens if getattr(t, "special", False)]
+    assert {*ours.markup} == {
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<tool_call>",
+        *special,
+    }
+    assert ours.size == len(theirs)
+    assert not any(name in ours.split_markup(f"a{name}b") for name in WORDS if name not in special)
+    assert read_tokenizer(tmp_path).markup == ours.markup
+    for text in texts_of(tokens, 7) + TEXTS:
+        expected = theirs(text, split_special_tokens=True)["input_ids"]
+        assert ours.encode(text) == expected, ascii(text)
+        assert ours.encode_batch([text]) == [expected]
+        assert ours.decode(expected) == theirs.decode(expected)
+        offsets = theirs(text, split_special_tokens=True, return_offsets_mapping=True)
+        assert ours.offsets(text) == offsets["offset_mapping"]
+
+
+def test_random_added_tokens_are_those_of_transformers(tmp_path):
+    rng = random.Random(8)
+    for number in range(15):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        tokens = [
+            AddedToken(
+                word, normalized=rng.random() < 0.5, **dict.fromkeys(rng.sample(FLAGS, 1), True)
+            )
+            for word in rng.sample([w for w in WORDS if not w[0].isspace()], 6)
+        ]
+        theirs, ours = add(directory, tokens, nfc=number % 2 == 0), Tokenizer(directory)
+        for text in texts_of(tokens, number):
+            assert ours.encode(text) == theirs(text)["input_ids"], (tokens, text)
+
+
+def test_control_strings_are_markup_whatever_the_file_calls_them(tmp_path):
+    control = [
+        "<think>",
+        "</think>",
+        "</tool_call>",
+        "<tool_response>",
+        "<|fim_pad|>",
+        "<｜User｜>",
+    ]
+    words = ["<b>", "<thinker>", "think", "<|", "|>", "[|x|]"]
+    theirs, ours = add(tmp_path, [*control, *words]), Tokenizer(tmp_path)
+    assert {*control} < {*ours.markup} and not {*words} & {*ours.markup}
+    for token in control:
+        assert not {*ours.encode(f"好{token}")} & {*ours.markup.values()}
+        assert ours.split_markup(f"好{token}") == ["好", token, ""]
+    for token in words:
+        assert ours.encode(f"好{token}") == theirs(f"好{token}")["input_ids"]
+
+
+def test_markup_is_cut_where_the_library_finds_it(tmp_path):
+    """A vocabulary token that overlaps markup and begins before it goes first."""
+    cafe = AddedToken("caf\u00e9", special=True, normalized=True)
+    tokens = ["好<", AddedToken("[差评]", special=True), cafe]
+    theirs, ours = add(tmp_path, tokens), Tokenizer(tmp_path)
+    for text in ("好<|im_end|>", "<|im_end|>[差评]", "x cafe\u0301 y", *texts_of(tokens, 9)):
+        pieces = ours.split_markup(text)
+        assert {*pieces[1::2]} <= {*ours.markup} and len(pieces) % 2
+        ids = [[ours.markup[p]] if i % 2 else ours.encode(p) for i, p in enumerate(pieces)]
+        assert [*chain.from_iterable(ids)] == theirs(text)["input_ids"], ascii(text)
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_markup_that_changes_with_its_neighbours_is_refused_by_name(flag, tmp_path):
+    add(tmp_path, [AddedToken("<mask>", special=True, **{flag: True})])
+    tokenizer = Tokenizer(tmp_path)  # it may be there; in a text it is plain text
+    assert tokenizer.markup["<mask>"] not in tokenizer.encode("x <mask> y")
+    with pytest.raises(UserError, match="<mask> changes with its neighbours") as error:
+        tokenizer.split_markup("好 <mask> 评")
+    assert "\n" not in str(error.value)
+
+
+def test_a_pre_tokenizer_that_asks_where_a_piece_stands_is_refused(tmp_path):
+    make_tokenizer(tmp_path)
+    base = BaseTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    first = pre_tokenizers.Metaspace(prepend_scheme="first")
+    base.pre_tokenizer = pre_tokenizers.Sequence([first, base.pre_tokenizer])
+    base.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"<\|im_end\|> changes with its neighbours"):
+        Tokenizer(tmp_path).split_markup("好<|im_end|>评")
+
+
+def test_what_the_library_cannot_encode_is_refused(tmp_path):
+    add(tmp_path, [AddedToken("好评", rstrip=True), "\n"])
+    assert "rstrip" in refusal(tmp_path)
+
+
+def test_dropout_is_refused(tmp_path):
+    make_tokenizer(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    edit(tmp_path, model=model | {"dropout": 0.1})
+    assert "dropout 0.1" in refusal(tmp_path)
+    edit(tmp_path, model=model | {"dropout": 0.0})
+    assert Tokenizer(tmp_path).encode("好评")
+
+
+@pytest.mark.parametrize("ignore", [True, False])
+def test_options_of_the_bpe_and_normalisers_count(ignore, tmp_path):
+    make_tokenizer(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = raw["model"]["vocab"] | {"Ġzzzz": 504}
+    edit(
+        tmp_path,
+        model=raw["model"] | {"vocab": vocab, "ignore_merges": ignore},
+        normalizer={"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]},
+    )
+    ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert (ours.encode(" ZZZZ") == [504]) == ignore
+    for text in [*TEXTS, " ZZZZ zzzz", "ＡＢＣ", "ﬁ"]:
+        assert ours.encode(text) == theirs(text)["input_ids"]
+
+
+def config(directory: Path, **fields) -> None:
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def flags(name: str, **changes) -> dict:
+    return {"content": name, "normalized": False, **dict.fromkeys(FLAGS, False), **changes}
+
+
+MARKUP = {"500": flags("<|endoftext|>"), "501": flags("<|im_start|>"), "502": flags("<|im_end|>")}
+SAME = MARKUP | {"503": flags("<tool_call>")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"added_tokens_decoder": SAME}, None),
+        ({"added_tokens_decoder": SAME | {"504": flags("[差评]")}}, "[差评]"),
+        ({"added_tokens_decoder": MARKUP}, "<tool_call>"),
+        (
+            {"added_tokens_decoder": SAME | {"503": flags("<tool_call>", lstrip=True)}},
+            "<tool_call>",
+        ),
+        ({"extra_special_tokens": ["<|im_start|>", {"content": "<s>"}]}, "<s>"),
+        ({"extra_special_tokens": {"a_token": "<s>"}}, "<s>"),
+        ({"additional_special_tokens": ["<s>"]}, "<s>"),
+        ({"additional_special_tokens": ["<|im_start|>"]}, None),
+        ({"pad_token": "<pad>"}, "<pad>"),
+        ({"pad_token": {"content": "<pad>"}}, "<pad>"),
+        ({"pad_token": None, "unk_token": "<|endoftext|>"}, None),
+        ({"add_prefix_space": True}, "add_prefix_space is not supported"),
+        ({"add_prefix_space": False, "add_bos_token": True}, None),
+        ({"split_special_tokens": True}, "split_special_tokens is not supported"),
+        ({"added_tokens_decoder": [1]}, "not a tokenizer config"),
+        ({"added_tokens_decoder": {"1": 1}}, "not a tokenizer config"),
+        ({"added_tokens_decoder": {"1": {"content": 1}}}, "not a tokenizer config"),
+        ({"extra_special_tokens": [[]]}, "not a tokenizer config"),
+    ],
+)
+def test_tokens_that_other_files_add_are_refused_by_name(fields, said, tmp_path):
+    """transformers adds them, or takes them instead of those in tokenizer.json."""
+    make_tokenizer(tmp_path)
+    config(tmp_path, **fields)
+    if said is None:
+        assert read_tokenizer(tmp_path).encode("好评")
+        return
+    with pytest.raises(UserError) as error:
+        read_tokenizer(tmp_path)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("added_tokens.json", {"<s>": 504}), ("special_tokens_map.json", {"unk_token": "<s>"})],
+)
+def test_older_files_count_as_for_transformers(name, content, tmp_path):
+    make_tokenizer(tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    assert "<s>" in AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+    with pytest.raises(UserError, match="<s>"):
+        read_tokenizer(tmp_path)
+    config(tmp_path, added_tokens_decoder=SAME)
+    assert "<s>" not in AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+    read_tokenizer(tmp_path)
+
+
+# ---- the file ---------------------------------------------------------------------------------
+
+
 def test_without_added_tokens(tmp_path):
     make_tokenizer(tmp_path)
     edit(tmp_path, added_tokens=[])
@@ -187,6 +426,8 @@ def test_the_files_truncation_padding_and_special_tokens_are_not_applied(tmp_pat
     assert changed.encode_batch(CORPUS) == tokenizer.encode_batch(CORPUS)
     assert changed.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0])
     assert changed.offsets(CORPUS[0]) == tokenizer.offsets(CORPUS[0])
+    assert changed.required == ["<|im_end|>"]  # a template has to contain it
+    assert tokenizer.required == []
 
 
 def refusal(directory: Path) -> str:

@@ -14,6 +14,7 @@ from qwen_min.command.task import Task, read_task
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.hub import resolve_model
+from qwen_min.files.tokens import read_tokenizer
 from qwen_min.files.weights import load_model
 from qwen_min.metrics import evaluate_predictions, softmax
 from qwen_min.model import Qwen
@@ -27,7 +28,7 @@ def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Qwen, T
     dtype: auto (the checkpoint's own), float32, bfloat16 or float16. device: auto, cpu, cuda, mps.
     """
     directory = resolve_model(model)
-    return load_model(directory, dtype, choose_device(device)), Tokenizer(directory)
+    return load_model(directory, dtype, choose_device(device)), read_tokenizer(directory)
 
 
 @dataclass(frozen=True)

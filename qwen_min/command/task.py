@@ -12,11 +12,12 @@ from qwen_min.config import QwenConfig
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example, read_examples
 from qwen_min.files.hub import resolve_model
+from qwen_min.files.tokens import read_tokenizer
 from qwen_min.prompt import Prompt, build_prompts, check_lengths, parse_labels, parse_template
 from qwen_min.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from qwen_min.lab.chat import ChatFormat
+    from qwen_min.lab.chat import Chat
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,25 @@ class Task:
     tokenizer: Tokenizer
     labels: tuple[str, ...]
     template: str  # as typed, without chat markup
-    chat: "ChatFormat | None"
+    chat: "Chat | None"
     system: str | None
     max_text_tokens: int
 
     def whole_template(self, template: str | None = None) -> str:
-        """The task's template, or another instead, with chat markup if --chat asks for it."""
-        template = self.template if template is None else template
-        if self.chat is None:
-            return template
-        from qwen_min.lab.chat import wrap_template
+        """The task's template, or another instead, with chat markup if --chat asks for it.
 
-        return wrap_template(template, self.chat, self.tokenizer.markup, self.system)
+        Raises UserError as `wrap_template` does, and for a template without the tokens that
+        tokenizer.json puts around every text (we add none that the template doesn't show).
+        """
+        template = self.template if template is None else template
+        if self.chat is not None:
+            from qwen_min.lab.chat import wrap_template
+
+            template = wrap_template(template, self.chat, self.tokenizer.markup, self.system)
+        if missing := [token for token in self.tokenizer.required if token not in template]:
+            found = f"tokenizer.json puts {' '.join(missing)} around every text"
+            raise UserError(f"--template {template!r}: {found}; write it where it belongs")
+        return template
 
     def prompts(
         self,
@@ -76,7 +84,7 @@ def read_task(args: argparse.Namespace) -> Task:
         raise UserError("--system is a message of Qwen's chat markup; give --chat too")
     directory = resolve_model(args.model)
     config = QwenConfig.from_json(directory / "config.json")
-    tokenizer = Tokenizer(directory)
+    tokenizer = read_tokenizer(directory)
     if tokenizer.size > config.vocab_size:
         raise UserError(
             f"{directory}: tokenizer.json has {tokenizer.size} tokens, expected at most "

@@ -163,6 +163,8 @@ def parse_json(source: bytes | str) -> object:
 
 
 def _whole(digits: str) -> int:
+    if digits == str(int(1e30)):  # model_max_length of tokenizers that transformers saved: no limit
+        return 2**63 - 1
     if len(digits) > 20 or abs(value := int(digits)) >= 2**63:
         raise ValueError(f"found the integer {digits[:20]}…, expected 64 bits at most")
     return value

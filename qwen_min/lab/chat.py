@@ -14,82 +14,195 @@
 
 Without a given system message, Qwen2.5 adds a default one and Qwen3 adds none. Only Qwen3 has the
 empty thinking block: without it the model would start to think (`enable_thinking=False`).
+
+A checkpoint's own template, a program in the language Jinja, goes before. It is rendered as
+`apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)` of transformers
+renders it. For Qwen's releases that gives the markup above: tests hold the two equal.
 """
 
-import ast
-import re
-from collections.abc import Collection
+import json
+import signal
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
 from qwen_min.errors import UserError
-from qwen_min.files.disk import read_json
+from qwen_min.files.disk import read_regular, refuse_malformed
+from qwen_min.files.tokens import CONFIG, read_tokenizer_config, special_tokens
 from qwen_min.prompt import FIELD
 
 START, END = "<|im_start|>", "<|im_end|>"
 EMPTY_THOUGHTS = "<think>\n\n</think>\n\n"
-# A string literal in a Jinja template that holds the system message: its quote, the message.
-SYSTEM = r"""(['"])<\|im_start\|>system(?:\\n|\n)((?:\\.|(?!\1)[^\\])+?)<\|im_end\|>"""
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+KIND, ADVICE = "a chat template", "fetch it again, or leave out --chat"
+# What a template gets beside the messages and the special tokens, as from transformers.
+GIVEN = {"add_generation_prompt": True, "enable_thinking": False, "tools": None, "documents": None}
+# Limits of a template; Qwen's take milliseconds and return a few hundred characters.
+SECONDS, MAX_LENGTH = 5, 1_000_000
+# Two texts in the place of the user's. The second has whatever a template might change.
+PROBES = ("\ue000", f" \n\ue000 Aé </think> {END} <b>&'\"\\n{{{{ 1 }}}} {'x' * 5000}。\n ")
 
 
 class ChatFormat(NamedTuple):
-    """The two points in which the checkpoints' own templates differ."""
+    """The two points in which the markup of Qwen's releases differs."""
 
     system: str | None  # the default system message, if there is one
     empty_thoughts: bool  # whether the answer starts with an empty thinking block
 
 
-def read_chat_format(directory: str | Path, model_type: str) -> ChatFormat:
-    """The format of the checkpoint in `directory`; model_type is its config's.
+class ChatTemplate(NamedTuple):
+    """A checkpoint's own template."""
 
-    Its own template (Jinja, in tokenizer_config.json or chat_template.jinja) is searched, not run.
-    The default system message is a literal in it (Qwen1.5 and Qwen2 have another one than Qwen2.5).
-    A template that can leave the thinking block empty contains the name of the switch (Qwen3's
-    releases of July 2025 have none). Without a template, the format is Qwen2.5's or Qwen3's.
-    Raises UserError if the template cannot be read, or if every answer starts with thoughts.
+    path: Path  # where it was read
+    source: str  # in Jinja
+    tokens: dict[str, str]  # the special tokens by name, such as eos_token, which it may use
+
+
+Chat = ChatFormat | ChatTemplate
+
+
+def read_chat_format(directory: str | Path, model_type: str) -> Chat:
+    """The template of the checkpoint in `directory`; without one, Qwen2.5's or Qwen3's format.
+
+    model_type is its config's. A file of its own counts before tokenizer_config.json; of several
+    templates with names, the default one counts (both as in transformers). Raises UserError if the
+    template cannot be read.
     """
-    alone, config = (Path(directory) / n for n in ("chat_template.jinja", "tokenizer_config.json"))
-    template = None
-    if alone.exists():
-        # The parts that are searched for are ASCII: a wrong byte elsewhere does no harm.
-        template = alone.read_text(encoding="utf-8", errors="replace")
-    elif config.exists():
-        advice = "fetch it again, or leave out --chat"
-        template = read_json(config, "a tokenizer config", advice).get("chat_template")
-    if isinstance(template, list):  # several templates, with names
-        template = {t.get("name"): t.get("template") for t in template}.get("default")
-    if template is None:
-        qwen3 = model_type == "qwen3"
-        return ChatFormat(None if qwen3 else QWEN25_SYSTEM, qwen3)
-    switch = "enable_thinking" in template
-    if not switch and re.search(r"assistant(\\n|\n)<think>", template):
-        advice = "use a checkpoint that can answer directly, or leave out --chat"
-        raise UserError(f"{directory}: its template starts every answer with thoughts; {advice}")
-    if not (found := re.search(SYSTEM, template)):
-        return ChatFormat(None, switch)
-    quote, text = found.groups()
-    # Jinja's string literals are Python's.
-    return ChatFormat(ast.literal_eval(quote + text.replace("\n", "\\n") + quote), switch)
+    directory = Path(directory)
+    config = read_tokenizer_config(directory)
+    places = ("additional_chat_templates/default.jinja", "chat_template.jinja", CONFIG)
+    path = next((p for place in places if (p := directory / place).exists()), directory / CONFIG)
+    with refuse_malformed(path, KIND, ADVICE):
+        if path.suffix == ".jinja":
+            found = read_regular(path, KIND, ADVICE).decode()
+        elif isinstance(found := config.get("chat_template"), list):
+            found = {template["name"]: template["template"] for template in found}
+        if isinstance(found, dict):
+            found = found["default"]
+        if not isinstance(found, str | None):
+            raise ValueError(f"found {type(found).__name__}, expected text")
+    if found is not None:
+        return ChatTemplate(path, found, special_tokens(config))
+    qwen3 = model_type == "qwen3"
+    return ChatFormat(None if qwen3 else QWEN25_SYSTEM, qwen3)
 
 
 def wrap_template(
-    template: str, chat: ChatFormat, markup: Collection[str], system: str | None = None
+    template: str, chat: Chat, markup: Collection[str], system: str | None = None
 ) -> str:
     """`template` as the user's message, up to the start of the assistant's answer.
 
     markup: the tokenizer's control strings. system: replaces the default system message ("" is an
     empty message). Raises UserError if the tokenizer has no chat markup, if the template already
-    has some, or if the system message contains the text field.
+    has some, if the system message contains the text field, and as `render_template` does.
     """
-    if missing := sorted({START, END} - set(markup)):
-        advice = "use a checkpoint that was tuned for chat, or leave out --chat"
-        raise UserError(f"--chat: the tokenizer has no {', '.join(missing)}; {advice}")
     if START in template or END in template:
         raise UserError(f"--chat: {template!r} contains chat markup already; leave out one of them")
     if system is not None and FIELD in system:
         raise UserError(f"--system {system!r}: {FIELD} belongs in the template; leave it out here")
+    if isinstance(chat, ChatTemplate):
+        return render_template(template, chat, system)
+    if missing := sorted({START, END} - set(markup)):
+        advice = "use a checkpoint that was tuned for chat, or leave out --chat"
+        raise UserError(f"--chat: the tokenizer has no {', '.join(missing)}; {advice}")
     system = chat.system if system is None else system
     first = "" if system is None else f"{START}system\n{system}{END}\n"
     answer = EMPTY_THOUGHTS if chat.empty_thoughts else ""
     return f"{first}{START}user\n{template}{END}\n{START}assistant\n{answer}"
+
+
+def render_template(template: str, chat: ChatTemplate, system: str | None) -> str:
+    """`wrap_template` by the checkpoint's own template.
+
+    Raises UserError if that cannot be rendered, if it changes what the user says or says it more
+    than once, or if every answer starts with thoughts.
+    """
+    first = [] if system is None else [{"role": "system", "content": system}]
+    frames = set()
+    try:
+        with time_limit(SECONDS):
+            jinja = sandbox().from_string(chat.source)
+            for text in PROBES:
+                user = {"role": "user", "content": template.replace(FIELD, text)}
+                rendered = jinja.render(GIVEN | chat.tokens, messages=[*first, user])
+                if len(rendered) > MAX_LENGTH:
+                    raise ValueError(f"it has more than {MAX_LENGTH:,} characters")
+                frames.add(rendered.replace(text, FIELD) if rendered.count(text) == 1 else "")
+    except Exception as error:  # a program of others can raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        problem = f"its chat template cannot be rendered ({reason})"
+        raise UserError(f"{chat.path}: {problem}; {ADVICE}") from None
+    frame = frames.pop()
+    if frames or frame.count(FIELD) != 1:
+        problem = "its chat template changes the user's message, repeats it or leaves it out"
+        raise UserError(f"{chat.path}: {problem}; leave out --chat")
+    if frame.rstrip().endswith("<think>"):
+        advice = "use a checkpoint that can answer directly, or leave out --chat"
+        raise UserError(f"{chat.path}: its template starts every answer with thoughts; {advice}")
+    return frame
+
+
+def sandbox() -> ImmutableSandboxedEnvironment:
+    """Jinja as transformers sets it up: no files, and none of Python's own names.
+
+    In addition, no powers and no large products: no signal ends them.
+    """
+
+    def multiply(left: object, right: object) -> object:
+        left_size, right_size = (len(x) if hasattr(x, "__len__") else x for x in (left, right))
+        return left * right if left_size * right_size < MAX_LENGTH else refuse()
+
+    def refuse(*_: object) -> None:
+        raise SecurityError("it computes a power or a large product")
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: object, ensure_ascii: bool = False, **options: object) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's is for HTML
+
+    class Generation(Extension):
+        """{% generation %} marks an answer for training; it has no effect on the text."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    jinja = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    jinja.intercepted_binops = frozenset({"*", "**"})
+    jinja.binop_table |= {"*": multiply, "**": refuse}
+    jinja.filters["tojson"] = tojson
+    jinja.globals["raise_exception"] = raise_exception
+    jinja.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return jinja
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in the block after so many seconds. (Only the main thread can.)"""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"more than {seconds} s")
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGALRM, stop) if main else None
+    try:
+        signal.alarm(seconds if main else 0)
+        yield
+    finally:
+        if main:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)

@@ -3,6 +3,7 @@
 Then the class that an answer names. `qwen_min.fast.generation` has the batched form.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from qwen_min.files.disk import read_json
 from qwen_min.metrics import OFF_TRACK
 from qwen_min.model import Qwen
 
+# Latin, Greek and Cyrillic letters: those that have two cases.
+LETTER = "[A-Za-zÀ-\u052f]"
 # Enough for a label word of a few tokens, also after a phrase such as "答案是：".
 MAX_NEW_TOKENS = 16
 
@@ -52,7 +55,19 @@ def stop_ids(directory: str | Path, markup: dict[str, int]) -> set[int]:
 def first_label(answer: str, words: Sequence[str]) -> int:
     """The class whose word comes first in `answer`; OFF_TRACK if it contains no label word.
 
-    Of words that start at the same place the longest counts: 不好 rather than 不.
+    Letter case and white space around a word don't count: `Negative` is `negative`. In another
+    letter case, a word inside of a longer one (the A of `cannot`) counts only if nothing else does.
+    Of words that start at the same place the longest counts (不好 rather than 不), and then the one
+    that stands there as it is written (`US` rather than `us`).
     """
-    places = [(answer.find(word), -len(word), y) for y, word in enumerate(words) if word in answer]
-    return min(places)[2] if places else OFF_TRACK
+    for pattern in (rf"{{0}}|(?<!{LETTER})(?i:{{0}})(?!{LETTER})", "(?i:{0})"):
+        places = []
+        for y, word in enumerate(words):
+            bare = word.strip()
+            if found := re.search(pattern.format(re.escape(bare)), answer):
+                start = found.start() - word.index(bare)
+                written = start >= 0 and answer.startswith(word, start)
+                places.append((found.start(), -len(bare), -len(word) * written, y))
+        if places:
+            return min(places)[-1]
+    return OFF_TRACK

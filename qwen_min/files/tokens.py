@@ -1,0 +1,65 @@
+"""What the files beside tokenizer.json say about tokens: names of special ones, and added ones."""
+
+from pathlib import Path
+
+from tokenizers import AddedToken
+
+from qwen_min.errors import UserError
+from qwen_min.files.disk import read_json, refuse_malformed
+from qwen_min.tokenizer import Tokenizer
+
+CONFIG, KIND, ADVICE = "tokenizer_config.json", "a tokenizer config", "fetch it again"
+# Special tokens that Qwen's tokenizer class in transformers has where the files name none.
+DEFAULT = "<|endoftext|>"
+DEFAULTS = dict.fromkeys(("unk_token", "eos_token", "pad_token"), DEFAULT)
+
+
+def read_tokenizer_config(directory: Path) -> dict:
+    """tokenizer_config.json, with what older versions of transformers wrote into other files.
+
+    Raises UserError for a malformed file. Without these files the dict is empty.
+    """
+    config, older, added = (
+        read_json(path, KIND, ADVICE) if (path := directory / name).exists() else {}
+        for name in (CONFIG, "special_tokens_map.json", "added_tokens.json")
+    )
+    # With the field added_tokens_decoder, the older files don't count.
+    return config if "added_tokens_decoder" in config else config | older | {"older": list(added)}
+
+
+def special_tokens(config: dict) -> dict[str, str]:
+    """The special tokens by name, such as eos_token; config is that of `read_tokenizer_config`."""
+    qwen = str(config.get("tokenizer_class", "Qwen2Tokenizer")).startswith("Qwen2Tokenizer")
+    extra = config.get("extra_special_tokens")
+    named = (DEFAULTS if qwen else {}) | config | (extra if isinstance(extra, dict) else {})
+    texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in named.items()}
+    return {n: t for n, t in texts.items() if n.endswith("_token") and isinstance(t, str)}
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer, after a look at the files beside tokenizer.json, which it is read from alone.
+
+    transformers takes added tokens from all of them; which one counts depends on its version and
+    on the tokenizer's class. Raises UserError where they differ.
+    """
+    tokenizer = Tokenizer(directory)
+    config, path = read_tokenizer_config(directory), directory / CONFIG
+    for name in ("add_prefix_space", "split_special_tokens"):
+        if config.get(name):
+            raise UserError(f"{path}: {name} is not supported; set it to false")
+    with refuse_malformed(path, KIND, ADVICE):
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        named = [*([] if isinstance(extra, dict) else extra), *config.get("older", [])]
+        named = [AddedToken(t) if isinstance(t, str) else AddedToken(**t) for t in named]
+        decoder = [AddedToken(**t) for t in dict(config.get("added_tokens_decoder") or {}).values()]
+    here, there = (
+        {(t.content, t.lstrip, t.rstrip, t.single_word) for t in tokens}
+        for tokens in (tokenizer.added, decoder or tokenizer.added)
+    )
+    odd = {t.content for t in named} | {*special_tokens(config).values()}
+    odd -= {DEFAULT, *(t.content for t in tokenizer.added)}
+    odd |= {name for name, *_ in here ^ there}
+    if odd:
+        found = f"its added tokens are not those of tokenizer.json ({', '.join(sorted(odd)[:5])})"
+        raise UserError(f"{path}: {found}; save the tokenizer again, with transformers")
+    return tokenizer
