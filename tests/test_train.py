@@ -429,7 +429,7 @@ def start(*args: object) -> subprocess.Popen:
 def test_of_two_trainings_in_one_new_directory_one_is_refused(base, data, tmp_path):
     run = tmp_path / "runs" / "new"
     both = [
-        start(*arguments("lora_head", base, data, run, "--seed", seed, "--epochs", 10))
+        start(*arguments("lora_head", base, data, run, "--seed", seed, "--epochs", 4))
         for seed in (0, 1)
     ]
     ends = [(process.communicate(timeout=120)[1], process.returncode) for process in both]
@@ -442,7 +442,7 @@ def test_of_two_trainings_in_one_new_directory_one_is_refused(base, data, tmp_pa
                 err.startswith(f"error: {run}: another training is running")
                 and err[:-1].isprintable()
             )
-    alone = arguments("lora_head", base, data, tmp_path / "alone", "--epochs", 10)
+    alone = arguments("lora_head", base, data, tmp_path / "alone", "--epochs", 4)
     seed = record(run)["arguments"]["seed"]
     assert train.main([*alone, "--seed", str(seed)]) == 0
     assert result_bytes(run) == result_bytes(tmp_path / "alone")
