@@ -23,6 +23,7 @@ from qwen_min.files.weights import checkpoint_fingerprint, load_model
 from qwen_min.head import LinearHead
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
+from qwen_min.scoring import NotFinite, check_finite
 
 Progress = Callable[[int], object]  # called with the number of rows finished
 
@@ -56,14 +57,20 @@ class Classifier:
     batch_tokens: int  # at most so many tokens in one fast forward
 
     def scores(self, prompts: Sequence[Prompt], progress: Progress = silent) -> np.ndarray:
-        """Scores of each prompt's label words, or of the head: (n, C), float64."""
+        """Scores of each prompt's label words, or of the head: (n, C), float64.
+
+        Raises NotFinite, which holds them, if some are not finite.
+        """
         if self.by == "label words":
             return self.forms.score_labels(self.model, prompts, self.batch_tokens, progress)
         head, last = self.head, self.model.config.num_hidden_layers
         every = head.layer != last
         how = (head.pooling, every, self.batch_tokens, progress)
         features = self.forms.pooled_features(self.model, prompts, *how)  # (n, L + 1 or 1, D)
-        return head.scores(features[:, head.layer if every else 0])
+        features = features[:, head.layer if every else 0]
+        scores = head.scores(features)
+        check_finite(self.model, prompts, features.isfinite().all(dim=1), scores)
+        return scores
 
 
 @dataclass(frozen=True)
