@@ -22,26 +22,35 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NoReturn
 
 import numpy as np
 import torch
 
 from qwen_min.command import arguments
-from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source, dtype_name
+from qwen_min.command.classifier import (
+    Classifier,
+    Evaluation,
+    Outcome,
+    Progress,
+    Source,
+    dtype_name,
+)
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
-from qwen_min.command.inside import explain, look_inside, print_inside
+from qwen_min.command.inside import explain, look_inside, neutral_prompts, print_inside
 from qwen_min.command.summary import format_results
-from qwen_min.command.task import Task, read_rows, read_task, warn_about_labels
+from qwen_min.command.task import Task, read_task, row_prompts, warn_about_labels
 from qwen_min.command.terminal import progress_bar
 from qwen_min.errors import UserError
-from qwen_min.files.data import Example, examples_hash
+from qwen_min.files.data import Example, examples_hash, read_examples
 from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.files.overlap import clean_part, fed_rows, training_examples
 from qwen_min.files.results import name_outputs, prediction_lines
-from qwen_min.metrics import evaluate_predictions
+from qwen_min.metrics import OFF_TRACK, evaluate_predictions
 from qwen_min.prompt import Prompt
-from qwen_min.scoring import label_mass
+from qwen_min.scoring import NotFinite, label_mass
 
 
 def zero_shot(source: Source) -> Classifier:
@@ -122,109 +131,182 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     source = Source(args, task, device, record)
     if args.explain is not None:
         return explain(source, METHODS[args.method])
-    examples, prompts = read_all_prompts(args, task)
-    fed = fed_rows(task.directory, examples)
-    training = training_examples(args.train_data, args.encoding, task.labels, record)
+    examples = read_examples(args.data, task.labels, args.encoding, args.limit)
     if args.run:
         name_outputs(args, record, examples_hash(examples))
     inputs = [args.data, *filter(None, [args.train_data])]
     files = open_outputs([args.output, args.predictions], inputs)
+    prompts = all_prompts(args, task, examples)
+    fed = fed_rows(task.directory, examples)
+    training = training_examples(args.train_data, args.encoding, task.labels, record)
+    neutral = neutral_prompts(source, examples, training) if args.calibrate else None
     started = time.perf_counter()
     classifier = METHODS[args.method](source)
     load_seconds = time.perf_counter() - started
-    evaluation = Evaluation(source, classifier, examples, prompts, training)
+    evaluation = Evaluation(source, classifier, examples, prompts, training, neutral)
     outcome = classify(evaluation)
-    clean = clean_part(training, examples, outcome.predictions, fed)
+    found, failures = measure_all(evaluation, outcome, fed)
     results = {
         "method": args.method,
-        **measure(evaluation, outcome),
-        "clean": clean,
+        **found,
         "fed_rows": len(fed),
         "load_seconds": load_seconds,
         "arguments": vars(args),
         "training_arguments": record["arguments"] if record else None,
     }
-    rows = prediction_lines(examples, outcome.predictions, outcome.scores, outcome.answers)
+    failed = outcome.error.rows if outcome.error else ()
+    said = (outcome.predictions, outcome.scores, outcome.answers, failed)
+    rows = partial(prediction_lines, examples, *said)
     texts = [json.dumps(results, ensure_ascii=False, indent=2) + "\n", rows]
     try:
         commit_outputs(list(zip(files, texts, strict=True)))
     finally:
-        print(format_results(results))
-        print_inside(task, results)
+        if "accuracy" in results:
+            print(format_results(results))
+            print_inside(task, results)
+    if failures:
+        report_failures(args, failures)
     return 0
 
 
-def read_all_prompts(args: argparse.Namespace, task: Task) -> tuple[list[Example], list[Prompt]]:
-    """The rows of --data, and their prompts with all words that are to be scored."""
+def all_prompts(
+    args: argparse.Namespace, task: Task, examples: Sequence[Example]
+) -> Sequence[Prompt]:
+    """The prompts of the rows, with all words that are to be scored."""
     if args.method == "zero_shot_generate":
         from qwen_min.lab import generation
 
         generation.stop_ids(task.directory, task.tokenizer.markup)  # a malformed file fails here
-        return read_rows(args, task, new_tokens=generation.MAX_NEW_TOKENS)
+        return row_prompts(args, task, examples, new_tokens=generation.MAX_NEW_TOKENS)
     if args.label_sets:
         from qwen_min.lab.label_sets import distinct_words, parse_label_sets, with_first_tokens
 
         words = distinct_words(parse_label_sets(args.label_sets, task.labels))
-        examples, prompts = read_rows(args, task, words)
-        return examples, with_first_tokens(prompts)
-    return read_rows(args, task)
+        return with_first_tokens(row_prompts(args, task, examples, words))
+    return row_prompts(args, task, examples)
 
 
 def classify(evaluation: Evaluation) -> Outcome:
-    """Score all words of every row, or let the model answer; then decide."""
-    source, classifier = evaluation.source, evaluation.classifier
+    """Score all words of every row, or let the model answer; then decide.
+
+    Raises UserError if no row has finite numbers; if some have, the outcome names the others.
+    """
+    source, classifier, error = evaluation.source, evaluation.classifier, None
     words = source.task.labels
     if classifier.by == "label words":
         warn_about_labels(evaluation.prompts[0], words)
     started = time.perf_counter()
     with progress_bar(total=len(evaluation.examples), unit=" rows") as bar:
-        if classifier.by == "answers":
-            from qwen_min.lab import generation
-
-            stop = generation.stop_ids(source.task.directory, source.task.tokenizer.markup)
-            how = (generation.MAX_NEW_TOKENS, stop, classifier.batch_tokens, bar.update)
-            prompts = evaluation.prompts
-            answers = classifier.forms.generate_answers(classifier.model, prompts, *how)
-            seconds = time.perf_counter() - started
-            texts = [source.task.tokenizer.decode(ids) for ids in answers]
-            predictions = np.array([generation.first_label(text, words) for text in texts])
-            return Outcome(predictions, None, None, texts, seconds)
-        scores = classifier.scores(evaluation.all_prompts, bar.update)  # (n, all words)
+        try:
+            find = answer if classifier.by == "answers" else score
+            found = find(evaluation, bar.update)
+        except NotFinite as failure:
+            found, error = failure.found, failure
     seconds = time.perf_counter() - started
-    if not (finite := np.isfinite(scores).all(axis=1)).all():
-        raise UserError(
-            f"{source.args.data}, line {evaluation.examples[finite.argmin()].line}: found a score "
-            "that is not finite, expected numbers: fetch the weights again, or try --dtype float32 "
-            "if they overflow"
-        )
-    own = scores[:, : len(words)]  # the words of --labels; without --label-sets there are no others
+    if error and len(error.rows) == len(evaluation.examples):
+        raise UserError(not_finite(evaluation, error))
+    if classifier.by == "answers":
+        from qwen_min.lab.generation import first_label
+
+        texts = [None if ids is None else source.task.tokenizer.decode(ids) for ids in found]
+        predictions = np.array([first_label(text or "", words) for text in texts])
+        return Outcome(predictions, None, None, texts, seconds, error)
+    own = found[:, : len(words)]  # the words of --labels; without --label-sets there are no others
     # The class with the highest score; of equal scores the first (in bf16 they can be equal).
-    return Outcome(own.argmax(axis=1), scores=own, all_scores=scores, answers=None, seconds=seconds)
+    return Outcome(own.argmax(axis=1), own, found, None, seconds, error)
+
+
+def score(evaluation: Evaluation, progress: Progress) -> np.ndarray:
+    """The scores (n, all words) of every row."""
+    return evaluation.classifier.scores(evaluation.all_prompts, progress)
+
+
+def answer(evaluation: Evaluation, progress: Progress) -> list[list[int] | None]:
+    """The token ids that the model writes after each prompt."""
+    from qwen_min.lab import generation
+
+    task, classifier = evaluation.source.task, evaluation.classifier
+    stop = generation.stop_ids(task.directory, task.tokenizer.markup)
+    how = (generation.MAX_NEW_TOKENS, stop, classifier.batch_tokens, progress)
+    return classifier.forms.generate_answers(classifier.model, evaluation.prompts, *how)
+
+
+def measure_all(
+    evaluation: Evaluation, outcome: Outcome, fed: Sequence[int]
+) -> tuple[dict, list[BaseException]]:
+    """The results part by part, and the failures: a part that fails costs no other one."""
+    failures: list[BaseException] = []
+
+    def attempt(name: str, part: Callable[[], object]) -> object:
+        try:
+            return part()
+        except (Exception, KeyboardInterrupt) as error:
+            failures.append(
+                UserError(f"{name}: {error}") if isinstance(error, UserError) else error
+            )
+            return {"failed": f"{type(error).__name__}: {error}"}
+
+    if outcome.error:  # no metrics: of the rows that are left they would say too much
+        failures.append(UserError(not_finite(evaluation, outcome.error)))
+        lines = [evaluation.examples[row].line for row in outcome.error.rows]
+        failed = {"failed": {"lines": lines, "reason": str(outcome.error)}}
+        return failed | {"n": len(evaluation.examples)} | circumstances(
+            evaluation, outcome
+        ), failures
+    found = attempt("metrics", partial(measure, evaluation, outcome))
+    clean = partial(clean_part, evaluation.training, evaluation.examples, outcome.predictions, fed)
+    parts = {**look_inside(evaluation, outcome), "clean": clean}
+    found |= {name: attempt(name, part) for name, part in parts.items()}
+    return found | circumstances(evaluation, outcome), failures
 
 
 def measure(evaluation: Evaluation, outcome: Outcome) -> dict:
-    """The metrics of an outcome, and the circumstances under which they were measured."""
-    prompts, record = evaluation.prompts, evaluation.source.record
-    mass = None
+    """The metrics of an outcome; of answers also some that are off track."""
+    mass, names = None, list(evaluation.source.task.labels)
     if evaluation.classifier.by == "label words":
-        mass = float(label_mass(outcome.scores, [prompt.labels for prompt in prompts]).mean())
-    names = list(evaluation.source.task.labels)
+        labels = [prompt.labels for prompt in evaluation.prompts]
+        mass = float(label_mass(outcome.scores, labels).mean())
+    true, predictions = evaluation.true_classes, outcome.predictions
+    found = evaluate_predictions(true, predictions, outcome.scores, names) | {"label_mass": mass}
+    if outcome.answers is not None:
+        rows = zip(evaluation.examples, predictions, outcome.answers, strict=True)
+        off = [{"line": e.line, "answer": text} for e, y, text in rows if y == OFF_TRACK]
+        found["off_track_examples"] = off[:5]
+    return found
+
+
+def circumstances(evaluation: Evaluation, outcome: Outcome) -> dict:
+    """On what, how and how fast the outcome was computed."""
+    prompts, record = evaluation.prompts, evaluation.source.record
     return {
-        **evaluate_predictions(evaluation.true_classes, outcome.predictions, outcome.scores, names),
-        "label_mass": mass,
-        **look_inside(evaluation, outcome),
         "truncated_rows": sum(prompt.truncated for prompt in prompts),
         "tokens": sum(len(prompt.ids) for prompt in prompts),
         "seconds": outcome.seconds,
         "examples_per_second": len(prompts) / outcome.seconds,
         "examples_hash": examples_hash(evaluation.examples),
-        "label_ids": [list(ids) for ids in prompts[0].labels],
+        "label_ids": [list(ids) for ids in prompts[0].labels] or None,
         "dtype": dtype_name(evaluation.classifier.model),
         "device": evaluation.source.device,
         "torch": torch.__version__,
         "trained_parameters": record["trained_parameters"] if record else 0,
         "training_seconds": record["seconds"] if record else 0.0,
     }
+
+
+def not_finite(evaluation: Evaluation, error: NotFinite) -> str:
+    """The error with its place in the data."""
+    line, n = evaluation.examples[error.rows[0]].line, len(evaluation.examples)
+    return f"{evaluation.source.args.data}, line {line} ({len(error.rows)} of {n} rows): {error}"
+
+
+def report_failures(args: argparse.Namespace, failures: Sequence[BaseException]) -> NoReturn:
+    """Raise the first bug; if there is none, one UserError that also says where the rest is."""
+    for failure in failures:
+        if not isinstance(failure, UserError):
+            raise failure
+    kept = " and ".join(filter(None, [args.output, args.predictions]))
+    rest = f"the rest is in {kept}" if kept else "add --predictions FILE to keep the rest"
+    raise UserError(f"{'; '.join(map(str, failures))}; {rest}")
 
 
 if __name__ == "__main__":

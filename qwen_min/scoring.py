@@ -89,15 +89,13 @@ class NotFinite(UserError):
 def check_finite(
     model: Qwen, prompts: Sequence[Prompt], finite: Sequence[bool], found: object = None
 ) -> None:
-    """Raise NotFinite unless `finite` (n,) is true for every prompt; it says where the others begin.
+    """Raise NotFinite, which says where this begins, unless `finite` (n,) is true for every prompt.
 
     Called before scores, states or logits decide: NaN would decide too, but not by the text.
     """
     rows = np.flatnonzero(~np.asarray(finite, dtype=bool)).tolist()
     if rows:
-        place = (
-            first_not_finite(model, [prompts[rows[0]]]) or "where --plain finds none; use --plain"
-        )
+        place = first_not_finite(model, [prompts[rows[0]]]) or "but not with --plain: use that"
         raise NotFinite(f"found numbers that are not finite, {place}", rows, found)
 
 
@@ -109,17 +107,15 @@ def first_not_finite(model: Qwen, prompts: Sequence[Prompt]) -> str | None:
     """
     dtype = str(model.lm_head_weight.dtype).removeprefix("torch.")
     stream, L = model.model.residual_stream, model.config.num_hidden_layers
-    place = ""
-    for prompt, label in ((prompt, label) for prompt in prompts for label in prompt.labels or [()]):
-        ids = torch.tensor([[*prompt.ids, *label]], device=model.device)  # (1, T)
+    place, texts = "", [(*p.ids, *label) for p in prompts for label in p.labels or [()]]
+    while texts and not place:
+        ids = torch.tensor([texts.pop(0)], device=model.device)  # (1, T)
         # A layer adds to the residual stream, so what is not finite stays so: bisection finds it.
-        n = bisect_left(range(L + 1), True, key=lambda n: not stream(ids, n).isfinite().all())
+        n = bisect_left(range(L + 1), True, key=lambda n: not bool(stream(ids, n).isfinite().all()))
         if n <= L:
             place = f" from layer {n} of {L} on" if n else " from the embedding on"
-        elif not model.logits(model(ids)[0, len(prompt.ids) - 1 :]).isfinite().all():
+        elif not model.logits(model(ids)).isfinite().all():
             place = " in the LM head"
-        if place:
-            break
     if dtype == "float16":  # its largest number is 65,504
         return f"in float16{place}; use --dtype float32 or bfloat16"
     damaged = "the weights are damaged: fetch the weights again, or train again what was trained"

@@ -8,12 +8,14 @@ are what goes into a classification and what comes out.
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from lora import lora_parameters
 from qwen_min.command.arguments import UNTRAINED
 from qwen_min.command.task import Task
 from qwen_min.command.trained import ADAPTER, GIVE_BASE, Parts, load_parts, parts_of
@@ -24,6 +26,9 @@ from qwen_min.head import LinearHead
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.scoring import NotFinite, check_finite
+
+if TYPE_CHECKING:
+    from qwen_min.lab.calibration import Neutral
 
 Progress = Callable[[int], object]  # called with the number of rows finished
 
@@ -116,6 +121,10 @@ class Source:
         directory = Path(args.run or args.adapter)
         adapter = directory / ADAPTER if args.run else directory
         head = load_parts(model, directory, adapter, self.parts, base_hash)
+        parts = list(lora_parameters(model).values())
+        parts += [] if head is None else [head.weight, head.bias]
+        if not all(part is None or part.isfinite().all() for part in parts):
+            raise UserError(f"{directory}: trained numbers are not finite; train again")
         if head is None:
             return None
         D, L = model.config.hidden_size, model.config.num_hidden_layers
@@ -142,12 +151,15 @@ class Evaluation:
     examples: Sequence[Example]  # each with its class number, an index into the label words
     all_prompts: Sequence[Prompt]  # with the words of --labels, then those of other label sets
     training: tuple[str, list[Example]] | None  # file and rows of the training data, if known
+    neutral: "Neutral | None"  # the prompts that --calibrate asks for
 
-    @property
-    def prompts(self) -> list[Prompt]:
+    @cached_property
+    def prompts(self) -> Sequence[Prompt]:
         """The prompts with the words of --labels only."""
-        count = len(self.source.task.labels)
-        return [replace(p, labels=p.labels[:count]) for p in self.all_prompts]
+        own = {p.labels: p.labels[: len(self.source.task.labels)] for p in self.all_prompts}
+        if all(labels == own[labels] for labels in own):
+            return self.all_prompts
+        return [replace(p, labels=own[p.labels]) for p in self.all_prompts]
 
     @property
     def true_classes(self) -> np.ndarray:
@@ -162,5 +174,6 @@ class Outcome:
     predictions: np.ndarray  # (n,), class numbers
     scores: np.ndarray | None  # (n, C); None: the predictions were read from answers
     all_scores: np.ndarray | None  # (n, all words of `all_prompts`)
-    answers: list[str] | None
+    answers: list[str | None] | None
     seconds: float
+    error: NotFinite | None  # names the rows that nothing can be said of

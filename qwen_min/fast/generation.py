@@ -20,7 +20,7 @@ from qwen_min.scoring import check_finite
 def greedy_cached(
     model: Qwen, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Collection[int] = ()
 ) -> list[list[int] | None]:
-    """The new token ids of each prompt; None: not finite. A text that has ended leaves the batch."""
+    """The new token ids of each prompt, as `greedy`. A text that has ended leaves the batch."""
     new: list[list[int] | None] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # the texts that are not finished, in the cache's order
     texts, cache = [Text(prompt, queries=1) for prompt in prompts], None

@@ -19,7 +19,8 @@ from qwen_min.files.disk import read_json, refuse_malformed
 from qwen_min.files.run import FREE, read_run
 from qwen_min.metrics import confusion_matrix, mcnemar_exact, paired_bootstrap
 
-NEEDED = dict.fromkeys(("accuracy_interval", "per_class", "confusion_matrix"), list)
+NEEDED = {"failed": (None,)}  # rows without scores: what an evaluation could not compute
+NEEDED |= dict.fromkeys(("accuracy_interval", "per_class", "confusion_matrix"), list)
 NEEDED |= {"method": str, "examples_hash": str, "n": int, "accuracy": float, "seconds": float}
 NEEDED |= {"macro": dict, "arguments": dict}
 # Numbers of a row, and their headings. The recall of each class stands between the two.
