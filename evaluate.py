@@ -24,27 +24,19 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NoReturn
 
 import numpy as np
 import torch
 
 from qwen_min.command import arguments
-from qwen_min.command.classifier import (
-    Classifier,
-    Evaluation,
-    Outcome,
-    Progress,
-    Source,
-    dtype_name,
-)
+from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source, dtype_name
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.inside import explain, look_inside, neutral_prompts, print_inside
 from qwen_min.command.summary import format_results
-from qwen_min.command.task import Task, read_task, row_prompts, warn_about_labels
+from qwen_min.command.task import read_rows, read_task, row_prompts, warn_about_labels
 from qwen_min.command.terminal import progress_bar
 from qwen_min.errors import UserError
-from qwen_min.files.data import Example, examples_hash, read_examples
+from qwen_min.files.data import Example, examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.files.overlap import clean_part, fed_rows, training_examples
 from qwen_min.files.results import name_outputs, prediction_lines
@@ -131,12 +123,12 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     source = Source(args, task, device, record)
     if args.explain is not None:
         return explain(source, METHODS[args.method])
-    examples = read_examples(args.data, task.labels, args.encoding, args.limit)
+    examples = read_rows(args, task)
     if args.run:
         name_outputs(args, record, examples_hash(examples))
     inputs = [args.data, *filter(None, [args.train_data])]
     files = open_outputs([args.output, args.predictions], inputs)
-    prompts = all_prompts(args, task, examples)
+    prompts = all_prompts(args.data, source, examples)
     fed = fed_rows(task.directory, examples)
     training = training_examples(args.train_data, args.encoding, task.labels, record)
     neutral = neutral_prompts(source, examples, training) if args.calibrate else None
@@ -154,8 +146,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         "arguments": vars(args),
         "training_arguments": record["arguments"] if record else None,
     }
-    failed = outcome.error.rows if outcome.error else ()
-    said = (outcome.predictions, outcome.scores, outcome.answers, failed)
+    said = (outcome.predictions, outcome.scores, outcome.answers, outcome.failed)
     rows = partial(prediction_lines, examples, *said)
     texts = [json.dumps(results, ensure_ascii=False, indent=2) + "\n", rows]
     try:
@@ -164,26 +155,24 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         if "accuracy" in results:
             print(format_results(results))
             print_inside(task, results)
-    if failures:
-        report_failures(args, failures)
+    raise_failures(args, failures)
     return 0
 
 
-def all_prompts(
-    args: argparse.Namespace, task: Task, examples: Sequence[Example]
-) -> Sequence[Prompt]:
-    """The prompts of the rows, with all words that are to be scored."""
+def all_prompts(file: str, source: Source, examples: Sequence[Example]) -> list[Prompt]:
+    """The prompts of a file's examples, with all words that are to be scored."""
+    args, task = source.args, source.task
     if args.method == "zero_shot_generate":
         from qwen_min.lab import generation
 
         generation.stop_ids(task.directory, task.tokenizer.markup)  # a malformed file fails here
-        return row_prompts(args, task, examples, new_tokens=generation.MAX_NEW_TOKENS)
+        return row_prompts(file, task, examples, new_tokens=generation.MAX_NEW_TOKENS)
     if args.label_sets:
         from qwen_min.lab.label_sets import distinct_words, parse_label_sets, with_first_tokens
 
         words = distinct_words(parse_label_sets(args.label_sets, task.labels))
-        return with_first_tokens(row_prompts(args, task, examples, words))
-    return row_prompts(args, task, examples)
+        return with_first_tokens(row_prompts(file, task, examples, labels=words))
+    return row_prompts(file, task, examples)
 
 
 def classify(evaluation: Evaluation) -> Outcome:
@@ -198,13 +187,15 @@ def classify(evaluation: Evaluation) -> Outcome:
     started = time.perf_counter()
     with progress_bar(total=len(evaluation.examples), unit=" rows") as bar:
         try:
-            find = answer if classifier.by == "answers" else score
-            found = find(evaluation, bar.update)
+            if classifier.by == "answers":
+                found = write(evaluation, bar.update)
+            else:
+                found = classifier.scores(evaluation.all_prompts, bar.update)  # (n, all words)
         except NotFinite as failure:
             found, error = failure.found, failure
     seconds = time.perf_counter() - started
     if error and len(error.rows) == len(evaluation.examples):
-        raise UserError(not_finite(evaluation, error))
+        raise UserError(f"{place(evaluation, error.rows)}: {error}")
     if classifier.by == "answers":
         from qwen_min.lab.generation import first_label
 
@@ -216,13 +207,8 @@ def classify(evaluation: Evaluation) -> Outcome:
     return Outcome(own.argmax(axis=1), own, found, None, seconds, error)
 
 
-def score(evaluation: Evaluation, progress: Progress) -> np.ndarray:
-    """The scores (n, all words) of every row."""
-    return evaluation.classifier.scores(evaluation.all_prompts, progress)
-
-
-def answer(evaluation: Evaluation, progress: Progress) -> list[list[int] | None]:
-    """The token ids that the model writes after each prompt."""
+def write(evaluation: Evaluation, progress: Callable) -> list[list[int] | None]:
+    """The token ids that the model writes behind each prompt."""
     from qwen_min.lab import generation
 
     task, classifier = evaluation.source.task, evaluation.classifier
@@ -233,30 +219,26 @@ def answer(evaluation: Evaluation, progress: Progress) -> list[list[int] | None]
 
 def measure_all(
     evaluation: Evaluation, outcome: Outcome, fed: Sequence[int]
-) -> tuple[dict, list[BaseException]]:
-    """The results part by part, and the failures: a part that fails costs no other one."""
-    failures: list[BaseException] = []
+) -> tuple[dict, dict[str, BaseException]]:
+    """The results, and what failed, by part: a part that fails costs no other one."""
+    failures, examples = {}, evaluation.examples
 
     def attempt(name: str, part: Callable[[], object]) -> object:
         try:
             return part()
         except (Exception, KeyboardInterrupt) as error:
-            failures.append(
-                UserError(f"{name}: {error}") if isinstance(error, UserError) else error
-            )
+            failures[name] = error
             return {"failed": f"{type(error).__name__}: {error}"}
 
-    if outcome.error:  # no metrics: of the rows that are left they would say too much
-        failures.append(UserError(not_finite(evaluation, outcome.error)))
-        lines = [evaluation.examples[row].line for row in outcome.error.rows]
-        failed = {"failed": {"lines": lines, "reason": str(outcome.error)}}
-        return failed | {"n": len(evaluation.examples)} | circumstances(
-            evaluation, outcome
-        ), failures
-    found = attempt("metrics", partial(measure, evaluation, outcome))
-    clean = partial(clean_part, evaluation.training, evaluation.examples, outcome.predictions, fed)
-    parts = {**look_inside(evaluation, outcome), "clean": clean}
-    found |= {name: attempt(name, part) for name, part in parts.items()}
+    if outcome.error:  # no metrics: they would be those of other rows than the data's
+        failures[place(evaluation, outcome.failed)] = outcome.error
+        lines = [examples[row].line for row in outcome.failed]
+        found = {"n": len(examples), "failed": {"reason": str(outcome.error), "lines": lines}}
+    else:
+        found = attempt("metrics", partial(measure, evaluation, outcome))
+        known = (evaluation.training, examples, outcome.predictions, fed)
+        parts = look_inside(evaluation, outcome) | {"clean": partial(clean_part, *known)}
+        found |= {name: attempt(name, part) for name, part in parts.items()}
     return found | circumstances(evaluation, outcome), failures
 
 
@@ -293,20 +275,22 @@ def circumstances(evaluation: Evaluation, outcome: Outcome) -> dict:
     }
 
 
-def not_finite(evaluation: Evaluation, error: NotFinite) -> str:
-    """The error with its place in the data."""
-    line, n = evaluation.examples[error.rows[0]].line, len(evaluation.examples)
-    return f"{evaluation.source.args.data}, line {line} ({len(error.rows)} of {n} rows): {error}"
+def place(evaluation: Evaluation, rows: Sequence[int]) -> str:
+    """Where the first of these rows stands in the data, and how many they are."""
+    line, n = evaluation.examples[rows[0]].line, len(evaluation.examples)
+    return f"{evaluation.source.args.data}, line {line} ({len(rows)} of {n} rows)"
 
 
-def report_failures(args: argparse.Namespace, failures: Sequence[BaseException]) -> NoReturn:
-    """Raise the first bug; if there is none, one UserError that also says where the rest is."""
-    for failure in failures:
+def raise_failures(args: argparse.Namespace, failures: dict[str, BaseException]) -> None:
+    """Raise what failed: a bug as it is, users' mistakes with the place of what was computed."""
+    for failure in failures.values():
         if not isinstance(failure, UserError):
             raise failure
-    kept = " and ".join(filter(None, [args.output, args.predictions]))
-    rest = f"the rest is in {kept}" if kept else "add --predictions FILE to keep the rest"
-    raise UserError(f"{'; '.join(map(str, failures))}; {rest}")
+    if failures:
+        said = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
+        kept = " and ".join(filter(None, [args.output, args.predictions]))
+        rest = f"the rest is in {kept}" if kept else "give --predictions FILE to keep the rest"
+        raise UserError(f"{said}; {rest}")
 
 
 if __name__ == "__main__":

@@ -36,18 +36,11 @@ from qwen_min.command.cli import (
     seed,
 )
 from qwen_min.command.fit import Stopped, Training, fit
-from qwen_min.command.task import read_task, row_prompts
+from qwen_min.command.task import read_rows, read_task, row_prompts
 from qwen_min.command.terminal import progress_bar, text_table
 from qwen_min.command.trained import ADAPTER, HEAD, Trainable, attach_adapter, load_parts
 from qwen_min.errors import UserError
-from qwen_min.files.data import (
-    HELD_OUT,
-    Example,
-    class_counts,
-    examples_hash,
-    held_out_split,
-    read_examples,
-)
+from qwen_min.files.data import HELD_OUT, Example, class_counts, examples_hash, held_out_split
 from qwen_min.files.overlap import fed_rows
 from qwen_min.files.probe import cached_features, save_head
 from qwen_min.files.run import publish, run_arguments, start_record, write_json
@@ -56,7 +49,7 @@ from qwen_min.head import fit_layers
 from qwen_min.metrics import log_loss
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
-from qwen_min.scoring import NotFinite, first_not_finite
+from qwen_min.scoring import NotFinite, check_finite, first_not_finite
 from qwen_min.training import Plan, TrainingFailed
 
 
@@ -86,12 +79,18 @@ def head_only(job: Job) -> dict:
     started = time.perf_counter()
     with progress_bar(total=len(job.prompts), unit=" rows", desc="features") as bar:
         how = (args.pooling, layers != [last], args.batch_tokens, bar.update)
+
+        def compute(prompts: Sequence[Prompt]) -> Tensor:
+            states = forms(args.plain).pooled_features(model, prompts, *how)
+            check_finite(model, prompts, states.isfinite().flatten(1).all(dim=1))
+            return states
+
         features = cached_features(
             Path(args.feature_cache or job.run / "features"),
             f"{base_hash} {model.lm_head_weight.dtype} {args.pooling} {layers != [last]}"
             + " plain" * args.plain,  # so that --plain computes
             job.prompts,
-            lambda prompts: forms(args.plain).pooled_features(model, prompts, *how),
+            compute,
             bar.update,
         )
     seconds_features = time.perf_counter() - started
@@ -229,7 +228,7 @@ def train(args: argparse.Namespace) -> int:
     """Read, split, load, train, and write the run directory."""
     arguments.check_training(args)
     device, task, run = choose_device(args.device), read_task(args), Path(args.output)
-    examples = read_examples(args.data, task.labels, args.encoding, args.limit)
+    examples = read_rows(args, task)
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
     counts = class_counts([examples[i] for i in training], len(task.labels))
     if 0 in counts:
@@ -237,7 +236,7 @@ def train(args: argparse.Namespace) -> int:
             f"{args.data}: no row of class {task.labels[counts.index(0)]!r} in the training part; "
             "every class needs examples: add rows, or leave its word out of --labels"
         )
-    prompts = row_prompts(args, task, examples)
+    prompts = row_prompts(args.data, task, examples)
     fed_rows(task.directory, examples)  # warns if the model was made from some of the rows
     model = load_model(task.directory, args.dtype, device)
     frozen = dict(model.named_parameters())

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
-from lora import lora_parameters
 from qwen_min.command.arguments import UNTRAINED
 from qwen_min.command.task import Task
 from qwen_min.command.trained import ADAPTER, GIVE_BASE, Parts, load_parts, parts_of
@@ -26,9 +25,6 @@ from qwen_min.head import LinearHead
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.scoring import NotFinite, check_finite
-
-if TYPE_CHECKING:
-    from qwen_min.lab.calibration import Neutral
 
 Progress = Callable[[int], object]  # called with the number of rows finished
 
@@ -121,10 +117,6 @@ class Source:
         directory = Path(args.run or args.adapter)
         adapter = directory / ADAPTER if args.run else directory
         head = load_parts(model, directory, adapter, self.parts, base_hash)
-        parts = list(lora_parameters(model).values())
-        parts += [] if head is None else [head.weight, head.bias]
-        if not all(part is None or part.isfinite().all() for part in parts):
-            raise UserError(f"{directory}: trained numbers are not finite; train again")
         if head is None:
             return None
         D, L = model.config.hidden_size, model.config.num_hidden_layers
@@ -151,7 +143,7 @@ class Evaluation:
     examples: Sequence[Example]  # each with its class number, an index into the label words
     all_prompts: Sequence[Prompt]  # with the words of --labels, then those of other label sets
     training: tuple[str, list[Example]] | None  # file and rows of the training data, if known
-    neutral: "Neutral | None"  # the prompts that --calibrate asks for
+    neutral: tuple | None  # the prompts that --calibrate asks for
 
     @cached_property
     def prompts(self) -> Sequence[Prompt]:
@@ -176,4 +168,9 @@ class Outcome:
     all_scores: np.ndarray | None  # (n, all words of `all_prompts`)
     answers: list[str | None] | None
     seconds: float
-    error: NotFinite | None  # names the rows that nothing can be said of
+    error: NotFinite | None
+
+    @property
+    def failed(self) -> Sequence[int]:
+        """The rows of which nothing is known: their numbers are not finite."""
+        return self.error.rows if self.error else ()

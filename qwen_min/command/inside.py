@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,9 +10,6 @@ from qwen_min.command.task import Task
 from qwen_min.command.terminal import progress_bar
 from qwen_min.files.data import Example
 from qwen_min.prompt import Prompt
-
-if TYPE_CHECKING:
-    from qwen_min.lab.calibration import Neutral
 
 
 def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict[str, Callable[[], object]]:
@@ -32,7 +28,7 @@ def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict[str, Callable[
 
 def neutral_prompts(
     source: Source, examples: Sequence[Example], training: tuple[str, list[Example]] | None
-) -> "Neutral":
+) -> tuple:
     """The prompts that --calibrate scores besides the rows."""
     from qwen_min.lab import calibration
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qwen_min.command.arguments import SCORE_LABELS
 from qwen_min.config import QwenConfig
 from qwen_min.errors import UserError
-from qwen_min.files.data import Example
+from qwen_min.files.data import Example, read_examples
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.weights import load_model
 from qwen_min.prompt import Prompt, build_prompts, check_lengths, parse_labels, parse_template
@@ -98,16 +98,15 @@ def read_task(args: argparse.Namespace) -> Task:
     return task
 
 
-def row_prompts(
-    args: argparse.Namespace,
-    task: Task,
-    examples: Sequence[Example],
-    labels: Sequence[str] | None = None,
-    new_tokens: int = 0,
-) -> list[Prompt]:
-    """The prompts of rows of --data; the last two arguments as in `Task.prompts`."""
-    places = [f"{args.data}, line {example.line}" for example in examples]
-    return task.prompts([example.text for example in examples], places, labels, None, new_tokens)
+def read_rows(args: argparse.Namespace, task: Task) -> list[Example]:
+    """The examples of --data."""
+    return read_examples(args.data, task.labels, args.encoding, args.limit)
+
+
+def row_prompts(file: str, task: Task, examples: Sequence[Example], **others) -> list[Prompt]:
+    """The prompts of a file's examples; `others` as in `Task.prompts`."""
+    places = [f"{file}, line {example.line}" for example in examples]
+    return task.prompts([example.text for example in examples], places, **others)
 
 
 def warn_about_labels(prompt: Prompt, labels: Sequence[str]) -> None:
