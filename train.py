@@ -306,7 +306,8 @@ def why_failed(job: Job, failed: Sequence[int]) -> str:
     true = [(job.prompts[row], job.examples[row].label) for row in rows]
     prompts = [replace(prompt, labels=prompt.labels[y : y + 1]) for prompt, y in true]
     if where := first_not_finite(job.model, prompts):
-        return f", numbers that are not finite {where}"
+        trained = "" if where.startswith("in float16") else ", or lower --lr"
+        return f", numbers that are not finite {where}{trained}"
     lines = [job.examples[row].line for row in rows]
     return f", in rows {lines} (lines of {job.source.args.data}): look at these, or lower --lr"
 

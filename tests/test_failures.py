@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate
 import qwen_min
 import train
-from qwen_min.command import inside
+from qwen_min import training
+from qwen_min.command import inside, task, trained
 from qwen_min.errors import UserError
 from qwen_min.fast import forms
 from qwen_min.lab import calibration, label_sets
@@ -302,3 +303,59 @@ def test_methods_that_score_no_words_need_no_tokens_of_them(capsys):
     assert evaluate.main(["--method", "zero_shot_generate", *given, *FILES]) == 0
     assert results_of()["label_ids"] is None
     assert "warning" not in capsys.readouterr().err
+
+
+# Cheap checks first, and nothing twice
+
+
+def truncate(path: str) -> None:
+    shutil.copytree("large", "model")
+    (Path("model") / path).write_bytes((Path("model") / path).read_bytes()[:-100])
+
+
+def test_files_are_checked_before_the_prompts_are_built(monkeypatch, capsys):
+    """Of 100,000 rows the prompts take half a minute, with many labels an hour."""
+    monkeypatch.setattr(task, "build_prompts", fail(AssertionError("prompts were built")))
+    truncate("model.safetensors")
+    for command, method in ((evaluate, "zero_shot"), (train, "head_only")):
+        assert command.main(["--method", method, "--model", "model", *FIXED]) == 2
+        assert "model/model.safetensors: not a whole" in one_line(capsys)
+    given = ["--method", "zero_shot", "--model", "large", *FIXED]
+    for option in ("--output", "--predictions"):
+        assert evaluate.main([*given, option, "nowhere/file"]) == 2
+        assert "nowhere/file: cannot be written" in one_line(capsys)
+
+
+def test_an_epochs_batches_are_made_once(monkeypatch, capsys):
+    made = []
+    real = training.shuffled_batches
+
+    def counted(*args: object) -> list[list[int]]:
+        made.append(args[-1])
+        return real(*args)
+
+    monkeypatch.setattr(training, "shuffled_batches", counted)
+    assert train_run("lora_head", "large", "--epochs", "2", "--batch-size", "2") == 0
+    assert made == [0, 1]
+
+
+def test_a_training_whose_result_cannot_be_published_is_only_resumed(monkeypatch, capsys):
+    given = ["--epochs", "1", "--batch-size", "4"]
+    assert train_run("lora_head", "large", *given) == 0
+    expected = Path("run/adapter/adapter_model.safetensors").read_bytes()
+    shutil.rmtree("run")
+    with monkeypatch.context() as patch:
+        patch.setattr(trained.Trainable, "publish", fail(UserError("run/adapter: disk full")))
+        assert train_run("lora_head", "large", *given) == 2
+    assert "disk full" in one_line(capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr(forms, "head_losses", fail(AssertionError("trained again")))
+        assert train.main(["--resume", "--output", "run"]) == 0
+    assert Path("run/adapter/adapter_model.safetensors").read_bytes() == expected
+
+
+def test_a_rate_that_is_too_high_is_still_blamed(capsys):
+    """The base is sound: only what was trained grew beyond float32."""
+    more = ["--lr", "0.9", "--alpha", "1e38", "--epochs", "2", "--batch-size", "2"]
+    assert train_run("lora_label_scoring", "large", *more) == 1
+    assert "lower --lr" in one_line(capsys)
