@@ -22,7 +22,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -31,18 +31,18 @@ import torch
 from qwen_min.command import arguments
 from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source, dtype_name
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
-from qwen_min.command.inside import explain, look_inside, print_inside
+from qwen_min.command.inside import explain, look_inside, neutral_prompts, print_inside
 from qwen_min.command.summary import format_results
-from qwen_min.command.task import Task, read_rows, read_task, warn_about_labels
+from qwen_min.command.task import read_rows, read_task, row_prompts, warn_about_labels
 from qwen_min.command.terminal import progress_bar
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.files.overlap import clean_part, fed_rows, training_examples
 from qwen_min.files.results import name_outputs, prediction_lines
-from qwen_min.metrics import evaluate_predictions
+from qwen_min.metrics import OFF_TRACK, evaluate_predictions
 from qwen_min.prompt import Prompt
-from qwen_min.scoring import label_mass
+from qwen_min.scoring import NotFinite, label_mass
 
 
 def zero_shot(source: Source) -> Classifier:
@@ -123,113 +123,178 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     source = Source(args, task, device, record)
     if args.explain is not None:
         return explain(source, METHODS[args.method])
-    examples, prompts = read_all_prompts(args, task)
-    fed = fed_rows(task.directory, examples)
-    training = training_examples(args.train_data, args.encoding, task.labels, record)
+    examples = read_rows(args, task)
     inputs = [task.directory, args.data, args.train_data, args.adapter, args.run]
     if args.run:
         name_outputs(args, record, examples_hash(examples))
         inputs += [f"{args.run}/adapter", record["arguments"].get("data")]
     files = open_outputs([args.output, args.predictions], inputs)
+    prompts = all_prompts(args.data, source, examples)
+    fed = fed_rows(task.directory, examples)
+    training = training_examples(args.train_data, args.encoding, task.labels, record)
+    neutral = neutral_prompts(source, examples, training) if args.calibrate else None
     started = time.perf_counter()
     classifier = METHODS[args.method](source)
     load_seconds = time.perf_counter() - started
     identity = source.identity  # hashed before scoring, because reading can fail
-    evaluation = Evaluation(source, classifier, examples, prompts, training)
+    evaluation = Evaluation(source, classifier, examples, prompts, training, neutral)
     outcome = classify(evaluation)
-    clean = clean_part(training, examples, outcome.predictions, fed)
+    found, failures = measure_all(evaluation, outcome, fed)
     results = {
         "method": args.method,
-        **measure(evaluation, outcome),
-        "clean": clean,
+        **found,
         "fed_rows": len(fed),
         "load_seconds": load_seconds,
         **identity,
         "arguments": vars(args),
         "training_arguments": record["arguments"] if record else None,
     }
-    rows = prediction_lines(examples, outcome.predictions, outcome.scores, outcome.answers)
+    said = (outcome.predictions, outcome.scores, outcome.answers, outcome.failed)
+    rows = partial(prediction_lines, examples, *said)
     texts = [json.dumps(results, ensure_ascii=False, indent=2) + "\n", rows]
     try:
         commit_outputs(list(zip(files, texts, strict=True)))
     finally:
-        print(format_results(results))
-        print_inside(task, results)
+        if "accuracy" in results:
+            print(format_results(results))
+            print_inside(task, results)
+    raise_failures(args, failures)
     return 0
 
 
-def read_all_prompts(args: argparse.Namespace, task: Task) -> tuple[list[Example], list[Prompt]]:
-    """The rows of --data, and their prompts with all words that are to be scored."""
+def all_prompts(file: str, source: Source, examples: Sequence[Example]) -> list[Prompt]:
+    """The prompts of a file's examples, with all words that are to be scored."""
+    args, task = source.args, source.task
     if args.method == "zero_shot_generate":
         from qwen_min.lab import generation
 
         generation.stop_ids(task.directory, task.tokenizer.markup)  # a malformed file fails here
-        return read_rows(args, task, new_tokens=generation.MAX_NEW_TOKENS)
+        return row_prompts(file, task, examples, new_tokens=generation.MAX_NEW_TOKENS)
     if args.label_sets:
         from qwen_min.lab.label_sets import distinct_words, parse_label_sets, with_first_tokens
 
         say = partial(print, file=sys.stderr)
         words = distinct_words(parse_label_sets(args.label_sets, task.labels, say))
-        examples, prompts = read_rows(args, task, words)
-        return examples, with_first_tokens(prompts)
-    return read_rows(args, task)
+        return with_first_tokens(row_prompts(file, task, examples, labels=words))
+    return row_prompts(file, task, examples)
 
 
 def classify(evaluation: Evaluation) -> Outcome:
-    """Score all words of every row, or let the model answer; then decide."""
-    source, classifier = evaluation.source, evaluation.classifier
+    """Score all words of every row, or let the model answer; then decide.
+
+    Raises UserError if no row has finite numbers; if some have, the outcome names the others.
+    """
+    source, classifier, error = evaluation.source, evaluation.classifier, None
     words = source.task.labels
     if classifier.by == "label words":
         warn_about_labels(evaluation.prompts[0], words)
     started = time.perf_counter()
     with progress_bar(total=len(evaluation.examples), unit=" rows") as bar:
-        if classifier.by == "answers":
-            from qwen_min.lab import generation
-
-            stop = generation.stop_ids(source.task.directory, source.task.tokenizer.markup)
-            how = (generation.MAX_NEW_TOKENS, stop, classifier.batch_tokens, bar.update)
-            prompts = evaluation.prompts
-            answers = classifier.forms.generate_answers(classifier.model, prompts, *how)
-            seconds = time.perf_counter() - started
-            texts = [source.task.tokenizer.decode(ids) for ids in answers]
-            predictions = np.array([generation.first_label(text, words) for text in texts])
-            return Outcome(predictions, None, None, texts, seconds)
-        scores = classifier.scores(evaluation.all_prompts, bar.update)  # (n, all words)
+        try:
+            if classifier.by == "answers":
+                found = write(evaluation, bar.update)
+            else:
+                found = classifier.scores(evaluation.all_prompts, bar.update)  # (n, all words)
+        except NotFinite as failure:
+            found, error = failure.found, failure
     seconds = time.perf_counter() - started
-    if not (finite := np.isfinite(scores).all(axis=1)).all():
-        raise UserError(
-            f"{source.args.data}, line {evaluation.examples[finite.argmin()].line}: found a score "
-            "that is not finite, expected numbers: fetch the weights again, or try --dtype float32 "
-            "if they overflow"
-        )
-    own = scores[:, : len(words)]  # the words of --labels; without --label-sets there are no others
+    if error and len(error.rows) == len(evaluation.examples):
+        raise UserError(f"{place(evaluation, error.rows)}: {error}")
+    if classifier.by == "answers":
+        from qwen_min.lab.generation import first_label
+
+        texts = [None if ids is None else source.task.tokenizer.decode(ids) for ids in found]
+        predictions = np.array([first_label(text or "", words) for text in texts])
+        return Outcome(predictions, None, None, texts, seconds, error)
+    own = found[:, : len(words)]  # the words of --labels; without --label-sets there are no others
     # The class with the highest score; of equal scores the first (in bf16 they can be equal).
-    return Outcome(own.argmax(axis=1), scores=own, all_scores=scores, answers=None, seconds=seconds)
+    return Outcome(own.argmax(axis=1), own, found, None, seconds, error)
+
+
+def write(evaluation: Evaluation, progress: Callable) -> list[list[int] | None]:
+    """The token ids that the model writes behind each prompt."""
+    from qwen_min.lab import generation
+
+    task, classifier = evaluation.source.task, evaluation.classifier
+    stop = generation.stop_ids(task.directory, task.tokenizer.markup)
+    how = (generation.MAX_NEW_TOKENS, stop, classifier.batch_tokens, progress)
+    return classifier.forms.generate_answers(classifier.model, evaluation.prompts, *how)
+
+
+def measure_all(
+    evaluation: Evaluation, outcome: Outcome, fed: Sequence[int]
+) -> tuple[dict, dict[str, BaseException]]:
+    """The results, and what failed, by part: a part that fails costs no other one."""
+    failures, examples = {}, evaluation.examples
+
+    def attempt(name: str, part: Callable[[], object]) -> object:
+        try:
+            return part()
+        except (Exception, KeyboardInterrupt) as error:
+            failures[name] = error
+            return {"failed": f"{type(error).__name__}: {error}"}
+
+    if outcome.error:  # no metrics: they would be those of other rows than the data's
+        failures[place(evaluation, outcome.failed)] = outcome.error
+        lines = [examples[row].line for row in outcome.failed]
+        found = {"n": len(examples), "failed": {"reason": str(outcome.error), "lines": lines}}
+    else:
+        found = attempt("metrics", partial(measure, evaluation, outcome))
+        known = (evaluation.training, examples, outcome.predictions, fed)
+        parts = look_inside(evaluation, outcome) | {"clean": partial(clean_part, *known)}
+        found |= {name: attempt(name, part) for name, part in parts.items()}
+    return found | circumstances(evaluation, outcome), failures
 
 
 def measure(evaluation: Evaluation, outcome: Outcome) -> dict:
-    """The metrics of an outcome, and the circumstances under which they were measured."""
-    prompts, record = evaluation.prompts, evaluation.source.record
-    mass = None
+    """The metrics of an outcome; of answers also some that are off track."""
+    mass, names = None, list(evaluation.source.task.labels)
     if evaluation.classifier.by == "label words":
-        mass = float(label_mass(outcome.scores, [prompt.labels for prompt in prompts]).mean())
-    names = list(evaluation.source.task.labels)
+        labels = [prompt.labels for prompt in evaluation.prompts]
+        mass = float(label_mass(outcome.scores, labels).mean())
+    true, predictions = evaluation.true_classes, outcome.predictions
+    found = evaluate_predictions(true, predictions, outcome.scores, names) | {"label_mass": mass}
+    if outcome.answers is not None:
+        rows = zip(evaluation.examples, predictions, outcome.answers, strict=True)
+        off = [{"line": e.line, "answer": text} for e, y, text in rows if y == OFF_TRACK]
+        found["off_track_examples"] = off[:5]
+    return found
+
+
+def circumstances(evaluation: Evaluation, outcome: Outcome) -> dict:
+    """On what, how and how fast the outcome was computed."""
+    prompts, record = evaluation.prompts, evaluation.source.record
     return {
-        **evaluate_predictions(evaluation.true_classes, outcome.predictions, outcome.scores, names),
-        "label_mass": mass,
-        **look_inside(evaluation, outcome),
         "truncated_rows": sum(prompt.truncated for prompt in prompts),
         "tokens": sum(len(prompt.ids) for prompt in prompts),
         "seconds": outcome.seconds,
         "examples_per_second": len(prompts) / outcome.seconds,
         "examples_hash": examples_hash(evaluation.examples),
-        "label_ids": [list(ids) for ids in prompts[0].labels],
+        "label_ids": [list(ids) for ids in prompts[0].labels] or None,
         "dtype": dtype_name(evaluation.classifier.model),
         "device": evaluation.source.device,
         "torch": torch.__version__,
         "trained_parameters": record["trained_parameters"] if record else 0,
         "training_seconds": record["seconds"] if record else 0.0,
     }
+
+
+def place(evaluation: Evaluation, rows: Sequence[int]) -> str:
+    """Where the first of these rows stands in the data, and how many they are."""
+    line, n = evaluation.examples[rows[0]].line, len(evaluation.examples)
+    return f"{evaluation.source.args.data}, line {line} ({len(rows)} of {n} rows)"
+
+
+def raise_failures(args: argparse.Namespace, failures: dict[str, BaseException]) -> None:
+    """Raise what failed: a bug as it is, users' mistakes with the place of what was computed."""
+    for failure in failures.values():
+        if not isinstance(failure, UserError):
+            raise failure
+    if failures:
+        said = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
+        kept = " and ".join(filter(None, [args.output, args.predictions]))
+        rest = f"the rest is in {kept}" if kept else "give --predictions FILE to keep the rest"
+        raise UserError(f"{said}; {rest}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from qwen_min.command.cli import (
     seed,
 )
 from qwen_min.command.fit import Stopped, Training, fit
-from qwen_min.command.task import read_rows, read_task
+from qwen_min.command.task import read_rows, read_task, row_prompts
 from qwen_min.command.terminal import progress_bar, text_table
 from qwen_min.command.trained import ADAPTER, HEAD, Trainable, attach_adapter, identity, load_parts
 from qwen_min.errors import UserError
@@ -50,6 +50,7 @@ from qwen_min.head import fit_layers
 from qwen_min.metrics import log_loss
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
+from qwen_min.scoring import NotFinite, check_finite, first_not_finite
 from qwen_min.training import Plan, TrainingFailed
 
 
@@ -80,12 +81,18 @@ def head_only(job: Job) -> dict:
     started = time.perf_counter()
     with progress_bar(total=len(job.prompts), unit=" rows", desc="features") as bar:
         how = (args.pooling, layers != [last], args.batch_tokens, bar.update)
+
+        def compute(prompts: Sequence[Prompt]) -> Tensor:
+            states = forms(args.plain).pooled_features(model, prompts, *how)
+            check_finite(model, prompts, states.isfinite().flatten(1).all(dim=1))
+            return states
+
         features = cached_features(
             Path(args.feature_cache or job.run / "features"),
             f"{base_hash} {model.lm_head_weight.dtype} {args.pooling} {layers != [last]}"
             + " plain" * args.plain,  # so that --plain computes
             job.prompts,
-            lambda prompts: forms(args.plain).pooled_features(model, prompts, *how),
+            compute,
             bar.update,
         )
     seconds_features = time.perf_counter() - started
@@ -146,7 +153,11 @@ def by_gradient(
         model.eval()
         by = "label words" if trained.head is None else "head"
         classifier = job.source.classifier(model, by, trained.head)
-        scores = classifier.scores([job.prompts[row] for row in job.held_out])
+        try:
+            scores = classifier.scores([job.prompts[row] for row in job.held_out])
+        except NotFinite as error:
+            line = job.examples[job.held_out[error.rows[0]]].line
+            raise TrainingFailed(f"the held-out row in line {line}: {error}") from None
         model.train()
         return held_out_results(job, scores)
 
@@ -175,11 +186,7 @@ def by_gradient(
 
 
 def held_out_results(job: Job, scores: np.ndarray) -> dict:
-    """Log-loss and accuracy on the held-out part. Raises TrainingFailed on a score not finite."""
-    if not (finite := np.isfinite(scores).all(axis=1)).all():
-        line = job.examples[job.held_out[int(finite.argmin())]].line
-        failure = f"the scores of the held-out row in line {line} are not finite"
-        raise TrainingFailed(f"{failure}: try --dtype float32")
+    """Log-loss and accuracy on the held-out part."""
     labels = np.array([job.examples[row].label for row in job.held_out])
     accuracy = float((scores.argmax(axis=1) == labels).mean())
     return {"held_out_log_loss": log_loss(labels, scores), "held_out_accuracy": accuracy}
@@ -229,8 +236,7 @@ def train(args: argparse.Namespace) -> int:
     arguments.check_training(args)
     device, task, run = choose_device(args.device), read_task(args), Path(args.output)
     refuse_inputs([args.merge], [task.directory, run])
-    examples, prompts = read_rows(args, task)
-    fed_rows(task.directory, examples)  # warns if the model was made from some of the rows
+    examples = read_rows(args, task)
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
     counts = class_counts([examples[i] for i in training], len(task.labels))
     if 0 in counts:
@@ -241,6 +247,8 @@ def train(args: argparse.Namespace) -> int:
             reason = "its only text is held out, and every other text is a class's only one too: "
             reason += "add another text of each class"
         raise UserError(f"{args.data}: class {task.labels[missing]!r} cannot be trained: {reason}")
+    prompts = row_prompts(args.data, task, examples)
+    fed_rows(task.directory, examples)  # warns if the model was made from some of the rows
     model = load_model(task.directory, args.dtype, device)
     frozen = dict(model.named_parameters())
     if args.train_embeddings:
@@ -287,10 +295,7 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
         print(f"{stopped}; continue with: python train.py --resume --output {run}")
         return 128 + stopped.signal
     except TrainingFailed as failure:
-        rows = [job.examples[job.training[row]].line for row in failure.rows]
-        advice = f", in rows {rows} (lines of {args.data}): look at these rows, or lower --lr"
-        kept = "; the last checkpoint is kept"
-        print_error(f"{failure}{advice * bool(rows)}{kept}")
+        print_error(f"{failure}{why_failed(job, failure.rows)}; the last checkpoint is kept")
         return 1
     after = fingerprint(frozen.items())
     if after != record["frozen_before"]:
@@ -301,6 +306,20 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
     record |= found | {"frozen_after": after, "peak_memory_mib": peak, "finished": True}
     write_json(run / "run.json", record)
     return 0
+
+
+def why_failed(job: Job, failed: Sequence[int]) -> str:
+    """Where the numbers of a step's rows stop being finite, if they do; otherwise which rows."""
+    rows = [job.training[row] for row in failed]
+    if not rows:
+        return ""
+    true = [(job.prompts[row], job.examples[row].label) for row in rows]
+    prompts = [replace(prompt, labels=prompt.labels[y : y + 1]) for prompt, y in true]
+    if where := first_not_finite(job.model, prompts):
+        trained = "" if where.startswith("in float16") else ", or lower --lr"
+        return f", numbers that are not finite {where}{trained}"
+    lines = [job.examples[row].line for row in rows]
+    return f", in rows {lines} (lines of {job.source.args.data}): look at these, or lower --lr"
 
 
 def merge(source: Source, run: Path) -> None:

@@ -15,9 +15,8 @@ where a text completes it, it is plain text.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 
 from qwen_min.errors import UserError
@@ -27,14 +26,15 @@ DEFAULT_TEMPLATE = "评论：{text}\n情感倾向："
 DEFAULT_LABELS = ("负面", "正面")
 DEFAULT_MAX_TEXT_TOKENS = 256
 FIELD = "{text}"
+CHUNK = 128  # texts that are encoded together: their ids with every label behind are held at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """The token ids of one text in its template, and of each label word after it."""
 
     ids: tuple[int, ...]
-    labels: tuple[tuple[int, ...], ...]  # ids of each label word, in class order
+    labels: tuple[tuple[int, ...], ...]  # of each label word that is scored, in class order
     truncated: bool  # whether the text was shortened
 
 
@@ -105,10 +105,30 @@ def build_prompts(
     Raises UserError if the end of a prompt and the start of a label merge into one token (the label
     then has no tokens of its own), if two labels have the same tokens, or if a prompt is empty.
     """
+    prompts, known = [], {}  # every id and each row of label ids is held once: many are equal
+    for first in range(0, len(texts), CHUNK):
+        chunk = texts[first : first + CHUNK]
+        names = places[first : first + CHUNK] if places else None
+        names = names or [f"row {first + i + 1}" for i in range(len(chunk))]
+        for prompt in _encode_prompts(tokenizer, chunk, template, labels, max_text_tokens, names):
+            ids = tuple(known.setdefault(token, token) for token in prompt.ids)
+            own = known.setdefault(prompt.labels, prompt.labels)
+            prompts.append(Prompt(ids, own, prompt.truncated))
+    return prompts
+
+
+def _encode_prompts(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    template: str,
+    labels: Sequence[str],
+    max_text_tokens: int,
+    places: Sequence[str],
+) -> Iterator[Prompt]:
+    """`build_prompts` for texts whose encodings fit into memory together."""
     short_texts = [shorten(tokenizer, text, max_text_tokens) for text in texts]
     before, after = template.split(FIELD)
 
-    @cache
     def encode(left: str, right: str | None = None) -> list[list[int]]:
         """For each text the ids of `left` + text + `right`, or of `left` alone."""
         if right is not None:  # all texts in one call: the library encodes them in parallel
@@ -116,46 +136,49 @@ def build_prompts(
         markup = tokenizer.markup.get(left)
         return [tokenizer.encode(left) if markup is None else [markup]] * len(texts)
 
+    # Markup cuts the template into pieces (without markup there is one). No token crosses a cut, so
+    # pieces are encoded apart, and an ending changes the ids of the last piece only.
+    *start, left = tokenizer.split_markup(before)
+    beginning = [encode(piece) for piece in start]
+
     def encode_prompts(ending: str = "") -> list[tuple[int, ...]]:
         """For each text the ids of its whole prompt, and of an ending after it."""
-        # Markup cuts the template into pieces (without markup there is one). No token crosses a
-        # cut, so pieces are encoded apart, and an ending changes the ids of the last piece only.
-        *start, left = tokenizer.split_markup(before)
         right, *rest = tokenizer.split_markup(after + ending)
-        pieces = [*map(encode, start), encode(left, right), *map(encode, rest)]
+        pieces = [*beginning, encode(left, right), *map(encode, rest)]
         return [tuple(chain.from_iterable(row)) for row in zip(*pieces, strict=True)]
 
-    prompts = []
-    # For each text: the ids of the prompt, then those of prompt + label for each label.
-    rows = zip(encode_prompts(), *(encode_prompts(label) for label in labels), strict=True)
-    for row, (ids, *with_labels) in enumerate(rows):
-        place = places[row] if places else f"row {row + 1}"
+    def behind(label: str) -> list[tuple[int, ...]]:
+        """For each text the ids of the label after its prompt; () if the two merge."""
+        rows = zip(prompts, encode_prompts(label), strict=True)
+        return [both[len(ids) :] if both[: len(ids)] == ids else () for ids, both in rows]
+
+    prompts = encode_prompts()
+    rows = zip(places, prompts, *map(behind, labels), strict=True)
+    for row, (place, ids, *label_ids) in enumerate(rows):
         if not ids:
             raise UserError(f"{place}: the prompt has no tokens; write words around {FIELD}")
-        for label, with_label in zip(labels, with_labels, strict=True):
-            if with_label[: len(ids)] != ids or with_label == ids:
+        for label, own in zip(labels, label_ids, strict=True):
+            if not own:
                 raise UserError(
                     f"{place}: the end of the prompt, {tokenizer.decode(ids[-3:])!r}, and the "
                     f"label {label!r} merge into one token; end the template with `：`, say"
                 )
-        label_ids = tuple(with_label[len(ids) :] for with_label in with_labels)
         if len(set(label_ids)) < len(labels):
             same = f"two of the labels {', '.join(labels)} are the same tokens"
             raise UserError(f"{place}: {same}; choose others")
-        prompts.append(Prompt(ids, label_ids, truncated=short_texts[row] != texts[row]))
-    return prompts
+        yield Prompt(ids, tuple(label_ids), truncated=short_texts[row] != texts[row])
 
 
 def check_lengths(
     prompts: Sequence[Prompt], max_positions: int, places: Sequence[str], new_tokens: int = 0
 ) -> None:
-    """Raise UserError if a prompt and its longest label have more than max_positions tokens.
+    """Raise UserError if a prompt and its longest label, if any, have over max_positions tokens.
 
     `places` says where each prompt comes from. `new_tokens`: how many tokens may be generated after
     each prompt; the larger of this and the longest label counts.
     """
     for prompt, place in zip(prompts, places, strict=True):
-        tokens = len(prompt.ids) + max(new_tokens, *(len(ids) for ids in prompt.labels))
+        tokens = len(prompt.ids) + max([new_tokens, *map(len, prompt.labels)])
         if tokens > max_positions:
             raise UserError(
                 f"{place}: prompt and label have {tokens} tokens, expected at most {max_positions} "

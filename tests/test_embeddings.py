@@ -151,7 +151,8 @@ def test_a_run_trains_the_vectors_and_nothing_else_of_the_base(
     rest = [item for item in load_model(base, dtype).named_parameters() if item[0] != EMBEDDING]
     assert found["frozen_before"] == fingerprint(rest)
     groups = found["embedding_movement"][EMBEDDING]
-    assert groups[0]["vectors"].startswith("label ") and groups[0]["cosine"] < 1
+    first = "label " if method == "lora_label_scoring" else "others in the prompts"
+    assert groups[0]["vectors"].startswith(first) and groups[0]["cosine"] < 1
     assert groups[-1]["vectors"] == "all others, mean" and "all others, mean" in said
 
     # What evaluate.py restores is what the run measured on its held-out rows at its best step.

@@ -505,7 +505,7 @@ WEIGHTS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     ),
     "not a number": (
         lambda: change_tensors(lambda t: t[BIAS].fill_(torch.nan)),
-        ("reviews.tsv, line 2", "not finite", "fetch the weights again", "--dtype float32"),
+        ("reviews.tsv, line 2", "not finite", "float32 from layer 1 of 3 on", "fetch the weights"),
     ),
 }
 

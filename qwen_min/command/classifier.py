@@ -25,6 +25,7 @@ from qwen_min.files.weights import load_model
 from qwen_min.head import LinearHead
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt, parse_template
+from qwen_min.scoring import NotFinite, check_finite
 
 Progress = Callable[[int], object]  # called with the number of rows finished
 
@@ -58,14 +59,20 @@ class Classifier:
     batch_tokens: int  # at most so many tokens in one fast forward
 
     def scores(self, prompts: Sequence[Prompt], progress: Progress = silent) -> np.ndarray:
-        """Scores of each prompt's label words, or of the head: (n, C), float64."""
+        """Scores of each prompt's label words, or of the head: (n, C), float64.
+
+        Raises NotFinite, which holds them, if some are not finite.
+        """
         if self.by == "label words":
             return self.forms.score_labels(self.model, prompts, self.batch_tokens, progress)
         head, last = self.head, self.model.config.num_hidden_layers
         every = head.layer != last
         how = (head.pooling, every, self.batch_tokens, progress)
         features = self.forms.pooled_features(self.model, prompts, *how)  # (n, L + 1 or 1, D)
-        return head.scores(features[:, head.layer if every else 0])
+        features = features[:, head.layer if every else 0]
+        scores = head.scores(features)
+        check_finite(self.model, prompts, features.isfinite().all(dim=1), scores)
+        return scores
 
 
 @dataclass(frozen=True)
@@ -155,12 +162,15 @@ class Evaluation:
     examples: Sequence[Example]  # each with its class number, an index into the label words
     all_prompts: Sequence[Prompt]  # with the words of --labels, then those of other label sets
     training: tuple[str, list[Example]] | None  # file and rows of the training data, if known
+    neutral: tuple | None  # the prompts that --calibrate asks for
 
-    @property
-    def prompts(self) -> list[Prompt]:
+    @cached_property
+    def prompts(self) -> Sequence[Prompt]:
         """The prompts with the words of --labels only."""
-        count = len(self.source.task.labels)
-        return [replace(p, labels=p.labels[:count]) for p in self.all_prompts]
+        own = {p.labels: p.labels[: len(self.source.task.labels)] for p in self.all_prompts}
+        if all(labels == own[labels] for labels in own):
+            return self.all_prompts
+        return [replace(p, labels=own[p.labels]) for p in self.all_prompts]
 
     @property
     def true_classes(self) -> np.ndarray:
@@ -175,5 +185,11 @@ class Outcome:
     predictions: np.ndarray  # (n,), class numbers
     scores: np.ndarray | None  # (n, C); None: the predictions were read from answers
     all_scores: np.ndarray | None  # (n, all words of `all_prompts`)
-    answers: list[str] | None
+    answers: list[str | None] | None
     seconds: float
+    error: NotFinite | None
+
+    @property
+    def failed(self) -> Sequence[int]:
+        """The rows of which nothing is known: their numbers are not finite."""
+        return self.error.rows if self.error else ()

@@ -8,56 +8,60 @@ import numpy as np
 from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source, dtype_name
 from qwen_min.command.task import Task
 from qwen_min.command.terminal import progress_bar
-from qwen_min.metrics import OFF_TRACK
+from qwen_min.files.data import Example
 from qwen_min.prompt import Prompt
 
 
-def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict:
-    """What the results gain by --label-sets and --calibrate, or by answers off track."""
+def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict[str, Callable[[], object]]:
+    """What the results gain by --label-sets and --calibrate: a function for each part."""
     inside, args = {}, evaluation.source.args
     if args.label_sets:
         from qwen_min.lab.label_sets import compare_sets, parse_label_sets
 
         sets = parse_label_sets(args.label_sets, evaluation.source.task.labels)
-        inside["label_sets"] = compare_sets(
-            evaluation.true_classes, sets, evaluation.all_prompts, outcome.all_scores
-        )
+        rows = (evaluation.all_prompts, outcome.all_scores)
+        inside["label_sets"] = partial(compare_sets, evaluation.true_classes, sets, *rows)
     if args.calibrate:
-        inside["calibration"] = calibrate(evaluation, outcome.scores)
-    if outcome.answers is not None:
-        rows = zip(evaluation.examples, outcome.predictions, outcome.answers, strict=True)
-        found = [{"line": e.line, "answer": answer} for e, y, answer in rows if y == OFF_TRACK]
-        inside["off_track_examples"] = found[:5]
+        inside["calibration"] = partial(calibrate, evaluation, outcome.scores)
     return inside
 
 
-def calibrate(evaluation: Evaluation, scores: np.ndarray) -> dict[str, dict]:
-    """--calibrate: the scores (n, C) corrected in each way, and how the corrections do."""
-    from qwen_min.lab.calibration import calibrations, score_neutral
+def neutral_prompts(
+    source: Source, examples: Sequence[Example], training: tuple[str, list[Example]] | None
+) -> tuple:
+    """The prompts that --calibrate scores besides the rows."""
+    from qwen_min.lab import calibration
 
-    source, task = evaluation.source, evaluation.source.task
+    task = source.task
 
     def prompts_of(texts: Sequence[str], template: str | None = None) -> list[Prompt]:
         places = [f"--calibrate, input {text!r}" for text in texts]
         return task.prompts(texts, places, template=template)
 
     split = source.record["arguments"]["data_seed"] if source.record else 0
-    rows = evaluation.training and evaluation.training[1]
-    seeds = (source.args.seed, split)
+    rows, seeds = training and training[1], (source.args.seed, split)
+    return calibration.neutral_prompts(prompts_of, task.template, examples, rows, seeds)
+
+
+def calibrate(evaluation: Evaluation, scores: np.ndarray) -> dict[str, dict]:
+    """--calibrate: the scores (n, C) corrected in each way, and how the corrections do."""
+    from qwen_min.lab.calibration import calibrations, score_neutral
+
     with progress_bar(unit=" rows", desc="calibration") as bar:
         score = partial(evaluation.classifier.scores, progress=bar.update)
-        neutral = score_neutral(prompts_of, task.template, evaluation.examples, rows, seeds, score)
-    lengths = np.array([[len(ids) for ids in prompt.labels] for prompt in evaluation.prompts])
+        neutral = score_neutral(evaluation.neutral, score)
+    tokens = {prompt.labels: [*map(len, prompt.labels)] for prompt in evaluation.prompts}
+    lengths = np.array([tokens[prompt.labels] for prompt in evaluation.prompts])
     return calibrations(evaluation.true_classes, scores, lengths, neutral)
 
 
 def print_inside(task: Task, results: dict) -> None:
     """The tables of --label-sets and --calibrate."""
-    if "label_sets" in results:
+    if "failed" not in results.get("label_sets", ["failed"]):
         from qwen_min.lab.label_sets import format_sets
 
         print("\n" + format_sets(results["label_sets"], task.tokenizer))
-    if "calibration" in results:
+    if "failed" not in results.get("calibration", ["failed"]):
         from qwen_min.lab.calibration import format_calibrations
 
         print("\n" + format_calibrations(results["calibration"], task.labels))

@@ -12,7 +12,7 @@ from torch import Tensor
 from qwen_min.head import head_loss, pooled_state
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
-from qwen_min.scoring import label_loss, score_labels
+from qwen_min.scoring import check_finite, label_loss, score_labels
 
 Prompts, Classes = Sequence[Prompt], Sequence[int]
 
@@ -35,7 +35,9 @@ def generate_answers(
     """`greedy` for each prompt: one forward for each of at most `most` new tokens."""
     from qwen_min.lab.generation import greedy
 
-    return [greedy(model, prompt.ids, most, stop) for prompt in counted(prompts, progress)]
+    answers = [greedy(model, prompt.ids, most, stop) for prompt in counted(prompts, progress)]
+    check_finite(model, prompts, [answer is not None for answer in answers], answers)
+    return answers
 
 
 def label_losses(model: Qwen, prompts: Prompts, classes: Classes, checkpointing: bool) -> Tensor:

@@ -13,7 +13,7 @@ def format_results(results: Mapping) -> str:
         "examples": f"{n}   ({results['truncated_rows']} of {n} texts shortened)",
         "accuracy": accuracy(results),
     }
-    if clean := results.get("clean"):
+    if (clean := results.get("clean")) and "failed" not in clean:
         facts["  clean part"] = f"undefined   every text is in {clean['train_data']}"
         if clean["n"]:
             others = f"{clean['n']} texts that are not in {clean['train_data']}"

@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_min.command.arguments import SCORE_LABELS
 from qwen_min.config import QwenConfig
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example, read_examples
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.tokens import read_tokenizer
+from qwen_min.files.weights import load_model
 from qwen_min.prompt import Prompt, build_prompts, check_lengths, parse_labels, parse_template
 from qwen_min.tokenizer import Tokenizer
 
@@ -28,6 +30,7 @@ class Task:
     config: QwenConfig
     tokenizer: Tokenizer
     labels: tuple[str, ...]
+    scored: tuple[str, ...]  # label words that prompts need tokens of: none where a head scores
     template: str  # as typed, without chat markup
     chat: "Chat | None"
     system: str | None
@@ -57,12 +60,12 @@ class Task:
         template: str | None = None,
         new_tokens: int = 0,
     ) -> list[Prompt]:
-        """The prompts of texts, with the task's labels and template or others.
+        """The prompts of texts, with the task's scored labels and template or others.
 
         places: what an error calls each text. new_tokens: how many may be generated behind a
         prompt. Raises UserError where a prompt cannot be built or exceeds the model's positions.
         """
-        labels = self.labels if labels is None else labels
+        labels = self.scored if labels is None else labels
         whole = self.whole_template(template)
         prompts = build_prompts(self.tokenizer, texts, whole, labels, self.max_text_tokens, places)
         check_lengths(prompts, self.config.max_position_embeddings, places, new_tokens)
@@ -97,19 +100,23 @@ def read_task(args: argparse.Namespace) -> Task:
         chat = read_chat_format(directory, config.model_type)
     # In the system message, as in the template, \n means a newline.
     system = args.system and args.system.replace("\\n", "\n")
-    task = Task(directory, config, tokenizer, labels, template, chat, system, args.max_text_tokens)
+    scored = labels if args.method in SCORE_LABELS else ()
+    words, frame = (labels, scored), (template, chat, system)
+    task = Task(directory, config, tokenizer, *words, *frame, args.max_text_tokens)
     task.whole_template()  # an unusable template fails here
+    load_model(directory, device="meta")  # reads no numbers: a malformed file fails here
     return task
 
 
-def read_rows(
-    args: argparse.Namespace, task: Task, labels: Sequence[str] | None = None, new_tokens: int = 0
-) -> tuple[list[Example], list[Prompt]]:
-    """The examples of --data and their prompts; the last two arguments as in `Task.prompts`."""
-    examples = read_examples(args.data, task.labels, args.encoding, args.limit)
-    places = [f"{args.data}, line {example.line}" for example in examples]
-    texts = [example.text for example in examples]
-    return examples, task.prompts(texts, places, labels, new_tokens=new_tokens)
+def read_rows(args: argparse.Namespace, task: Task) -> list[Example]:
+    """The examples of --data."""
+    return read_examples(args.data, task.labels, args.encoding, args.limit)
+
+
+def row_prompts(file: str, task: Task, examples: Sequence[Example], **others) -> list[Prompt]:
+    """The prompts of a file's examples; `others` as in `Task.prompts`."""
+    places = [f"{file}, line {example.line}" for example in examples]
+    return task.prompts([example.text for example in examples], places, **others)
 
 
 def warn_about_labels(prompt: Prompt, labels: Sequence[str]) -> None:

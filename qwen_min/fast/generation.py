@@ -3,6 +3,7 @@
 It gives the tokens of `qwen_min.lab.generation.greedy`, but each step runs one token per text.
 """
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -12,20 +13,24 @@ from qwen_min.fast.layout import Text, pack
 from qwen_min.fast.packed import forward_packed
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
+from qwen_min.scoring import check_finite
 
 
 @torch.inference_mode()
 def greedy_cached(
     model: Qwen, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Collection[int] = ()
-) -> list[list[int]]:
-    """The new token ids of each prompt. A text that has ended leaves the batch."""
-    new: list[list[int]] = [[] for _ in prompts]
+) -> list[list[int] | None]:
+    """The new token ids of each prompt, as `greedy`. A text that has ended leaves the batch."""
+    new: list[list[int] | None] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # the texts that are not finished, in the cache's order
     texts, cache = [Text(prompt, queries=1) for prompt in prompts], None
     for _ in range(max_new_tokens):
         h, cache = forward_packed(model, pack(model, texts, cache))
-        tokens = model.logits(h).argmax(dim=-1).tolist()  # one for each active text
-        going = [i for i, token in enumerate(tokens) if token not in stop]
+        most, tokens = (t.tolist() for t in model.logits(h).max(dim=-1))  # one for each active text
+        for i, logit in enumerate(most):
+            if not math.isfinite(logit):  # NaN is the maximum of all numbers
+                new[active[i]] = None
+        going = [i for i, t in enumerate(tokens) if t not in stop and new[active[i]] is not None]
         for i in going:
             new[active[i]].append(tokens[i])
         if not going:
@@ -45,7 +50,7 @@ def generate_answers(
     progress: Callable[[int], object] = lambda rows: None,
 ) -> list[list[int]]:
     """The new token ids of each prompt, in order. batch_tokens bounds the tokens of one batch."""
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[int] | None] = [[] for _ in prompts]
     # The cache also holds the answer.
     lengths = [len(prompt.ids) + max_new_tokens for prompt in prompts]
     for rows in token_budget_batches(lengths, batch_tokens):
@@ -54,4 +59,5 @@ def generate_answers(
         for row, answer in zip(rows, found, strict=True):
             answers[row] = answer
         progress(len(rows))
+    check_finite(model, prompts, [answer is not None for answer in answers], answers)
     return answers

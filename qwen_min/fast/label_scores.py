@@ -6,6 +6,7 @@ with is computed once for all; and only the states that predict a label token me
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from qwen_min.fast.layout import Cache, Text, pack
 from qwen_min.fast.packed import forward_packed
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
+from qwen_min.scoring import check_finite
 
 # Rows of logits held at once: with V = 151,936 a row is 0.6 MB in fp32.
 LOGIT_ROWS = 64
@@ -36,7 +38,8 @@ class LabelTree:
     steps: tuple[tuple[tuple[int, int], ...], ...]  # per label: (node that predicts, next token)
 
 
-def label_tree(labels: Sequence[tuple[int, ...]]) -> LabelTree:
+@lru_cache(maxsize=128)  # most prompts have the same label tokens
+def label_tree(labels: tuple[tuple[int, ...], ...]) -> LabelTree:
     """The tree of the given label words (token ids)."""
     inner = sorted({label[:t] for label in labels for t in range(1, len(label))}, key=len)
     node_of = {(): 0} | {beginning: i + 1 for i, beginning in enumerate(inner)}
@@ -67,12 +70,12 @@ def score_labels(
     if shared:
         _, prefix = forward_packed(model, pack(model, [Text(prompts[0].ids[:shared])]))
     scores = np.zeros((len(prompts), len(prompts[0].labels)))
-    trees = [label_tree(prompt.labels) for prompt in prompts]
-    lengths = [len(p.ids) - shared + len(t.tokens) for p, t in zip(prompts, trees, strict=True)]
+    lengths = [len(p.ids) - shared + len(label_tree(p.labels).tokens) for p in prompts]
     for rows in token_budget_batches(lengths, batch_tokens):
-        batch = [(prompts[row].ids[shared:], trees[row]) for row in rows]
+        batch = [(prompts[row].ids[shared:], label_tree(prompts[row].labels)) for row in rows]
         scores[rows] = score_batch(model, batch, prefix)
         progress(len(rows))
+    check_finite(model, prompts, np.isfinite(scores).all(axis=1), scores)
     return scores
 
 

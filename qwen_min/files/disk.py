@@ -13,7 +13,7 @@ import reprlib
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -52,10 +52,11 @@ def refuse_malformed(path: Path, kind: str, advice: str) -> contextlib.AbstractC
     return one_line_error(path, advice, f"not {kind}", READING)
 
 
-def write_atomically(path: Path, data: bytes, advice: str = RESUME) -> None:
+def write_atomically(path: Path, data: bytes | Iterable[bytes], advice: str = RESUME) -> None:
     """Write a file so that readers see the old content or the new one. Raises UserError.
 
-    A link stays a link: the file that it points to is replaced.
+    data: whole, or in pieces that need not be in memory together. A link stays a link: the file
+    that it points to is replaced.
     """
     target = Path(os.path.realpath(path))
     aside = _unused_name(target)
@@ -64,7 +65,7 @@ def write_atomically(path: Path, data: bytes, advice: str = RESUME) -> None:
             if target.exists() and not target.is_file():
                 raise FileExistsError("it is not a regular file")
             with aside.open("xb") as file:  # x: never an existing file, nor through a link
-                file.write(data)
+                file.writelines([data] if isinstance(data, bytes) else data)
             _sync(aside)
             os.replace(aside, target)
     finally:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from qwen_min.errors import UserError
@@ -11,6 +11,7 @@ from qwen_min.files.disk import one_line_error, write_atomically
 
 RESULTS = ("results", "predictions")  # how the names of an evaluation's files begin
 Paths = Sequence[str | Path | None]
+Text = str | Callable[[], Iterable[str]]  # whole, or what makes its pieces, one in memory at once
 STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 
@@ -38,24 +39,28 @@ class Output:
                 name = {"prefix": f".{target.name}.", "suffix": f".{os.getpid()}.partial"}
                 tempfile.NamedTemporaryFile(dir=target.parent, **name).close()
 
-    def commit(self, text: str) -> None:
+    def commit(self, text: Text) -> None:
         """Write the file. Raises UserError if that fails."""
-        # A file name in `text` may hold half of a surrogate pair, which UTF-8 cannot encode.
-        # backslashreplace writes it as JSON's own escape, such as "\\udcff".
-        data = text.encode("utf-8", "backslashreplace")
+
+        def data() -> Iterator[bytes]:
+            # A file name in `text` may hold half of a surrogate pair, which UTF-8 cannot encode.
+            # backslashreplace writes it as JSON's own escape, such as "\\udcff".
+            for piece in [text] if isinstance(text, str) else text():
+                yield piece.encode("utf-8", "backslashreplace")
+
         advice = "make room or name another file"
         try:
             if self._replaced:
-                return write_atomically(self.path, data, advice)
+                return write_atomically(self.path, data(), advice)
             # Opening a stream by its name would empty the file to which the shell redirects it.
             opened = self.path if self._stream is None else os.dup(self._stream)
             with one_line_error(self.path, advice), open(opened, "wb") as file:
-                file.write(data)
+                file.writelines(data())
         except UserError as error:
             try:
                 descriptor, name = tempfile.mkstemp(self.path.suffix, "qwen_min-")
                 with open(descriptor, "wb") as file:
-                    file.write(data)
+                    file.writelines(data())
                 rescue = f"its content is in {name}"
             except OSError as second:
                 rescue = f"nor can a temporary file ({second.strerror}): run again"
@@ -99,7 +104,7 @@ def _identities(path: Path) -> set:
     return {os.path.realpath(path)}
 
 
-def commit_outputs(texts: Sequence[tuple[Output | None, str]]) -> None:
+def commit_outputs(texts: Sequence[tuple[Output | None, Text]]) -> None:
     """Commit every output, even if another one fails. Raises UserError if any did."""
     failures = []
     for output, text in texts:

@@ -39,6 +39,7 @@ def load_head(path: Path) -> LinearHead:
         whole = head.weight.ndim == 2 and head.weight.dtype == torch.float32
         shapes = {"weight": head.weight.shape, "bias": head.weight.shape[:1]}
         whole &= all(tensor.shape == shapes.get(name) for name, tensor in tensors.items())
+        whole &= all(bool(tensor.isfinite().all()) for tensor in tensors.values())
         if not whole or type(head.layer) is not int or head.pooling not in POOLINGS:
             raise ValueError(f"tensors {sorted(tensors)}, {metadata}")
     return head

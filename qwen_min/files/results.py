@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -29,17 +29,20 @@ def prediction_lines(
     examples: Sequence[Example],
     predictions: Sequence[int],
     scores: np.ndarray | None,
-    answers: Sequence[str] | None = None,
-) -> str:
+    answers: Sequence[str | None] | None = None,
+    failed: Sequence[int] = (),
+) -> Iterator[str]:
     """JSON lines: index (from 0), label, prediction, scores (C numbers, in class order).
 
     If the predictions come from generated answers, the scores are null and the answer is added.
+    failed: the rows of which nothing is known; all that would say something of them is null.
     """
-    lines = []
+    failed = set(failed)
     for index, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
-        row = {"index": index, "label": example.label, "prediction": int(prediction)}
-        row["scores"] = None if scores is None else scores[index].tolist()
+        known = index not in failed
+        row = {"index": index, "label": example.label}
+        row["prediction"] = int(prediction) if known else None
+        row["scores"] = scores[index].tolist() if known and scores is not None else None
         if answers is not None:
             row["answer"] = answers[index]
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    return "".join(lines)
+        yield json.dumps(row, ensure_ascii=False) + "\n"

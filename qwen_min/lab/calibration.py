@@ -81,12 +81,12 @@ def best_threshold(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float
 
 
 class Neutral(NamedTuple):
-    """Scores (rows, C) of the inputs that the corrections learn from."""
+    """The inputs that the corrections learn from: their prompts, or their scores (rows, C)."""
 
-    content_free: np.ndarray
-    random: np.ndarray
-    premise: np.ndarray  # one row
-    held_out: tuple[np.ndarray, np.ndarray] | None  # labels (m,) and scores, if there are any
+    content_free: Sequence[Prompt] | np.ndarray
+    random: Sequence[Prompt] | np.ndarray
+    premise: Sequence[Prompt] | np.ndarray  # one row
+    held_out: tuple[np.ndarray, Sequence[Prompt] | np.ndarray] | None  # labels (m,), and these
 
 
 def random_texts(texts: Sequence[str], seed: int, count: int = 20) -> list[str]:
@@ -95,10 +95,10 @@ def random_texts(texts: Sequence[str], seed: int, count: int = 20) -> list[str]:
     20 texts, as in Fei et al. 2023. They draw words. Chinese does not mark word borders, so
     characters are drawn here.
     """
-    characters = np.array(list("".join(texts)))
+    characters = "".join(texts)
     length = max(1, round(len(characters) / len(texts)))
-    drawn = np.random.default_rng(seed).choice(characters, size=(count, length))
-    return ["".join(row) for row in drawn]
+    drawn = np.random.default_rng(seed).choice(len(characters), size=(count, length))
+    return ["".join(characters[i] for i in row) for row in drawn]
 
 
 def premise_template(template: str) -> str:
@@ -121,28 +121,32 @@ def held_out_rows(
     return rows[:TEMPERATURE_ROWS]
 
 
-def score_neutral(
+def neutral_prompts(
     prompts_of: Callable[..., list[Prompt]],
     template: str,
     examples: Sequence[Example],
     training: Sequence[Example] | None,
     seeds: tuple[int, int],
-    score: Callable[[list[Prompt]], np.ndarray],
 ) -> Neutral:
-    """Scores of all inputs that calibration needs besides the evaluated `examples`.
+    """The prompts of all inputs that calibration needs besides the evaluated `examples`.
 
     prompts_of(texts) builds prompts in `template`, prompts_of(texts, other) in another template.
     training: the training data, if known. seeds: of the random texts, and of the training data's
-    split. score: from prompts to the model's class scores (n, C).
+    split.
     """
     held_out = None
     if rows := training and held_out_rows(training, examples, seeds[1]):
-        labels = np.array([row.label for row in rows])
-        held_out = labels, score(prompts_of([row.text for row in rows]))
-    content_free = score(prompts_of(CONTENT_FREE))
-    random = score(prompts_of(random_texts([example.text for example in examples], seeds[0])))
-    premise = score(prompts_of([""], premise_template(template)))
-    return Neutral(content_free, random, premise, held_out)
+        held_out = np.array([row.label for row in rows]), prompts_of([row.text for row in rows])
+    random = prompts_of(random_texts([example.text for example in examples], seeds[0]))
+    premise = prompts_of([""], premise_template(template))
+    return Neutral(prompts_of(CONTENT_FREE), random, premise, held_out)
+
+
+def score_neutral(prompts: Neutral, score: Callable[[Sequence[Prompt]], np.ndarray]) -> Neutral:
+    """The scores of these prompts. score: from prompts to the model's class scores (n, C)."""
+    *others, held_out = prompts
+    of_held_out = held_out and (held_out[0], score(held_out[1]))
+    return Neutral(*map(score, others), of_held_out)
 
 
 def log_priors(scores: np.ndarray, neutral: Neutral) -> dict[str, np.ndarray]:

@@ -23,13 +23,18 @@ MAX_NEW_TOKENS = 16
 @torch.inference_mode()
 def greedy(
     model: Qwen, prompt: Sequence[int], max_new_tokens: int, stop: Collection[int] = ()
-) -> list[int]:
-    """The new token ids, without the token of `stop` that ended them: one full forward each."""
+) -> list[int] | None:
+    """The new token ids, without the token of `stop` that ended them: one full forward each.
+
+    None if a logit is not finite: then no token is the most likely one.
+    """
     new: list[int] = []
     while len(new) < max_new_tokens:
         ids = torch.tensor([[*prompt, *new]], device=model.lm_head_weight.device)  # (1, T)
-        token = int(model.logits(model(ids)[0, -1]).argmax())
-        if token in stop:
+        logits = model.logits(model(ids)[0, -1])  # (V,)
+        if not logits.isfinite().all():
+            return None
+        if (token := int(logits.argmax())) in stop:
             break
         new.append(token)
     return new

@@ -49,7 +49,8 @@ def with_first_tokens(prompts: Sequence[Prompt]) -> list[Prompt]:
 
     It costs no forward: the logits at that position are computed anyway.
     """
-    return [replace(p, labels=(*p.labels, *((ids[0],) for ids in p.labels))) for p in prompts]
+    more = {p.labels: (*p.labels, *((ids[0],) for ids in p.labels)) for p in prompts}
+    return [replace(p, labels=more[p.labels]) for p in prompts]
 
 
 def compare_sets(
@@ -65,7 +66,8 @@ def compare_sets(
     for chosen in sets:
         columns = [words.index(word) for word in chosen]
         own, first = scores[:, columns], scores[:, [len(words) + c for c in columns]]
-        of_rows = [[prompt.labels[c] for c in columns] for prompt in prompts]
+        of_set = {p.labels: tuple(p.labels[c] for c in columns) for p in prompts}
+        of_rows = [of_set[prompt.labels] for prompt in prompts]
         ids = of_rows[0]
         uses = Counter(token for word in ids for token in set(word))
         # Words with the same first token tie there: the decision would be arbitrary.

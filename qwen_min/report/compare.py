@@ -23,6 +23,7 @@ PER_CLASS = dict.fromkeys(("precision", "recall", "f1"), float)
 NULLABLE = ("precision", "recall", "f1", "auc_roc", "brier", "ece")  # with some methods or classes
 NEEDED = {"accuracy_interval": [float], "per_class": [{"name": str} | PER_CLASS]}
 NEEDED |= {"confusion_matrix": [[int]], "macro": PER_CLASS, "training_arguments": (dict, None)}
+NEEDED["failed"] = (None,)  # rows without scores: what an evaluation could not compute
 NEEDED |= {"method": str, "examples_hash": str, "n": int, "accuracy": float, "seconds": float}
 NEEDED |= dict.fromkeys((*NULLABLE, "trained_parameters", "training_seconds"), (float, None))
 NEEDED |= dict.fromkeys(("base_fingerprint", "tokenizer_hash"), (str, None))

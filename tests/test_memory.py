@@ -1,0 +1,80 @@
+"""Memory is flat in rows, save for what is kept of each: its prompt and its scores."""
+
+import itertools
+import tracemalloc
+from functools import partial
+
+import numpy as np
+import pytest
+
+from qwen_min.fast.label_scores import score_labels
+from qwen_min.files.data import Example
+from qwen_min.files.output import Output
+from qwen_min.files.results import prediction_lines
+from qwen_min.files.weights import load_model
+from qwen_min.prompt import CHUNK, build_prompts
+from qwen_min.tokenizer import Tokenizer
+
+ROWS = (CHUNK, 2 * CHUNK)
+LABELS = ["".join(word) for word in itertools.product("很不非常", "好差满意", "的了")]
+TEMPLATE = "评论：{text}\n情感倾向：\n"
+
+
+def growth(call) -> float:
+    """Bytes by which the peak of call(rows) grows with each row."""
+    peaks = []
+    call(8)  # what is made once is there already
+    for rows in ROWS:
+        tracemalloc.start()
+        call(rows)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    return (peaks[1] - peaks[0]) / (ROWS[1] - ROWS[0])
+
+
+def texts(rows: int) -> list[str]:
+    return [f"房间很干净，服务员态度也好 {i}" for i in range(rows)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(reference) -> Tokenizer:
+    return Tokenizer(reference[0])
+
+
+def test_prompts(tokenizer):
+    """Of a row: 24 tokens at 8 bytes, and the prompt's own fields. With every label's ids of the
+    whole prompt it would be 32 labels · 24 tokens · 8 bytes at least."""
+    found = growth(lambda rows: build_prompts(tokenizer, texts(rows), TEMPLATE, LABELS))
+    assert found < 1000
+
+
+def test_equal_ids_are_one_object(tokenizer):
+    first, *others = build_prompts(tokenizer, texts(2 * CHUNK), TEMPLATE, LABELS)
+    assert {id(prompt.labels) for prompt in others} == {id(first.labels)}
+    assert len({id(token) for p in others for token in p.ids}) <= tokenizer.size
+
+
+def test_chunks_are_not_seen(tokenizer):
+    many = texts(CHUNK + 3)
+    together = build_prompts(tokenizer, many, TEMPLATE, LABELS[:3])
+    assert together == [build_prompts(tokenizer, [t], TEMPLATE, LABELS[:3])[0] for t in many]
+
+
+def test_scores(reference, tokenizer):
+    """Of a row: 32 scores at 8 bytes. A tree of its label tokens would be some 10 kB."""
+    model = load_model(reference[0])
+    prompts = {n: build_prompts(tokenizer, texts(n), TEMPLATE, LABELS) for n in (8, *ROWS)}
+    assert growth(lambda rows: score_labels(model, prompts[rows])) < 5 * 8 * len(LABELS)
+
+
+def test_predictions(tmp_path):
+    """Of a row nothing is kept: it is written before the next one is made."""
+    scores = np.random.default_rng(0).normal(size=(ROWS[1], 100))
+    examples = [Example("a", 0, i) for i in range(ROWS[1])]
+
+    def write(rows: int) -> None:
+        lines = partial(prediction_lines, examples[:rows], np.zeros(rows, int), scores[:rows])
+        Output(tmp_path / "rows.jsonl").commit(lines)
+
+    assert growth(write) < 100
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == ROWS[1]
