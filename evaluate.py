@@ -26,7 +26,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from qwen_min.command import arguments
 from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source, dtype_name
@@ -34,6 +33,7 @@ from qwen_min.command.cli import choose_device, make_parser, parse_with_given, r
 from qwen_min.command.inside import explain, look_inside, print_inside
 from qwen_min.command.summary import format_results
 from qwen_min.command.task import Task, read_rows, read_task, warn_about_labels
+from qwen_min.command.terminal import progress_bar
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
@@ -177,7 +177,7 @@ def classify(evaluation: Evaluation) -> Outcome:
     if classifier.by == "label words":
         warn_about_labels(evaluation.prompts[0], words)
     started = time.perf_counter()
-    with tqdm(total=len(evaluation.examples), unit=" rows", disable=None) as bar:
+    with progress_bar(total=len(evaluation.examples), unit=" rows") as bar:
         if classifier.by == "answers":
             from qwen_min.lab import generation
 

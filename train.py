@@ -23,15 +23,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lora import lora_parameters, merge_lora
 from qwen_min.command import arguments
 from qwen_min.command.classifier import Source, forms
-from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
+from qwen_min.command.cli import (
+    choose_device,
+    make_parser,
+    parse_with_given,
+    print_error,
+    run_command,
+    seed,
+)
 from qwen_min.command.fit import Stopped, Training, fit
 from qwen_min.command.task import read_rows, read_task
-from qwen_min.command.terminal import text_table
+from qwen_min.command.terminal import progress_bar, text_table
 from qwen_min.command.trained import ADAPTER, HEAD, Trainable, attach_adapter, load_parts
 from qwen_min.errors import UserError
 from qwen_min.files.data import HELD_OUT, Example, class_counts, examples_hash, held_out_split
@@ -70,7 +76,7 @@ def head_only(job: Job) -> dict:
         # Kept with the run: the head means nothing without the states that it was solved on.
         publish(Path(args.adapter), job.run / ADAPTER)
     started = time.perf_counter()
-    with tqdm(total=len(job.prompts), unit=" rows", desc="features", disable=None) as bar:
+    with progress_bar(total=len(job.prompts), unit=" rows", desc="features") as bar:
         how = (args.pooling, layers != [last], args.batch_tokens, bar.update)
         features = cached_features(
             Path(args.feature_cache or job.run / "features"),
@@ -274,7 +280,7 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
         rows = [job.examples[job.training[row]].line for row in failure.rows]
         advice = f", in rows {rows} (lines of {args.data}): look at these rows, or lower --lr"
         kept = "; the last checkpoint is kept"
-        print(f"error: {failure}{advice * bool(rows)}{kept}", file=sys.stderr)
+        print_error(f"{failure}{advice * bool(rows)}{kept}")
         return 1
     after = fingerprint(frozen.items())
     if after != record["frozen_before"]:

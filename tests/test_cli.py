@@ -164,6 +164,70 @@ def test_a_reader_that_has_left_gets_no_traceback(monkeypatch):
     stdout.close()
 
 
+# What is printed
+
+
+ODD = "\x1b[31m\x07\r\x9b\u202e\u200b\ud800\U000e0001\u3000\x7f"
+ESCAPED = r"\u001b[31m\u0007\r\u009b\u202e\u200b\ud800\udb40\udc01\u3000\u007f"
+
+
+def test_what_could_act_on_the_terminal_is_printed_as_an_escape(capsys):
+    def command(args: argparse.Namespace) -> int:
+        print(f"负面 😀 {ODD}\nnext")
+        print(json.dumps({"a": ODD}, ensure_ascii=False))
+        print(f"note: {ODD}\nnext", file=sys.stderr)
+        raise UserError(f"{ODD}\nnext")
+
+    assert status_of(command) == 2
+    out, err = capsys.readouterr()
+    first, second, third = out.splitlines()
+    assert (first, second) == (f"负面 😀 {ESCAPED}", "next")
+    assert json.loads(third) == {"a": ODD}  # printed JSON keeps its value
+    assert err == f"note: {ESCAPED}\\nnext\nerror: {ESCAPED}\\nnext\n"
+
+
+def test_a_line_of_stderr_has_at_most_500_characters(capsys):
+    def command(args: argparse.Namespace) -> int:
+        raise UserError("begin " + "x" * 10_000 + " do this")
+
+    assert status_of(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) == 500 and line.startswith("error: begin x") and line.endswith("x do this")
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--dtype", "\x1b" + "x" * 10_000])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) < 600 and line.isprintable()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device, others do not")
+def test_a_full_standard_output_does_not_stop_the_work(monkeypatch, capsys):
+    done = []
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert status_of(lambda args: print("a") or print("b") or done.append(1) or 0) == 2
+    assert done == [1]
+    err = capsys.readouterr().err
+    assert err == "error: standard output: cannot be written (No space left on device); make room\n"
+
+
+def test_a_closed_standard_output_does_not_stop_the_work(monkeypatch):
+    """As with `>&-`: Python then has no sys.stdout at all."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert status_of(lambda args: print("a") or 0) == 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: torch.empty(2**50), lambda: torch.empty(2**62, 2**62), lambda: bytearray(2**62)],
+)
+def test_out_of_memory_names_the_sizes_to_lower(make, capsys):
+    args = argparse.Namespace(batch_tokens=10**15, r=8, max_text_tokens=256)
+    assert run_command(lambda args: make() and 0, args) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: out of memory (") and err.count("\n") == 1
+    assert err.endswith("; lower --batch-tokens, --max-text-tokens, --r\n")
+
+
 # Output files
 
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "lab": {"mechanics", "fast", "files", "lab", "terminal"},
     "report": {"mechanics", "files", "report", "terminal", "cli"},
     "terminal": set(),
-    "cli": {"mechanics", "fast"},  # the exception class; how memory is kept
+    "cli": {"mechanics", "fast", "terminal"},  # the exception class; how memory is kept
     "command": {"mechanics", "fast", "files", "lab", "command", "terminal", "cli", "lora"},
     "tiny": {"mechanics", "fast", "files", "cli"},
     "lora": {"lora"},

@@ -22,7 +22,13 @@ from conftest import REPO
 from safetensors.torch import save_file
 
 from qwen_min.errors import UserError
-from qwen_min.files.disk import new_directory, read_json
+from qwen_min.files.disk import (
+    new_directory,
+    read_json,
+    read_regular,
+    read_safetensors,
+    write_atomically,
+)
 from qwen_min.files.run import (
     MANIFEST,
     StopRequest,
@@ -37,7 +43,6 @@ from qwen_min.files.run import (
     save_checkpoint,
     start_record,
     trim_log,
-    write_atomically,
     write_json,
 )
 
@@ -719,6 +724,12 @@ def test_read_json_returns_an_object_with_the_fields_asked_for(tmp_path):
         (b"{}", "not a record (n is None, expected type int)"),
         (b'{"n": "a\\nb"}', r"not a record (n is 'a\nb', expected type int)"),
         (b"[" * 200_000, "not a record ("),
+        (b'{"n": 9223372036854775808}', "not a record (found the integer 9223372036854775808"),
+        (b'{"n": ' + b"9" * 100_000 + b"}", "not a record (found the integer 999"),
+        (b'{"n": NaN}', "not a record (found the number NaN"),
+        (b'{"n": 1, "m": 1e999}', "not a record (found the number 1e999"),
+        (rb'{"n": 1, "m": "\ud800"}', "not a record ('utf-8' codec can't encode"),
+        (b'{"n": true}', "not a record (n is True, expected type int)"),
         (None, "not a record (No such file or directory)"),
     ],
 )
@@ -762,3 +773,75 @@ def test_everything_in_a_new_directory_is_synced_before_it_has_its_name(tmp_path
     expected = (new / "adapter", new / "adapter/tensors", new / "state.json", new)
     assert sorted(synced[:4]) == sorted(path.stat().st_ino for path in expected)
     assert synced[4:] == [tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize(
+    ("value", "schema", "problem"),
+    [
+        ({"a": [1, 2.5]}, {"a": [float]}, None),
+        ({"a": [1, None]}, {"a": [float]}, r"v.a\[1\] is None, expected type float"),
+        ({"a": [1, None]}, {"a": [(float, None)]}, None),
+        ({"a": "1"}, {"a": (float, None)}, "v.a is '1', expected type float or null"),
+        ({"b": 1}, {"a": int}, "v.a is None, expected type int"),
+        ([], {"a": int}, r"v is \[\], expected type dict"),
+        ({}, [int], "v is {}, expected type list"),
+        (True, float, "v is True, expected type float"),
+    ],
+)
+def test_a_schema_is_checked_in_depth(value, schema, problem, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"v": value}))
+    if problem is None:
+        assert read_json(path, "a record", "write it", v=schema) == {"v": value}
+    else:
+        with pytest.raises(UserError, match=problem):
+            read_json(path, "a record", "write it", v=schema)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "directory"])
+def test_only_regular_files_are_read(kind, tmp_path):
+    """A pipe would block, a device may never end."""
+    path = tmp_path / "file"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(kind)
+    for read in (read_regular, read_json, read_safetensors):
+        with pytest.raises(UserError, match=r"not a record \(.*(regular file|directory)"):
+            read(path, "a record", "write it")
+
+
+def test_a_file_that_is_too_large_is_refused(tmp_path):
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read_regular(tmp_path / "file", "a record", "write it", 5) == b"12345"
+    with pytest.raises(UserError, match="it has more than 4 bytes"):
+        read_regular(tmp_path / "file", "a record", "write it", 4)
+
+
+def test_what_killed_processes_left_is_cleared_and_nothing_else(tmp_path):
+    """Never through a link, and never what another process is writing or the user has."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [f".x.json.{gone.pid}-0123abcd.partial", f".x.json.{os.getpid()}-0123abcd.partial"]
+    kept = [f".x.json.{os.getppid()}-0123abcd.partial", ".y.json.1-0123abcd.partial", ".x.json.old"]
+    for name in (*left, *kept):
+        (tmp_path / name).write_text(name)
+    (tmp_path / left[0]).unlink()
+    (tmp_path / left[0]).symlink_to(tmp_path / "kept")
+    (tmp_path / "kept").write_text("kept")
+    write_atomically(tmp_path / "x.json", b"new")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "kept", "x.json"])
+    assert (tmp_path / "kept").read_text() == "kept"
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_only_a_regular_file_is_replaced(make, tmp_path):
+    """Behind a link there may be a device, which root could replace by a file."""
+    make(tmp_path / "odd")
+    (tmp_path / "link").symlink_to("odd")
+    for name in ("odd", "link"):
+        with pytest.raises(UserError, match=r"cannot be written \(it is not a regular file\)"):
+            write_atomically(tmp_path / name, b"new")
+    assert names(tmp_path) == ["link", "odd"]

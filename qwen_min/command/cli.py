@@ -3,11 +3,17 @@
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from typing import NoReturn
 
+from qwen_min.command.terminal import SafeStream, one_line
 from qwen_min.errors import UserError
+
+OUT_OF_MEMORY = "out of memory|can't allocate memory|Storage size calculation overflowed"
+SIZES = ("batch_tokens", "batch_size", "max_text_tokens", "r")  # arguments that memory grows with
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -92,23 +98,38 @@ def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Nam
         from qwen_min.fast.memory import keep_freed_memory
 
         keep_freed_memory()
+    out, err = SafeStream(sys.stdout), SafeStream(sys.stderr, lines=True)
+    with redirect_stdout(out), redirect_stderr(err):
+        status = _status(command, args)
+        out.flush()
+        if out.failure:
+            # Python would try again at exit, and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.stream.fileno())
+            if isinstance(out.failure, BrokenPipeError):  # the reader has left, as `| head` does
+                return status or 141
+            print_error(f"standard output: cannot be written ({out.failure.strerror}); make room")
+            return status or 2
+    return status
+
+
+def _status(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     try:
-        status = command(args)
-        print(end="", flush=True)
-        return status
+        return command(args)
     except UserError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        print_error(str(error))
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        # torch raises RuntimeError on the CPU, OutOfMemoryError, a kind of it, on a GPU.
+        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
+            raise
+        sizes = [option(name) for name in SIZES if getattr(args, name, None)]
+        print_error(f"out of memory ({error}); lower {', '.join(sizes) or 'the size of the data'}")
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output has closed it (`| head`). Python would write again at exit, and
-        # complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
-def one_line(message: str) -> str:
-    """A message may quote a path or an argument, and either may hold a newline."""
-    return message.replace("\r", "\\r").replace("\n", "\\n")
+def print_error(message: str) -> None:
+    """The one line that a command prints for what went wrong."""
+    print(f"error: {message}", file=sys.stderr)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from qwen_min.command.terminal import progress_bar
 from qwen_min.files import run as run_files
 from qwen_min.files.disk import write_atomically, write_json
 from qwen_min.training import Plan, best_step, make_optimizer, training_steps
@@ -64,7 +64,7 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
     log = run / "log.jsonl"
     run_files.trim_log(log, state["step"])
     stop = run_files.StopRequest()
-    bar = tqdm(total=steps, initial=state["step"], unit=" steps", disable=None)
+    bar = progress_bar(total=steps, initial=state["step"], unit=" steps")
     try:
         step_started = time.perf_counter()
         how = (training.loss, training.parts, state["step"])

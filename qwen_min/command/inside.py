@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-from tqdm import tqdm
 
 from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source, dtype_name
 from qwen_min.command.task import Task
+from qwen_min.command.terminal import progress_bar
 from qwen_min.metrics import OFF_TRACK
 from qwen_min.prompt import Prompt
 
@@ -44,7 +44,7 @@ def calibrate(evaluation: Evaluation, scores: np.ndarray) -> dict[str, dict]:
     split = source.record["arguments"]["data_seed"] if source.record else 0
     rows = evaluation.training and evaluation.training[1]
     seeds = (source.args.seed, split)
-    with tqdm(unit=" rows", desc="calibration", disable=None) as bar:
+    with progress_bar(unit=" rows", desc="calibration") as bar:
         score = partial(evaluation.classifier.scores, progress=bar.update)
         neutral = score_neutral(prompts_of, task.template, evaluation.examples, rows, seeds, score)
     lengths = np.array([[len(ids) for ids in prompt.labels] for prompt in evaluation.prompts])

@@ -1,9 +1,74 @@
-"""Text in columns, for a terminal in which a Chinese character takes two of them."""
+"""Text for a terminal: harmless, and in columns, of which a Chinese character takes two."""
 
-from collections.abc import Sequence
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TextIO
 from unicodedata import category, east_asian_width
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 WIDTH = 100  # of a terminal, in columns
+LINE = 500  # characters of an error or a warning, at most
+
+
+def printable(text: str) -> str:
+    """`text` without what could act on a terminal: control and format characters are escaped.
+
+    The escape is JSON's, so that printed JSON keeps its value. Newlines stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    """`text` printable and without newlines; a longer one than LINE without its middle."""
+    text = printable(text).replace("\n", "\\n")
+    return text if len(text) <= LINE else f"{text[: LINE // 2 - 1]}…{text[-LINE // 2 :]}"
+
+
+class SafeStream:
+    """Stands for sys.stdout or sys.stderr while a command runs, and writes only printable text.
+
+    lines: each text that is written, without its final newline, becomes one line. A stream that is
+    closed or full does not stop the command: `failure` keeps the error, later text is dropped.
+    """
+
+    def __init__(self, stream: TextIO | None, lines: bool = False):
+        self.stream = stream or io.StringIO()  # Python has None for a stream that is closed
+        self.lines, self.failure = lines, None
+
+    def write(self, text: str) -> int:
+        """Write the text, made printable; returns its length."""
+        end = "\n" if self.lines and text.endswith("\n") else ""
+        shown = one_line(text.removesuffix("\n")) + end if self.lines else printable(text)
+        self._try(lambda: self.stream.write(shown))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write out what is buffered."""
+        self._try(self.stream.flush)
+
+    def isatty(self) -> bool:
+        """Whether somebody is looking."""
+        return self.stream.isatty()
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            if self.failure is None:
+                action()
+        except OSError as error:
+            self.failure = error
+
+
+def progress_bar(**options: object) -> "tqdm":
+    """tqdm's bar, if stderr is a terminal. It moves the cursor, so it writes without SafeStream."""
+    from tqdm import tqdm
+
+    return tqdm(file=getattr(sys.stderr, "stream", sys.stderr), disable=None, **options)
 
 
 def columns(text: str) -> int:
@@ -20,7 +85,7 @@ def clipped(text: str, width: int = 9) -> str:
 
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
     """Columns for a terminal: the first `words` aligned to the left, the others to the right."""
-    table = [heads, *rows]
+    table = [[cell.replace("\n", "\\n") for cell in row] for row in [heads, *rows]]
     widths = [max(map(columns, column)) for column in zip(*table, strict=True)]
     lines = []
     for row in table:

@@ -6,9 +6,13 @@ dies at any moment leaves the old content or the new one, never a part.
 
 import contextlib
 import json
+import math
 import os
+import re
 import reprlib
+import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from qwen_min.errors import UserError
 RESUME = "what was saved before is intact: make room, then continue with --resume"
 WRITING = (OSError, SafetensorError)  # safetensors reports a full disk as its own error
 READING = (*WRITING, KeyError, TypeError, ValueError, RuntimeError)
+MAX_BYTES, MAX_JSON_BYTES = 2**32, 2**26  # a data file, a JSON file
 
 
 @contextlib.contextmanager
@@ -53,10 +58,13 @@ def write_atomically(path: Path, data: bytes, advice: str = RESUME) -> None:
     A link stays a link: the file that it points to is replaced.
     """
     target = Path(os.path.realpath(path))
-    aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    aside = _unused_name(target)
     try:
         with one_line_error(path, advice):
-            aside.write_bytes(data)
+            if target.exists() and not target.is_file():
+                raise FileExistsError("it is not a regular file")
+            with aside.open("xb") as file:  # x: never an existing file, nor through a link
+                file.write(data)
             _sync(aside)
             os.replace(aside, target)
     finally:
@@ -73,8 +81,7 @@ def new_directory(target: Path, advice: str = RESUME, replace: bool = False) -> 
     it is replaced. That takes two renames: a process that dies between them leaves no `target`.
     Raises UserError with `advice` if something cannot be written.
     """
-    aside, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, old = _unused_name(target), _unused_name(target)
     try:
         with one_line_error(target, advice):
             if target.exists() and not replace:
@@ -84,13 +91,34 @@ def new_directory(target: Path, advice: str = RESUME, replace: bool = False) -> 
             for path in (*aside.rglob("*"), aside):
                 _sync(path)
             if replace and target.exists():
-                shutil.rmtree(old, ignore_errors=True)
                 os.replace(target, old)
             os.replace(aside, target)
             _sync(target.parent)
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _unused_name(target: Path) -> Path:
+    """A name beside `target` for its new content. Removes what killed processes left there."""
+    with contextlib.suppress(OSError):  # a directory that is missing fails when it is written to
+        for path in target.parent.iterdir():
+            pattern = re.escape(f".{target.name}.") + r"(\d+)-[0-9a-f]{8}\.partial"
+            left = re.fullmatch(pattern, path.name)
+            if left and not _is_another(int(left[1])):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+
+
+def _is_another(process: int) -> bool:
+    """Whether another process of this number runs. (Ours left nothing that it still needs.)"""
+    try:
+        os.kill(process, 0)  # signal 0 only asks
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it runs, for somebody else
+        pass
+    return process != os.getpid()
 
 
 def _sync(path: Path) -> None:
@@ -106,20 +134,80 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode())
 
 
-def read_json(path: Path, kind: str, advice: str, **fields: type) -> dict:
-    """Read a JSON object. fields: the fields that must be there, and the type of each.
+def read_regular(path: Path, kind: str, advice: str, limit: int = MAX_BYTES) -> bytes:
+    """The bytes of a regular file; a directory, pipe or device, which may never end, is refused.
 
-    Raises UserError as `refuse_malformed` does.
+    Raises UserError as `refuse_malformed` does, also above `limit` bytes.
     """
     with refuse_malformed(path, kind, advice):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # Without O_NONBLOCK, opening a pipe waits until another process writes to it.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("it is not a regular file")
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ValueError(f"it has more than {limit:,} bytes")
+        return data
+
+
+def parse_json(source: bytes | str) -> object:
+    """json.loads for JSON that every reader understands: UTF-8, finite numbers, whole characters.
+
+    Raises ValueError; RecursionError for JSON that is nested too deeply.
+    """
+    text = source.decode("utf-8") if isinstance(source, bytes) else source
+    if "\\ud" in text.lower():  # half of a surrogate pair is no character: raises ValueError
+        json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8")
+    return json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20 or abs(value := int(digits)) >= 2**63:
+        raise ValueError(f"found the integer {digits[:20]}…, expected 64 bits at most")
+    return value
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"found the number {digits[:20]}, expected a finite one")
+    return value
+
+
+def read_json(path: Path, kind: str, advice: str, **fields: object) -> dict:
+    """Read a JSON object.
+
+    fields: the schema of each field that must be there: a type; a tuple of types, with None for
+    null; [schema] for a list; {name: schema} for an object with at least these fields. A whole
+    number counts as a float. Raises UserError as `refuse_malformed` does.
+    """
+    data = read_regular(path, kind, advice, MAX_JSON_BYTES)
+    with refuse_malformed(path, kind, advice):
+        content = parse_json(data)
         if not isinstance(content, dict):
             raise ValueError(f"found {reprlib.repr(content)}, expected an object")
-        for name, type_ in fields.items():
-            if not isinstance(content.get(name), type_):
-                value = reprlib.repr(content.get(name))
-                raise ValueError(f"{name} is {value}, expected type {type_.__name__}")
+        for name, schema in fields.items():
+            _check(content.get(name), schema, name)
     return content
+
+
+def _check(value: object, schema: object, name: str) -> None:
+    """Raise ValueError unless `value`, called `name` in the error, fits the schema."""
+    if isinstance(schema, dict):
+        _check(value, dict, name)
+        for key, part in schema.items():
+            _check(value.get(key), part, f"{name}.{key}")
+    elif isinstance(schema, list):
+        _check(value, list, name)
+        for i, item in enumerate(value):
+            _check(item, schema[0], f"{name}[{i}]")
+    else:
+        types = schema if isinstance(schema, tuple) else (schema,)
+        # Python counts True as an int.
+        if not any(
+            type(value) is (t or type(None)) or (t, type(value)) == (float, int) for t in types
+        ):
+            expected = " or ".join(t.__name__ if t else "null" for t in types)
+            raise ValueError(f"{name} is {reprlib.repr(value)}, expected type {expected}")
 
 
 def read_safetensors(path: Path, kind: str, advice: str) -> tuple[dict[str, Tensor], dict]:
@@ -127,6 +215,9 @@ def read_safetensors(path: Path, kind: str, advice: str) -> tuple[dict[str, Tens
 
     Raises UserError as `refuse_malformed` does.
     """
+    with refuse_malformed(path, kind, advice):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is not a regular file")
     with refuse_malformed(path, kind, advice), safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, file.metadata() or {}
