@@ -376,7 +376,7 @@ def test_output_file(tmp_path):
         (["mangled/results.json"], "not the predictions of results.json"),
         (["short/results.json"], "rows are not numbered 0 to 119"),
         (["swapped/results.json"], "another confusion matrix"),
-        (["nan/results.json"], "scores are not 2 numbers"),
+        (["nan/results.json"], "found the number NaN, expected a finite one"),
         (
             ["results.json", "relabelled/results.json"],
             "predictions have other labels than those of results.json",

@@ -5,6 +5,7 @@ belong to one method.
 """
 
 import json
+import os
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -15,17 +16,22 @@ from typing import NamedTuple
 import numpy as np
 
 from qwen_min.errors import UserError
-from qwen_min.files.disk import read_json, refuse_malformed
+from qwen_min.files.disk import parse_json, read_json, read_regular, refuse_malformed
 from qwen_min.files.run import FREE, read_run
 from qwen_min.metrics import confusion_matrix, mcnemar_exact, paired_bootstrap
 
-NEEDED = dict.fromkeys(("accuracy_interval", "per_class", "confusion_matrix"), list)
-NEEDED |= {"method": str, "examples_hash": str, "n": int, "accuracy": float, "seconds": float}
-NEEDED |= {"macro": dict, "arguments": dict}
 # Numbers of a row, and their headings. The recall of each class stands between the two.
 HEADLINE = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
 OTHERS = {"auc_roc": "AUC", "brier": "Brier", "ece": "ECE", "trained_parameters": "trained"}
 OTHERS |= {"training_seconds": "train s", "seconds": "eval s"}
+MEASURES = dict.fromkeys(("precision", "recall", "f1"), float)
+MAYBE = (float, None)  # a number that may be undefined
+NEEDED = {"accuracy_interval": [float], "per_class": [{"name": str} | MEASURES]}
+NEEDED |= {"confusion_matrix": [[int]], "macro": MEASURES, "training_arguments": (dict, None)}
+NEEDED |= dict.fromkeys((*HEADLINE, *OTHERS), MAYBE) | {"accuracy": float, "seconds": float}
+NEEDED |= {"method": str, "examples_hash": str, "n": int}
+NEEDED |= {"arguments": {"run": (str, None), "predictions": (str, None), "seed": (int, None)}}
+KIND = "results of evaluate.py"
 # Arguments that do not make another method. The examples are identified by their hash instead.
 IGNORED = {*FREE, "method", "seed", "run", "predictions", "train_data", "data", "limit", "encoding"}
 IGNORED |= {"label_sets", "calibrate", "explain"}
@@ -90,27 +96,28 @@ class Method(NamedTuple):
 def read_columns(path: Path, *keys: str) -> list[list]:
     """The values of each key in all lines of a JSON Lines file."""
     # Not str.splitlines: JSON strings may contain U+2028.
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    text = read_regular(path, "a file of JSON lines", "move it away").decode("utf-8")
+    rows = [parse_json(line) for line in text.split("\n") if line]
     return [[row[key] for row in rows] for key in keys]
 
 
 def read_all(arguments: Sequence[str]) -> list[Result]:
     """The results in files and run directories, in the order given; each file is read once."""
-    paths: dict[Path, Path] = {}
+    paths: dict[str, Path] = {}
     for argument in map(Path, arguments):
         found = sorted(argument.glob("results-*.json")) if argument.is_dir() else [argument]
         if not found:
             make = f"python evaluate.py --run {argument} --data FILE"
             raise UserError(f"{argument}: holds no results-*.json; make one with: {make}")
         for path in found:
-            paths.setdefault(path.resolve(), path)
+            paths.setdefault(os.path.realpath(path), path)
     return [read_result(path) for path in paths.values()]
 
 
 def read_result(path: Path) -> Result:
     """Read a results file and its predictions. Raises UserError for any other file."""
     advice = "give the file that evaluate.py writes as --output, or a run directory"
-    results = read_json(path, "results of evaluate.py", advice, **NEEDED)
+    results = read_json(path, KIND, advice, **NEEDED)
     arguments = results["arguments"]
     # The run directory may have been moved since, with the results in it.
     places = (path.parent, Path(arguments["run"])) if arguments.get("run") else ()
@@ -118,6 +125,12 @@ def read_result(path: Path) -> Result:
     training = results.get("training_arguments")
     if training is None and run:
         training = read_run(run)["arguments"]
+    seed = (training or arguments).get("seed", 0)
+    with refuse_malformed(path, KIND, advice):
+        if len(results["accuracy_interval"]) != 2 or len(results["per_class"]) < 2:
+            raise ValueError("accuracy_interval is not two numbers, or there are not two classes")
+        if type(seed) is not int:
+            raise ValueError(f"seed is {short(seed)}, expected a whole number")
     settings = {name: value for name, value in arguments.items() if name not in IGNORED}
     for name, value in (training or {}).items():
         # data and limit stay: training rows must match between seeds. Equal values: listed once.
@@ -125,7 +138,6 @@ def read_result(path: Path) -> Result:
             settings[f"train_{name}" if name in arguments else name] = value
     settings = {name: v for name, v in settings.items() if v is not None and v is not False}
     identity = {"examples": results["examples_hash"][:8], **settings, "method": results["method"]}
-    seed = (training or arguments).get("seed", 0)
     predictions = read_predictions(path, results)
     return Result(path, results, identity, seed, training is not None, predictions, run)
 
@@ -138,7 +150,9 @@ def read_predictions(path: Path, results: dict) -> Predictions | None:
     named = Path(results["arguments"].get("predictions") or path)
     usual = path.with_name(path.name.replace("results", "predictions")).with_suffix(".jsonl")
     places = (usual, path.parent / named.name, named)
-    place = next((p for p in places if p.exists() and p.resolve() != path.resolve()), None)
+    place = next(
+        (p for p in places if p.exists() and os.path.realpath(p) != os.path.realpath(path)), None
+    )
     if place is None:
         return None
     n, classes = results["n"], len(results["per_class"])
@@ -147,7 +161,7 @@ def read_predictions(path: Path, results: dict) -> Predictions | None:
     kind = f"the predictions of {path.name} with {', '.join(columns)}"
     with refuse_malformed(place, kind, advice):
         index, labels, predicted, scores = read_columns(place, *columns)
-        if index != list(range(n)):
+        if index != list(range(len(index))) or len(index) != n:
             raise ValueError(f"rows are not numbered 0 to {n - 1}")
         scores = None if None in scores else np.array(scores, dtype=np.float64)
         if scores is not None and not (scores.shape == (n, classes) and np.isfinite(scores).all()):
