@@ -26,6 +26,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import category
@@ -222,9 +223,9 @@ def forked(command: Command, directory: Path) -> tuple[int, str, str]:
             limit = pages * resource.getpagesize() + MEMORY
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-            status = MAINS[command[0]](command[1:])
+            status = MAINS[command[0]](command[1:]) or 0
         except SystemExit as error:
-            status = error.code or 0
+            status = error.code if isinstance(error.code, int) else 1
         except BaseException:
             traceback.print_exc()
         finally:
@@ -274,13 +275,18 @@ class Outcome(NamedTuple):
     output: str
 
 
+@contextmanager
+def copied(tree: Path) -> Iterator[Path]:
+    """A copy of the tree, for one command."""
+    with tempfile.TemporaryDirectory() as place:
+        yield Path(shutil.copytree(tree, Path(place, "case")))
+
+
 def run_case(number: int, tree: Path, kinds: Sequence[str]) -> Outcome:
     """Damage a file in a copy of the tree, and run a command that reads it."""
     rng = random.Random(number)
     kind = rng.choice(kinds)
-    with tempfile.TemporaryDirectory() as place:
-        case = Path(place, "case")
-        shutil.copytree(tree, case)
+    with copied(tree) as case:
         command = rng.choice(KINDS[kind].commands)
         found = sorted(case.glob(KINDS[kind].pattern))
         # Of several files one whose directory the command names, if there is one.
