@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qwen_min.command.cli import option, positive_int
 from qwen_min.errors import UserError
-from qwen_min.files.run import read_whole_run
+from qwen_min.files.record import read_whole_run
 from qwen_min.files.weights import DTYPES
 from qwen_min.head import POOLINGS
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, DEFAULT_TEMPLATE
