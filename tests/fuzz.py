@@ -108,7 +108,9 @@ RUNS = [*evaluated("probe"), *HEAD, *WORDS, *REPORT]
 KINDS = {
     "config.json": Kind("model/config.json", MODEL),
     "tokenizer.json": Kind("model/tokenizer.json", [*MODEL, AUDIT]),
-    "tokenizer_config.json": Kind("model/tokenizer_config.json", [*CHAT, MERGE]),
+    "tokenizer_config.json": Kind("model/tokenizer_config.json", [*CHAT, ZERO, MERGE]),
+    "special_tokens_map.json": Kind("model/special_tokens_map.json", [*CHAT, ZERO, MERGE]),
+    "added_tokens.json": Kind("model/added_tokens.json", [ZERO, TRAIN[0], MERGE]),
     "chat_template.jinja": Kind("model/chat_template.jinja", CHAT),
     "generation_config.json": Kind("model/generation_config.json", [GENERATE, MERGE]),
     "model.safetensors": Kind("model/model.safetensors", MODEL),
@@ -143,7 +145,11 @@ def make_tree(tree: Path) -> None:
     source += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     (model / "chat_template.jinja").write_text(source)
     config = {"chat_template": source, "eos_token": "<|im_end|>", "model_max_length": 512}
+    special = {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}}
+    added = {"<|endoftext|>": 300, "<|im_start|>": 301, "<|im_end|>": 302}
     (model / "tokenizer_config.json").write_text(json.dumps(config))
+    (model / "special_tokens_map.json").write_text(json.dumps(special))
+    (model / "added_tokens.json").write_text(json.dumps(added))
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
     hashes = load_file(REPO / "qwen_min" / "tiny" / "fed.safetensors")["texts"][:20]
     save_file({"texts": hashes.clone()}, model / "fed.safetensors")
