@@ -128,7 +128,7 @@ def read_result(path: Path) -> Result:
     seed = (training or arguments).get("seed", 0)
     with refuse_malformed(path, KIND, advice):
         if len(results["accuracy_interval"]) != 2 or len(results["per_class"]) < 2:
-            raise ValueError("accuracy_interval is not two numbers, or there are not two classes")
+            raise ValueError("accuracy_interval has not two numbers, or per_class not two")
         if type(seed) is not int:
             raise ValueError(f"seed is {short(seed)}, expected a whole number")
     settings = {name: value for name, value in arguments.items() if name not in IGNORED}
