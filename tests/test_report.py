@@ -400,7 +400,7 @@ def test_the_output_replaces_no_predictions_that_have_a_name_of_their_own(tmp_pa
         (["mangled/results.json"], "not the predictions of results.json"),
         (["short/results.json"], "rows are not numbered 0 to 119"),
         (["swapped/results.json"], "another confusion matrix"),
-        (["nan/results.json"], "scores are not 2 numbers"),
+        (["nan/results.json"], "found the number NaN, expected a finite one"),
         (
             ["results.json", "relabelled/results.json"],
             "predictions have other labels than those of results.json",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qwen_min.command.cli import option, positive_int
 from qwen_min.errors import UserError
-from qwen_min.files.run import read_run
+from qwen_min.files.record import read_whole_run
 from qwen_min.files.weights import DTYPES
 from qwen_min.head import POOLINGS
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, DEFAULT_TEMPLATE
@@ -95,7 +95,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def finished_run(directory: str | Path) -> dict:
     """The record of a run. Raises UserError for other directories and unfinished runs."""
-    record = read_run(directory)
+    record = read_whole_run(directory)
     if not record.get("finished"):
         resume = f"python train.py --resume --output {directory}"
         raise UserError(f"{directory}: training has not finished; continue it with: {resume}")
@@ -154,6 +154,8 @@ def check_evaluation(args: argparse.Namespace, given: dict) -> None:
 
 def check_training(args: argparse.Namespace) -> None:
     """Refuse what would fail only after the model is loaded, or would train nothing."""
+    if args.resume:
+        read_whole_run(args.output)
     method, nothing = args.method, args.lora_targets == "none" and not args.train_embeddings
     words, probe = method == "lora_label_scoring", method == "head_only"
     no_model = args.merge and (not words or nothing)

@@ -42,7 +42,7 @@ def positive_int(text: str) -> int:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
+    if not 1 <= value < 2**63:  # what the record of a run can hold
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
 
@@ -124,6 +124,12 @@ def _status(command: Callable[[argparse.Namespace], int], args: argparse.Namespa
             raise
         sizes = [option(name) for name in SIZES if getattr(args, name, None)]
         print_error(f"out of memory ({error}); lower {', '.join(sizes) or 'the size of the data'}")
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # No permission, a name that is too long, ...
+        print_error(f"{error.filename}: {error.strerror}; check the path and its permissions")
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

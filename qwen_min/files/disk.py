@@ -23,7 +23,7 @@ from qwen_min.errors import UserError
 
 RESUME = "what was saved before is intact: make room, then continue with --resume"
 WRITING = (OSError, SafetensorError)  # safetensors reports a full disk as its own error
-READING = (*WRITING, KeyError, TypeError, ValueError, RuntimeError)
+READING = (*WRITING, LookupError, OverflowError, TypeError, ValueError, RuntimeError)
 MAX_BYTES, MAX_JSON_BYTES = 2**32, 2**26  # a data file, a JSON file
 
 

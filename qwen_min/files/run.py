@@ -36,13 +36,14 @@ WRITTEN = ("run.json", "log.jsonl", "checkpoints", "features", ADAPTER, HEAD, VE
 EVALUATED = ("results-", "predictions-")
 
 
-def read_run(directory: str | Path) -> dict:
-    """Read run.json of a run directory. Raises UserError if it is missing or not a run's record."""
+def read_run(directory: str | Path, **fields: object) -> dict:
+    """Read run.json of a run directory. fields: as in `read_json`.
+
+    Raises UserError if it is missing or not a run's record.
+    """
     path, advice = Path(directory) / "run.json", "give a directory that train.py made"
-    run = disk.read_json(path, "a run's record", advice, method=str, arguments=dict)
-    if run.get("finished") and not isinstance(run.get("labels"), list):
-        raise UserError(f"{path}: not a run's record (it has no list of labels); {advice}")
-    return run
+    fields = {"method": str, "arguments": dict} | fields
+    return disk.read_json(path, "a run's record", advice, **fields)
 
 
 # What may differ when a run is resumed: paths, because what they name is compared by `check_same`;

@@ -9,6 +9,7 @@ texts are compared without punctuation, white space and differences in character
 """
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Sequence
 from itertools import product
@@ -60,7 +61,7 @@ def audit(args: argparse.Namespace) -> int:
     labels = parse_labels(args.labels)
     tokenizer = Tokenizer(resolve_model(args.model)) if args.model else None
     names = [args.first, *filter(None, [args.second])]
-    if len({Path(name).resolve() for name in names}) < len(names):
+    if len(set(map(os.path.realpath, names))) < len(names):
         raise UserError(f"{args.second}: given twice; name two files, or one alone")
     files = [read(name, labels, args.encoding, tokenizer) for name in names]
     print(format_audit(files, labels, args.max_text_tokens))

@@ -5,6 +5,7 @@ belong to one method (`identify`).
 """
 
 import json
+import os
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -15,23 +16,23 @@ from typing import NamedTuple
 import numpy as np
 
 from qwen_min.errors import UserError
-from qwen_min.files.disk import read_json, read_regular, refuse_malformed
+from qwen_min.files.disk import parse_json, read_json, read_regular, refuse_malformed
 from qwen_min.files.run import WRITTEN, read_run
 from qwen_min.metrics import confusion_matrix, mcnemar_exact, paired_bootstrap
 
-PER_CLASS = dict.fromkeys(("precision", "recall", "f1"), float)
-NULLABLE = ("precision", "recall", "f1", "auc_roc", "brier", "ece")  # with some methods or classes
-NEEDED = {"accuracy_interval": [float], "per_class": [{"name": str} | PER_CLASS]}
-NEEDED |= {"confusion_matrix": [[int]], "macro": PER_CLASS, "training_arguments": (dict, None)}
-NEEDED["failed"] = (None,)  # rows without scores: what an evaluation could not compute
-NEEDED |= {"method": str, "examples_hash": str, "n": int, "accuracy": float, "seconds": float}
-NEEDED |= dict.fromkeys((*NULLABLE, "trained_parameters", "training_seconds"), (float, None))
-NEEDED |= dict.fromkeys(("base_fingerprint", "tokenizer_hash"), (str, None))
-NEEDED["arguments"] = dict.fromkeys(("run", "predictions", "model", "template"), (str, None))
 # Numbers of a row, and their headings. The recall of each class stands between the two.
 HEADLINE = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
 OTHERS = {"auc_roc": "AUC", "brier": "Brier", "ece": "ECE", "trained_parameters": "trained"}
 OTHERS |= {"training_seconds": "train s", "seconds": "eval s"}
+PER_CLASS = dict.fromkeys(("precision", "recall", "f1"), float)
+NEEDED = {"accuracy_interval": [float], "per_class": [{"name": str} | PER_CLASS]}
+NEEDED |= {"confusion_matrix": [[int]], "macro": PER_CLASS, "training_arguments": (dict, None)}
+NEEDED |= dict.fromkeys((*HEADLINE, *OTHERS), (float, None)) | {"accuracy": float, "seconds": float}
+NEEDED |= {"method": str, "examples_hash": str, "n": int}
+NEEDED |= dict.fromkeys(("base_fingerprint", "tokenizer_hash"), (str, None))
+NEEDED["failed"] = (None,)  # rows without scores: what an evaluation could not compute
+NEEDED["arguments"] = dict.fromkeys(("run", "predictions", "model", "template"), (str, None))
+KIND = "results of evaluate.py"
 # Arguments that change no prediction: names of outputs, and what is measured besides.
 NEUTRAL = {"method", "seed", "run", "output", "predictions", "changed", "resume", "merge"}
 NEUTRAL |= {"feature_cache", "train_data", "calibrate", "explain"}
@@ -98,29 +99,28 @@ class Method(NamedTuple):
 def read_columns(path: Path, *keys: str) -> list[list]:
     """The values of each key in all lines of a JSON Lines file."""
     # Not str.splitlines: JSON strings may contain U+2028.
-    lines = read_regular(path, "JSON Lines", "evaluate again").decode("utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line]
+    text = read_regular(path, "a file of JSON lines", "move it away").decode("utf-8")
+    rows = [parse_json(line) for line in text.split("\n") if line]
     return [[row[key] for row in rows] for key in keys]
 
 
 def read_all(arguments: Sequence[str]) -> list[Result]:
     """The results in files and run directories, in the order given; each file is read once."""
-    paths: dict[Path, Path] = {}
+    paths: dict[str, Path] = {}
     for argument in map(Path, arguments):
         found = sorted(argument.glob("results-*.json")) if argument.is_dir() else [argument]
         if not found:
             make = f"python evaluate.py --run {argument} --data FILE"
             raise UserError(f"{argument}: holds no results-*.json; make one with: {make}")
         for path in found:
-            paths.setdefault(path.resolve(), path)
+            paths.setdefault(os.path.realpath(path), path)
     return [read_result(path) for path in paths.values()]
 
 
 def read_result(path: Path) -> Result:
     """Read a results file and its predictions. Raises UserError for any other file."""
     advice = "give the file that evaluate.py writes as --output, or a run directory"
-    kind = "results of evaluate.py"
-    results = read_json(path, kind, advice, **NEEDED)
+    results = read_json(path, KIND, advice, **NEEDED)
     arguments, training = results["arguments"], results.get("training_arguments")
     # The run directory may have been moved since, with the results in it.
     places = (path.parent, Path(arguments["run"])) if arguments.get("run") else ()
@@ -132,11 +132,14 @@ def read_result(path: Path) -> Result:
             known = {f"training_{name}": record.get(name) for name in ("data_hash", "template")}
             results |= known | {"base_fingerprint": str(record.get("base_fingerprint", ""))}
     seed = (training or arguments).get("seed", 0)
-    with refuse_malformed(path, kind, advice):
-        if missing := [key for key in NULLABLE if key not in results]:
+    with refuse_malformed(path, KIND, advice):
+        # A field that may be null must still be there.
+        if missing := [key for key in (*HEADLINE, "auc_roc", "brier", "ece") if key not in results]:
             raise ValueError(f"{missing[0]} is missing")
-        if type(seed) is not int or len(results["accuracy_interval"]) != 2:
-            raise ValueError("its training seed or its accuracy_interval has the wrong type")
+        if len(results["accuracy_interval"]) != 2 or len(results["per_class"]) < 2:
+            raise ValueError("accuracy_interval has not two numbers, or per_class not two")
+        if type(seed) is not int:
+            raise ValueError(f"seed is {short(seed)}, expected a whole number")
     identity, shown = identify(results, training or {})
     predictions = read_predictions(path, results)
     return Result(path, results, identity, shown, seed, training is not None, predictions, run)
@@ -182,8 +185,8 @@ def read_predictions(path: Path, results: dict) -> Predictions | None:
 
     Raises UserError unless they give the confusion matrix of the results.
     """
-    places = prediction_places(path, results)
-    place = next((p for p in places if p.exists() and p.resolve() != path.resolve()), None)
+    places, own = prediction_places(path, results), os.path.realpath(path)
+    place = next((p for p in places if p.exists() and os.path.realpath(p) != own), None)
     if place is None:
         return None
     n, classes = results["n"], len(results["per_class"])
@@ -192,7 +195,7 @@ def read_predictions(path: Path, results: dict) -> Predictions | None:
     kind = f"the predictions of {path.name} with {', '.join(columns)}"
     with refuse_malformed(place, kind, advice):
         index, labels, predicted, scores = read_columns(place, *columns)
-        if index != list(range(n)):
+        if index != list(range(len(index))) or len(index) != n:
             raise ValueError(f"rows are not numbered 0 to {n - 1}")
         scores = None if None in scores else np.array(scores, dtype=np.float64)
         if scores is not None and not (scores.shape == (n, classes) and np.isfinite(scores).all()):
