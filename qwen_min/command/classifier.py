@@ -132,7 +132,9 @@ class Source:
             # Other markup or another template may be asked for; the run's own must be unchanged.
             before = vars(args) | self.record["arguments"]  # older runs have fewer arguments
             same = (before["chat"], before["system"]) == (args.chat, args.system)
-            own["template"] = same and self.task.whole_template(parse_template(before["template"]))
+            own["template"] = same and self.task.whole_template(
+                parse_template(str(before["template"]))
+            )
             check_same(self.record, own, args.run, GIVE_BASE)
         directory = Path(args.run or args.adapter)
         head = load_parts(model, directory, self.adapter, self.parts, own, args.model)
