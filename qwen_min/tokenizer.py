@@ -39,8 +39,16 @@ class Tokenizer:
         if not path.is_file():  # a pipe would block
             raise UserError(f"{path}: no such file; give a model directory, which has one")
         try:
-            whole = BaseTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for a malformed file
+            data = path.read_bytes()
+            prefix = re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', data)
+            if prefix and b'"WordPiece"' not in data:  # crashes the library
+                raise ValueError("its BPE has a continuing_subword_prefix")
+            whole = BaseTokenizer.from_buffer(data)
+        except BaseException as error:  # for a malformed file the library raises bare Exception,
+            if isinstance(
+                error, KeyboardInterrupt | SystemExit
+            ):  # or panics, which is no Exception
+                raise
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path}: not a usable tokenizer ({reason}); fetch it again") from None
         if not isinstance(whole.model, models.BPE):

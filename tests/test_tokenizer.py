@@ -358,7 +358,7 @@ SAME = MARKUP | {"503": flags("<tool_call>")}
         ({"split_special_tokens": True}, "split_special_tokens is not supported"),
         ({"added_tokens_decoder": [1]}, "not a tokenizer config"),
         ({"added_tokens_decoder": {"1": 1}}, "not a tokenizer config"),
-        ({"added_tokens_decoder": {"1": {"content": 1}}}, "not a tokenizer config"),
+        ({"added_tokens_decoder": {"1": {"content": 1}}}, "not those of tokenizer.json (1, "),
         ({"extra_special_tokens": [[]]}, "not a tokenizer config"),
     ],
 )
@@ -478,6 +478,26 @@ def test_a_file_cut_short_is_one_line(tmp_path):
     for size in (1, len(whole) // 2, len(whole) - 2):
         path.write_bytes(whole[:size])
         assert "not a usable tokenizer" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", [" ", "<|im_end|>", "éé"])
+def test_what_crashes_the_library_is_refused_before(prefix, tmp_path):
+    """Without a check the process is aborted, or a panic ends it."""
+    make_tokenizer(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    edit(tmp_path, model=model | {"continuing_subword_prefix": prefix})
+    assert "continuing_subword_prefix" in refusal(tmp_path)
+    edit(tmp_path, model=model | {"continuing_subword_prefix": ""})
+    assert Tokenizer(tmp_path).encode("好评")
+
+
+def test_a_panic_of_the_library_is_one_line(tmp_path):
+    """A merge that makes a token which is not in the vocabulary."""
+    make_tokenizer(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    del model["vocab"]["".join(model["merges"][-1])]
+    edit(tmp_path, model=model)
+    refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

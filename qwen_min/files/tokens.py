@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from tokenizers import AddedToken
-
 from qwen_min.errors import UserError
 from qwen_min.files.disk import read_json, refuse_malformed
 from qwen_min.tokenizer import Tokenizer
@@ -47,19 +45,18 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     for name in ("add_prefix_space", "split_special_tokens"):
         if config.get(name):
             raise UserError(f"{path}: {name} is not supported; set it to false")
+    here = {(t.content, t.lstrip, t.rstrip, t.single_word) for t in tokenizer.added}
     with refuse_malformed(path, KIND, ADVICE):
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         named = [*([] if isinstance(extra, dict) else extra), *config.get("older", [])]
-        named = [AddedToken(t) if isinstance(t, str) else AddedToken(**t) for t in named]
-        decoder = [AddedToken(**t) for t in dict(config.get("added_tokens_decoder") or {}).values()]
-    here, there = (
-        {(t.content, t.lstrip, t.rstrip, t.single_word) for t in tokens}
-        for tokens in (tokenizer.added, decoder or tokenizer.added)
-    )
-    odd = {t.content for t in named} | {*special_tokens(config).values()}
-    odd -= {DEFAULT, *(t.content for t in tokenizer.added)}
-    odd |= {name for name, *_ in here ^ there}
+        odd = {token if isinstance(token, str) else token["content"] for token in named}
+        odd = (odd | {*special_tokens(config).values()}) - {DEFAULT, *(name for name, *_ in here)}
+        if decoder := dict(config.get("added_tokens_decoder") or {}).values():
+            names = ("lstrip", "rstrip", "single_word")
+            there = {(t["content"], *(bool(t.get(name)) for name in names)) for t in decoder}
+            odd |= {name for name, *_ in here ^ there}
     if odd:
-        found = f"its added tokens are not those of tokenizer.json ({', '.join(sorted(odd)[:5])})"
+        names = ", ".join(sorted(map(str, odd))[:5])
+        found = f"its added tokens are not those of tokenizer.json ({names})"
         raise UserError(f"{path}: {found}; save the tokenizer again, with transformers")
     return tokenizer
