@@ -145,9 +145,8 @@ def by_gradient(
 
     def parts(rows: list[int]) -> list[list[int]]:
         cut = forms(args.plain).token_budget_batches
-        return [
-            [rows[i] for i in part] for part in cut([lengths[r] for r in rows], args.batch_tokens)
-        ]
+        batches = cut([lengths[row] for row in rows], args.batch_tokens)
+        return [[rows[i] for i in batch] for batch in batches]
 
     def evaluate() -> dict:
         model.eval()
@@ -156,8 +155,8 @@ def by_gradient(
         try:
             scores = classifier.scores([job.prompts[row] for row in job.held_out])
         except NotFinite as error:
-            line = job.examples[job.held_out[error.rows[0]]].line
-            raise TrainingFailed(f"the held-out row in line {line}: {error}") from None
+            place = f"the held-out row in line {job.examples[job.held_out[error.rows[0]]].line}"
+            raise TrainingFailed(f"{place}: {error}") from None
         model.train()
         return held_out_results(job, scores)
 
@@ -297,8 +296,7 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
     except TrainingFailed as failure:
         print_error(f"{failure}{why_failed(job, failure.rows)}; the last checkpoint is kept")
         return 1
-    after = fingerprint(frozen.items())
-    if after != record["frozen_before"]:
+    if (after := fingerprint(frozen.items())) != record["frozen_before"]:
         raise RuntimeError("a frozen weight has changed in training; this is a bug")
     # Linux counts kilobytes, macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
@@ -310,16 +308,13 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
 
 def why_failed(job: Job, failed: Sequence[int]) -> str:
     """Where the numbers of a step's rows stop being finite, if they do; otherwise which rows."""
-    rows = [job.training[row] for row in failed]
-    if not rows:
-        return ""
-    true = [(job.prompts[row], job.examples[row].label) for row in rows]
-    prompts = [replace(prompt, labels=prompt.labels[y : y + 1]) for prompt, y in true]
-    if where := first_not_finite(job.model, prompts):
-        trained = "" if where.startswith("in float16") else ", or lower --lr"
-        return f", numbers that are not finite {where}{trained}"
-    lines = [job.examples[row].line for row in rows]
-    return f", in rows {lines} (lines of {job.source.args.data}): look at these, or lower --lr"
+    rows = [(job.prompts[job.training[i]], job.examples[job.training[i]]) for i in failed]
+    prompts = [replace(p, labels=p.labels[e.label : e.label + 1]) for p, e in rows]
+    if rows and (where := first_not_finite(job.model, prompts)):
+        lower = ", or lower --lr" * (not where.startswith("in float16"))
+        return f", numbers that are not finite {where}{lower}"
+    lines = f"in rows {[example.line for _, example in rows]} (lines of {job.source.args.data})"
+    return f", {lines}: look at these, or lower --lr" * bool(rows)
 
 
 def merge(source: Source, run: Path) -> None:
