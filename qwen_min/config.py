@@ -125,7 +125,7 @@ def _unsupported(raw: dict) -> str | None:
     """The first feature that the forward pass would compute wrongly, and what to do about it."""
     found = raw.get("model_type")
     if found not in MODEL_TYPES:
-        return f"model_type is {reprlib.repr(found)}, expected qwen2 or qwen3; use a dense Qwen"
+        return f"model_type is {reprlib.repr(found)}, expected qwen2 or qwen3; choose Qwen1.5 to 3"
     for key, (values, advice) in COMPUTED.items():
         if key in raw and raw[key] not in values:
             found, expected = reprlib.repr(raw[key]), " or ".join(map(repr, values))

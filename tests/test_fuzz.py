@@ -110,7 +110,7 @@ def test_a_size_that_no_memory_holds_is_named(tree, monkeypatch):
     sizes = ["--batch-tokens", "100000000", "--batch-size", "100000", "--data", "many.tsv"]
     with fuzz.copied(tree) as case:
         heads, rows = (case / "train.tsv").read_text(encoding="utf-8").split("\n", 1)
-        (case / "many.tsv").write_text(f"{heads}\n{rows * 100}", encoding="utf-8")
+        (case / "many.tsv").write_text(f"{heads}\n{rows * 1000}", encoding="utf-8")
         status, out, err = fuzz.forked([*fuzz.TRAIN[1], *sizes], case)
     assert status == 2 and fuzz.verdict(status, out, err)[0] == "refused"
     assert "out of memory" in err and "--batch-tokens" in err

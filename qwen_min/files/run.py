@@ -53,7 +53,8 @@ FREE = ("output", "resume", "merge", "model", "data", "encoding", "feature_cache
 FREE += ("device", "batch_tokens")
 # What a run depends on beside its arguments, by key of run.json, and what an error calls it. The
 # template is the whole one, with the chat template's markup.
-DEPENDS_ON = {"base_fingerprint": "model", "tokenizer_hash": "tokenizer"}
+DEPENDS_ON = dict.fromkeys(("base_fingerprint", "frozen_before"), "model")
+DEPENDS_ON |= {"tokenizer_hash": "tokenizer"}
 DEPENDS_ON |= {"template": "chat template", "adapter_hash": "adapter", "data_hash": "data"}
 
 

@@ -25,12 +25,12 @@ HEADLINE = {"accuracy": "accuracy", "precision": "precision", "recall": "recall"
 OTHERS = {"auc_roc": "AUC", "brier": "Brier", "ece": "ECE", "trained_parameters": "trained"}
 OTHERS |= {"training_seconds": "train s", "seconds": "eval s"}
 PER_CLASS = dict.fromkeys(("precision", "recall", "f1"), float)
-NEEDED = {"accuracy_interval": [float], "per_class": [{"name": str} | PER_CLASS]}
+NEEDED = {"failed": (None,)}  # rows without scores: what an evaluation could not compute
+NEEDED |= {"accuracy_interval": [float], "per_class": [{"name": str} | PER_CLASS]}
 NEEDED |= {"confusion_matrix": [[int]], "macro": PER_CLASS, "training_arguments": (dict, None)}
 NEEDED |= dict.fromkeys((*HEADLINE, *OTHERS), (float, None)) | {"accuracy": float, "seconds": float}
 NEEDED |= {"method": str, "examples_hash": str, "n": int}
 NEEDED |= dict.fromkeys(("base_fingerprint", "tokenizer_hash"), (str, None))
-NEEDED["failed"] = (None,)  # rows without scores: what an evaluation could not compute
 NEEDED["arguments"] = dict.fromkeys(("run", "predictions", "model", "template"), (str, None))
 KIND = "results of evaluate.py"
 # Arguments that change no prediction: names of outputs, and what is measured besides.
