@@ -90,16 +90,29 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def log_odds(scores: np.ndarray, c: int) -> np.ndarray:
-    """log(p_c / (1 - p_c)), (n,): class c's score minus the log-sum-exp of the other scores.
+def log_odds(scores: np.ndarray) -> np.ndarray:
+    """log(p_c / (1 - p_c)) of each class c: its score minus the log-sum-exp of the other scores.
 
     It ranks rows as p_c does, also where p_c rounds to 0 or 1. With two classes it is exactly the
-    difference of the scores. `scores`: float (n, C), not checked.
+    difference of the scores. `scores`: float (n, C), not checked; the result is (n, C).
     """
-    # Sorted, so that rows whose other scores differ only in order give exactly the same number.
-    others = np.sort(np.delete(scores, c, axis=1), axis=1)
-    top = others[:, -1:]
-    return scores[:, c] - top[:, 0] - np.log1p(np.exp(others[:, :-1] - top).sum(axis=1))
+    # Sorted, and less the largest, so that rows whose other scores differ only in order, or which
+    # differ by a constant, give exactly the same numbers.
+    order = scores.argsort(axis=1)
+    ascending = np.take_along_axis(scores, order, axis=1)
+    ascending -= ascending[:, -1:].copy()
+    nothing = np.full((len(scores), 1), -np.inf)  # the log of an empty sum
+    up = np.logaddexp.accumulate(ascending[:, :-1], axis=1)
+    down = np.logaddexp.accumulate(ascending[:, :0:-1], axis=1)[:, ::-1]
+    # At each place the sum of all scores below it and the sum of all above it.
+    others = np.logaddexp(np.hstack([nothing, up]), np.hstack([down, nothing]))
+    # Of equal scores all take the first one's place; the numbers could differ in the last bit.
+    first = np.concatenate([nothing == 0, ascending[:, 1:] == ascending[:, :-1]], axis=1)
+    places = np.maximum.accumulate(np.where(first, 0, np.arange(scores.shape[1])), axis=1)
+    found = ascending - np.take_along_axis(others, places, axis=1)
+    result = np.empty_like(found)
+    np.put_along_axis(result, order, found, axis=1)
+    return result
 
 
 def _rank_sum_auc(positive: np.ndarray, ranking: np.ndarray) -> float | None:
@@ -124,7 +137,9 @@ def auc_roc(labels: ArrayLike, scores: ArrayLike) -> float | None:
     """
     labels, scores = _checked(labels, scores)
     classes = [1] if scores.shape[1] == 2 else range(scores.shape[1])
-    areas = [_rank_sum_auc(labels == c, log_odds(scores, c)) for c in classes]
+    parts = np.array_split(scores, 1 + len(scores) // 1024)  # not to hold copies of all scores
+    ranking = np.concatenate([log_odds(part) for part in parts])
+    areas = [_rank_sum_auc(labels == c, ranking[:, c]) for c in classes]
     return None if None in areas else float(np.mean(areas))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -228,10 +229,30 @@ def test_saturated_probabilities_are_still_ranked(num_classes, far):
     assert m.auc_roc([*labels, 2], scores) == 1
 
 
+def test_log_odds_are_those_of_the_probabilities_whatever_the_order_of_the_classes():
+    """Ties stay ties: rows with the same other scores in another order have the same number."""
+    rng = np.random.default_rng(0)
+    for classes in (2, 3, 7):
+        scores = rng.normal(size=(200, classes)) * 3
+        scores[::3] = np.round(scores[::3])  # some equal scores
+        p = m.softmax(scores)
+        np.testing.assert_allclose(m.log_odds(scores), np.log(p / (1 - p)), rtol=1e-9, atol=1e-12)
+        order = rng.permutation(classes)
+        assert (m.log_odds(scores[:, order]) == m.log_odds(scores)[:, order]).all()
+
+
+def test_three_hundred_classes_take_seconds():
+    """One sort in all, not one for each class: 16 s before, 0.4 s now."""
+    scores = np.random.default_rng(0).normal(size=(6000, 300))
+    started = time.perf_counter()
+    m.auc_roc(np.arange(6000) % 300, scores)
+    assert time.perf_counter() - started < 5
+
+
 def test_log_odds_keep_what_is_below_one_rounding():
     # exp(-50) beside 1 is lost in 1 + exp(-50), and so would be the order of these rows.
     scores = np.array([[0.0, 0.0, -50.0], [0.0, 0.0, -60.0], [0.0, 0.0, -70.0]])
-    assert (np.diff(m.log_odds(scores, 0)) > 0).all()
+    assert (np.diff(m.log_odds(scores)[:, 0]) > 0).all()
 
 
 # Probabilities

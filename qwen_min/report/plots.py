@@ -155,7 +155,7 @@ def plot_roc(scored: Scored, classes: Sequence[str]) -> Figure:
     figure = Figure(figsize=(5.6 * len(shown), 5.6), layout="constrained")
     for c, axes in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
         for i, (name, seeds) in enumerate(scored):
-            found = [roc_curve(p.labels == c, log_odds(p.scores, c)) for p in seeds.values()]
+            found = [roc_curve(p.labels == c, log_odds(p.scores)[:, c]) for p in seeds.values()]
             curves = [curve for curve in found if curve]
             areas = [np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) for x, y in curves]
             several = f", mean of {len(areas)} seeds" if len(areas) > 1 else ""

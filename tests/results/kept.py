@@ -104,7 +104,7 @@ def correct(result: Result) -> np.ndarray:
 
 def ranking(result: Result) -> np.ndarray:
     """Log-odds of class 1, (n,): the AUC ranks the rows by them."""
-    return log_odds(result.predictions.scores, 1)
+    return log_odds(result.predictions.scores)[:, 1]
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
