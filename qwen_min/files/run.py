@@ -76,8 +76,7 @@ def lock_run(args: argparse.Namespace) -> Iterator[None]:
     run, advice = Path(args.output), "name another directory with --output"
     with contextlib.ExitStack() as at_end:
         with disk.one_line_error(run, advice, "cannot be opened"):
-            made = not args.resume and not run.exists()
-            if made:
+            if made := not args.resume and not run.exists():
                 run.mkdir(parents=True, exist_ok=True)  # another process may have just made it
             descriptor = os.open(args.output, os.O_RDONLY | os.O_DIRECTORY)
             at_end.callback(os.close, descriptor)
@@ -254,10 +253,9 @@ def trim_log(path: Path, step: int) -> None:
     Also dropped are lines that are not whole: that a dying process cut, or that were changed. If
     there are any, stderr gets a warning.
     """
-    kept, lines, damaged = [], [], 0
-    if step and path in _entries(path.parent, path.name):
-        lines = disk.read_regular(path, "a log", "move it away").split(b"\n")
-    for line in filter(None, lines):
+    kept, damaged, exists = [], 0, path in _entries(path.parent, path.name)
+    log = disk.read_regular(path, "a log", "move it away") if step and exists else b""
+    for line in filter(None, log.split(b"\n")):
         try:
             if disk.parse_json(line)["step"] <= step:
                 kept.append(line + b"\n")
