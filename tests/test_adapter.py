@@ -187,13 +187,13 @@ def test_own_round_trip_is_exact(tmp_path: Path, task: str) -> None:
     assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_dropout_can_be_replaced(tmp_path: Path) -> None:
+def test_dropout_is_the_one_in_the_config(tmp_path: Path) -> None:
     saved(tmp_path, "CAUSAL_LM")
-    for dropout, expected in ((None, 0.1), (0.0, 0.0), (0.3, 0.3)):
+    for dropout in (0.1, 0.0, 0.3):
+        edit_config(tmp_path, lora_dropout=dropout)
         model = carrier()
-        config, _, _ = load_adapter(tmp_path, model, dropout)
-        assert {m.dropout for m in lora_modules(model).values()} == {expected}
-        assert config.dropout == 0.1
+        config, _, _ = load_adapter(tmp_path, model)
+        assert {m.dropout for m in lora_modules(model).values()} == {config.dropout} == {dropout}
 
 
 def test_an_adapter_in_bf16_is_read_into_fp32(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Text for a terminal: harmless, and in columns, of which a Chinese character takes two."""
+"""Text for a terminal: escaped control characters, and tables with wide Chinese characters."""
 
 import io
 import json
@@ -53,7 +53,7 @@ class SafeStream:
         self._try(self.stream.flush)
 
     def isatty(self) -> bool:
-        """Whether somebody is looking."""
+        """Whether the stream is a terminal."""
         return self.stream.isatty()
 
     def _try(self, action: Callable[[], object]) -> None:

@@ -60,11 +60,11 @@ DEPENDS_ON |= {"template": "chat template", "adapter_hash": "adapter", "data_has
 
 @contextlib.contextmanager
 def lock_run(args: argparse.Namespace) -> Iterator[None]:
-    """Keep --output (default: runs/METHOD) for this process alone, for the length of the block.
+    """Lock --output (default: runs/METHOD) for this process during the block.
 
-    The system releases the lock when the process ends, also by a kill. A new run's directory is
-    made, and removed again if it stays empty. Raises UserError if another training has it, or if a
-    new run would replace something in it.
+    The system releases the lock when the process ends, even if it is killed. The directory of a new
+    run is made, and removed again if it stays empty. Raises UserError if another training has the
+    lock, or if a new run would replace something in the directory.
     """
     import fcntl  # not on Windows, where the report, which imports this module, can be made
 
@@ -142,7 +142,7 @@ def start_record(run: Path, record: dict, resume: bool) -> dict:
 def check_same(before: Mapping, now: Mapping, place: object, advice: str) -> None:
     """Raise UserError if one of DEPENDS_ON has changed between two records.
 
-    What one of them lacks is not compared: older versions recorded less.
+    A key that one of them lacks is not compared: older versions recorded less.
     """
     for key, what in DEPENDS_ON.items():
         if before.get(key) and now.get(key) and before[key] != now[key]:
@@ -186,8 +186,9 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def _entries(directory: Path, prefix: str) -> list[Path]:
-    """What is in `directory` and has a name that begins with `prefix`; [] if its parent has no
-    such directory. (Path.glob and Path.exists also say so of one that cannot be read.)
+    """The paths in `directory` whose names begin with `prefix`; [] if there is no such directory.
+
+    Raises UserError if the directory cannot be read. (Path.glob would find nothing.)
     """
     with disk.one_line_error(directory, "make it readable, then use --resume", "cannot be read"):
         names = os.listdir(directory) if directory.name in os.listdir(directory.parent) else []
@@ -250,8 +251,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], pa
 def trim_log(path: Path, step: int) -> None:
     """Prepare log.jsonl for the steps after `step`: drop later lines; step 0 empties the file.
 
-    Also dropped are lines that are not whole: that a dying process cut, or that were changed. If
-    there are any, stderr gets a warning.
+    Damaged lines are dropped as well: incomplete ones, which a killed process left, and changed
+    ones. If there are any, stderr gets a warning.
     """
     kept, damaged, exists = [], 0, path in _entries(path.parent, path.name)
     log = disk.read_regular(path, "a log", "move it away") if step and exists else b""
