@@ -153,11 +153,11 @@ def read_adapter_config(directory: str | Path) -> LoRAConfig:
         return _plain_lora(json.loads(path.read_text(encoding="utf-8")))
     except LoRAError as error:
         raise LoRAError(f"{path}: {error}") from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise LoRAError(f"{path}: {reason}; give an adapter's directory") from error
-    except (ValueError, RecursionError) as error:
-        raise LoRAError(f"{path}: cannot be read as JSON ({error}); save it again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LoRAError(
+            f"{path}: cannot be read as JSON ({reason}); give a whole adapter"
+        ) from error
 
 
 def _check_regular(path: Path, limit: int = 2**40) -> None:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import shutil
 import time
 import warnings
@@ -430,16 +431,16 @@ def test_pipes_and_devices_are_refused(tmp_path: Path, name: str) -> None:
     saved(tmp_path, "CAUSAL_LM")
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
-    assert f"{name}: not a regular file" in refusal(tmp_path)
+    assert re.search(f"{name}: .*not a regular file", refusal(tmp_path))
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("/dev/zero")
-    assert f"{name}: not a regular file" in refusal(tmp_path)
+    assert re.search(f"{name}: .*not a regular file", refusal(tmp_path))
 
 
 def test_a_config_without_end_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, "CAUSAL_LM")
     os.truncate(tmp_path / "adapter_config.json", 2**40)  # sparse: it takes no room on the disk
-    assert "adapter_config.json: not a regular file of at most" in refusal(tmp_path)
+    assert "(not a regular file of at most" in refusal(tmp_path)
 
 
 def test_metadata_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ class SafeStream:
         self._try(self.stream.flush)
 
     def isatty(self) -> bool:
-        """Whether the stream is a terminal."""
-        return self.stream.isatty()
+        """False, so that other libraries draw no bar: its cursor movements would be escaped."""
+        return False
 
     def _try(self, action: Callable[[], object]) -> None:
         try:

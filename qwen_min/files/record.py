@@ -6,6 +6,7 @@ from qwen_min.files.run import read_run
 from qwen_min.files.weights import DTYPES
 from qwen_min.head import POOLINGS
 
+METHODS = ("head_only", "lora_head", "lora_label_scoring")
 COUNT, SEED = range(1, 2**63), range(2**63)
 # The arguments of a run by their schema (see `read_json`). Those that may be null may be missing:
 # older runs lack some.
@@ -20,10 +21,10 @@ SCHEMAS = {
     (bool, None): "chat train_embeddings plain",
     ("auto", *DTYPES): "dtype",
     POOLINGS: "pooling",
+    METHODS: "method",
 }
 ARGUMENTS = {name: schema for schema, names in SCHEMAS.items() for name in names.split()}
-RECORD = {"method": ("head_only", "lora_head", "lora_label_scoring"), "arguments": ARGUMENTS}
-RECORD |= {"labels": [str], "finished": bool}
+RECORD = {"method": METHODS, "arguments": ARGUMENTS, "labels": [str], "finished": bool}
 RECORD |= dict.fromkeys(("base_fingerprint", "data_hash", "frozen_before"), str)
 FINISHED = {"trained_parameters": int, "seconds": float}
 

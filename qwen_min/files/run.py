@@ -110,7 +110,7 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     """
     if not args.resume:
         return args
-    before = read_run(args.output)["arguments"]
+    before = read_run(args.output, arguments={"method": str})["arguments"]
     dropout = before["method"] != "head_only" and before.get("dropout")
     free = [name for name in FREE if not (dropout and name == "batch_tokens")]
     for name, value in given.items():
@@ -126,12 +126,10 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
 def start_record(run: Path, record: dict, resume: bool) -> dict:
     """Write run.json; with --resume compare `record` with the existing one, and return that.
 
-    Raises UserError if the directory cannot be made, or if something that the run depends on has
+    Raises UserError if the file cannot be written, or if something that the run depends on has
     changed since.
     """
     if not resume:
-        with disk.one_line_error(run, "name another directory with --output"):
-            run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", record)
         return record
     before = read_run(run)
