@@ -173,9 +173,9 @@ def check_training(args: argparse.Namespace) -> None:
         if refused:
             raise UserError(message)
     for name, end in {"lr": 1, "warmup": 1, "dropout": 1, "clip": 1e9}.items():
-        value, start = getattr(args, name), "above 0" if name in ("lr", "clip") else "from 0"
+        value, start = getattr(args, name), "above 0" if name in ("lr", "clip") else "of at least 0"
         if not 0 <= value < end or (value == 0 and start == "above 0"):
-            raise UserError(f"--{name} is {value}; expected a number {start} to below {end:g}")
+            raise UserError(f"--{name} is {value}; expected a number {start} and below {end:g}")
 
 
 def candidate_layers(argument: str, last: int) -> list[int]:
