@@ -154,10 +154,8 @@ def read_adapter_config(directory: str | Path) -> LoRAConfig:
     except LoRAError as error:
         raise LoRAError(f"{path}: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise LoRAError(
-            f"{path}: cannot be read as JSON ({reason}); give a whole adapter"
-        ) from error
+        found = getattr(error, "strerror", None) or error
+        raise LoRAError(f"{path}: cannot be read as JSON ({found}); give a whole adapter") from None
 
 
 def _check_regular(path: Path, limit: int = 2**40) -> None:
