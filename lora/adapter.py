@@ -106,16 +106,13 @@ def save_adapter(
         os.replace(directory / f"{name}.part", directory / name)
 
 
-def load_adapter(
-    directory: str | Path, model: nn.Module, dropout: float | None = None
-) -> tuple[LoRAConfig, Tensor | None, dict[str, str]]:
+def load_adapter(directory: str | Path, model: nn.Module) -> tuple[LoRAConfig, Tensor | None, dict]:
     """Inject the adapter in `directory` into `model` (see `inject_lora`) and load its A and B.
 
-    `dropout`, if given, replaces the config's. Returns the config as read; the head (num_labels,
-    D), fp32 on the CPU, or None for CAUSAL_LM; and the header's metadata. The caller must check
-    that the base is the right one and that D is its hidden size. Raises LoRAError if a file cannot
-    be read, if the config is not plain LoRA, or if a tensor is missing, unexpected, of another
-    shape or not finite; the model is then unchanged.
+    Returns the config; the head (num_labels, D), fp32 on the CPU, or None for CAUSAL_LM; and the
+    header's metadata. The caller must check that the base is the right one and that D is its hidden
+    size. Raises LoRAError if a file cannot be read, if the config is not plain LoRA, or if a tensor
+    is missing, unexpected, of another shape or not finite; the model is then unchanged.
     """
     config = read_adapter_config(directory)
     path = Path(directory) / TENSOR_FILE
@@ -140,8 +137,8 @@ def load_adapter(
         shapes[HEAD_KEY] = tuple(head.shape) if is_matrix else ("num_labels", "D")
     _check_tensors(path, tensors, shapes, config.base_model)
 
-    dropout = config.dropout if dropout is None else dropout
-    inject.inject_lora(model, config.targets, config.r, config.alpha, dropout, config.use_rslora)
+    settings = (config.r, config.alpha, config.dropout, config.use_rslora)
+    inject.inject_lora(model, config.targets, *settings)
     with torch.no_grad():
         for name, parameter in inject.lora_parameters(model).items():
             parameter.copy_(tensors[PEFT_KEY.format(name)])
@@ -156,11 +153,9 @@ def read_adapter_config(directory: str | Path) -> LoRAConfig:
         return _plain_lora(json.loads(path.read_text(encoding="utf-8")))
     except LoRAError as error:
         raise LoRAError(f"{path}: {error}") from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise LoRAError(f"{path}: {reason}; give an adapter's directory") from error
-    except (ValueError, RecursionError) as error:
-        raise LoRAError(f"{path}: cannot be read as JSON ({error}); save it again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        found = getattr(error, "strerror", None) or error
+        raise LoRAError(f"{path}: cannot be read as JSON ({found}); give a whole adapter") from None
 
 
 def _check_regular(path: Path, limit: int = 2**40) -> None:

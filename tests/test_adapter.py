@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import shutil
 import time
 import warnings
@@ -187,13 +188,13 @@ def test_own_round_trip_is_exact(tmp_path: Path, task: str) -> None:
     assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_dropout_can_be_replaced(tmp_path: Path) -> None:
+def test_dropout_is_the_one_in_the_config(tmp_path: Path) -> None:
     saved(tmp_path, "CAUSAL_LM")
-    for dropout, expected in ((None, 0.1), (0.0, 0.0), (0.3, 0.3)):
+    for dropout in (0.1, 0.0, 0.3):
+        edit_config(tmp_path, lora_dropout=dropout)
         model = carrier()
-        config, _, _ = load_adapter(tmp_path, model, dropout)
-        assert {m.dropout for m in lora_modules(model).values()} == {expected}
-        assert config.dropout == 0.1
+        config, _, _ = load_adapter(tmp_path, model)
+        assert {m.dropout for m in lora_modules(model).values()} == {config.dropout} == {dropout}
 
 
 def test_an_adapter_in_bf16_is_read_into_fp32(tmp_path: Path) -> None:
@@ -430,16 +431,16 @@ def test_pipes_and_devices_are_refused(tmp_path: Path, name: str) -> None:
     saved(tmp_path, "CAUSAL_LM")
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
-    assert f"{name}: not a regular file" in refusal(tmp_path)
+    assert re.search(f"{name}: .*not a regular file", refusal(tmp_path))
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("/dev/zero")
-    assert f"{name}: not a regular file" in refusal(tmp_path)
+    assert re.search(f"{name}: .*not a regular file", refusal(tmp_path))
 
 
 def test_a_config_without_end_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, "CAUSAL_LM")
     os.truncate(tmp_path / "adapter_config.json", 2**40)  # sparse: it takes no room on the disk
-    assert "adapter_config.json: not a regular file of at most" in refusal(tmp_path)
+    assert "(not a regular file of at most" in refusal(tmp_path)
 
 
 def test_metadata_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:

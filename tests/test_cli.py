@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from qwen_min.command.arguments import add_machine_arguments, add_prompt_arguments
 from qwen_min.command.cli import (
@@ -226,6 +227,19 @@ def test_out_of_memory_names_the_sizes_to_lower(make, capsys):
     err = capsys.readouterr().err
     assert err.startswith("error: out of memory (") and err.count("\n") == 1
     assert err.endswith("; lower --batch-tokens, --max-text-tokens, --r\n")
+
+
+def test_bars_of_other_libraries_are_not_escaped_but_left_out(monkeypatch):
+    """As of huggingface_hub in a download: tqdm draws on a terminal only."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert run_command(lambda args: len([*tqdm(range(3), disable=None)]), argparse.Namespace()) == 3
+    assert terminal.getvalue() == ""
 
 
 # Output files

@@ -648,6 +648,7 @@ def arguments(**changes: object) -> argparse.Namespace:
 
 def recorded(run: Path, **changes: object) -> None:
     record = {"method": "lora_head", "arguments": vars(arguments(output=str(run), **changes))}
+    run.mkdir(parents=True, exist_ok=True)
     start_record(run, {**record, "base_fingerprint": "b", "data_hash": "d"}, resume=False)
 
 
@@ -770,6 +771,8 @@ def test_resume_refusals(tmp_path):
     refused(arguments(**typed), typed, r"run: cannot be opened \(No such file.*--output")
     (tmp_path / "run").mkdir()
     refused(arguments(**typed), typed, r"run.json: not a run's record \(No such file.*train.py")
+    recorded(tmp_path / "run", method=None)
+    refused(arguments(**typed), typed, "run.json: .*arguments.method is None, expected type str")
     recorded(tmp_path / "run")
     for change in ({"lr": 0.5}, {"seed": 1}, {"method": "head_only"}):
         (name,) = change
@@ -788,7 +791,8 @@ def test_a_record_that_is_none_is_refused(text, tmp_path):
 
 
 def test_start_record(tmp_path):
-    run = tmp_path / "a" / "run"
+    run = tmp_path / "run"
+    run.mkdir()
     record = {"method": "m", "arguments": {}, "base_fingerprint": "b", "data_hash": "d", "词": "好"}
     assert start_record(run, record, resume=False) == record
     assert read_run(run) == record
@@ -802,8 +806,7 @@ def test_start_record(tmp_path):
     assert read_run(run) == record
     (tmp_path / "file").touch()
     for place in ("file", "file/run"):
-        with pytest.raises(UserError, match=f"{place}: .*name another directory with --output"):
-            start_record(tmp_path / place, record, resume=False)
+        refused(arguments(output=str(tmp_path / place)), {}, f"{place}: .*another directory with")
 
 
 def test_write_json_is_indented_and_keeps_chinese(tmp_path):

@@ -790,8 +790,11 @@ BAD = {
         "chat markup already",
     ),
     "adapter elsewhere": (["--method", "lora_head", "--adapter", "x"], "--adapter"),
-    "no rate": (["--method", "lora_head", "--lr", "0"], "--lr"),
-    "dropout of one": (["--method", "lora_head", "--dropout", "1"], "--dropout"),
+    "no rate": (["--method", "lora_head", "--lr", "0"], "expected a number above 0 and below 1"),
+    "dropout of one": (
+        ["--method", "lora_head", "--dropout", "1"],
+        "a number of at least 0 and below 1",
+    ),
     "no such layer": (["--method", "head_only", "--layer", "4"], "--layer"),
     "no adapter there": (["--method", "head_only", "--adapter", "nowhere"], "nowhere"),
     "resume of nothing": (["--resume", "--output", "nowhere"], "nowhere"),

@@ -172,10 +172,10 @@ def check_training(args: argparse.Namespace) -> None:
     for message, refused in refusals.items():
         if refused:
             raise UserError(message)
-    for name, low, high in (("lr", 0, 1), ("warmup", 0, 1), ("dropout", 0, 1), ("clip", 0, 1e9)):
-        value = getattr(args, name)
-        if not low <= value < high or (name in ("lr", "clip") and value == 0):
-            raise UserError(f"--{name} is {value}; expected a number from {low} to below {high:g}")
+    for name, end in {"lr": 1, "warmup": 1, "dropout": 1, "clip": 1e9}.items():
+        value, start = getattr(args, name), "above 0" if name in ("lr", "clip") else "of at least 0"
+        if not 0 <= value < end or (value == 0 and start == "above 0"):
+            raise UserError(f"--{name} is {value}; expected a number {start} and below {end:g}")
 
 
 def candidate_layers(argument: str, last: int) -> list[int]:

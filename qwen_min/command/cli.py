@@ -102,14 +102,14 @@ def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Nam
     with redirect_stdout(out), redirect_stderr(err):
         status = _status(command, args)
         out.flush()
-        if out.failure:
-            # Python would try again at exit, and complain.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), out.stream.fileno())
-            if isinstance(out.failure, BrokenPipeError):  # the reader has left, as `| head` does
-                return status or 141
-            print_error(f"standard output: cannot be written ({out.failure.strerror}); make room")
-            return status or 2
-    return status
+        if out.failure is None:
+            return status
+        # Python would try to write again at exit, and print an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.stream.fileno())
+        if isinstance(out.failure, BrokenPipeError):  # the reader has ended, as `| head` does
+            return status or 141
+        print_error(f"standard output: cannot be written ({out.failure.strerror}); make room")
+        return status or 2
 
 
 def _status(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Text for a terminal: harmless, and in columns, of which a Chinese character takes two."""
+"""Text for a terminal: escaped control characters, and tables with wide Chinese characters."""
 
 import io
 import json
@@ -53,8 +53,8 @@ class SafeStream:
         self._try(self.stream.flush)
 
     def isatty(self) -> bool:
-        """Whether somebody is looking."""
-        return self.stream.isatty()
+        """False, so that other libraries draw no bar: its cursor movements would be escaped."""
+        return False
 
     def _try(self, action: Callable[[], object]) -> None:
         try:

@@ -81,15 +81,15 @@ def load_parts(
     """
     weight = None
     if parts.lora:
-        weight = attach_adapter(model, adapter, own, vectors=parts.vectors, base=base)
+        weight = attach_adapter(model, adapter, own, base, parts.vectors)
         if parts.head != "file" and (weight is not None) != (parts.head == "adapter"):
             found = "no head" if weight is None else "a classifier's head"
             raise UserError(f"{adapter}: holds {found}; choose the --method that it was trained by")
     if parts.vectors:
         from qwen_min.lab import token_vectors
 
-        base_hash = own["base_fingerprint"]
-        token_vectors.load(directory / VECTORS, model, parts.head is None, base_hash)
+        words, base_hash = parts.head is None, own["base_fingerprint"]
+        token_vectors.load(directory / VECTORS, model, words, base_hash)
     if parts.head == "file":
         return load_head(directory / HEAD)
     return final_head(model, weight) if parts.head else None
@@ -101,22 +101,17 @@ def final_head(model: Qwen, weight: Tensor) -> LinearHead:
 
 
 def attach_adapter(
-    model: Qwen,
-    directory: Path,
-    own: Mapping,
-    dropout: float | None = None,
-    vectors: bool = False,
-    base: str = "",
+    model: Qwen, directory: Path, own: Mapping, base: str = "", vectors: bool = False
 ) -> Tensor | None:
     """Put the LoRA in `directory` on the model, in place; returns its head (C, D), fp32, or None.
 
-    own: the `identity` of the base. vectors: whether the caller also loads token vectors that
-    were trained with it. Raises UserError for an adapter that cannot be read, or that was trained
-    on other weights or with another tokenizer. An adapter that PEFT wrote says only the name of its
-    base: where `base`, the model's, is another, a line warns of it.
+    own: the `identity` of the base. base: its name. vectors: whether the caller also loads token
+    vectors that were trained with the LoRA. Raises UserError for an adapter that cannot be read, or
+    that was trained on other weights or with another tokenizer. In an adapter that PEFT wrote, only
+    the name of its base is known: if it differs from `base`, stderr gets a warning.
     """
     try:
-        config, head, metadata = lora.load_adapter(directory, model, dropout)
+        config, head, metadata = lora.load_adapter(directory, model)
     except lora.LoRAError as error:
         raise UserError(str(error)) from None
     if any(name.endswith("lm_head") for name in lora.lora_modules(model)):
@@ -164,8 +159,8 @@ class Trainable:
         except lora.LoRAError as error:
             raise UserError(str(error)) from None
         if self.parts.lora and checkpoint:
-            adapter = checkpoint / ADAPTER
-            weight = attach_adapter(model, adapter, record, args.dropout, self.parts.vectors)
+            # The config in the checkpoint has the run's dropout.
+            weight = attach_adapter(model, checkpoint / ADAPTER, record, "", self.parts.vectors)
         self.parameters = lora.lora_parameters(model)
         self.vectors, self.vectors_before = {}, {}
         if self.parts.vectors:

@@ -69,8 +69,7 @@ def read_examples(
         raise UserError(f"--limit is {limit}, expected at least 1 row: give a positive number")
     content = _decode(path, encoding)
     records = _records(path, content)
-    # islice refuses numbers above sys.maxsize; --limit may be one.
-    rows = list(islice(records, limit and min(limit, sys.maxsize)))
+    rows = list(islice(records, limit))
     if not rows:
         raise UserError(f"{path}: found no rows, expected examples: give the right file")
     classes = _class_indices(path, rows, records, labels)

@@ -180,9 +180,9 @@ def _finite(digits: str) -> float:
 def read_json(path: Path, kind: str, advice: str, **fields: object) -> dict:
     """Read a JSON object.
 
-    fields: the schema of each field that must be there: a type; a tuple of types, with None for
-    null; [schema] for a list; {name: schema} for an object with at least these fields. A whole
-    number counts as a float. Raises UserError as `refuse_malformed` does.
+    fields: the schema of each field that must be there: a type, a range of integers or a single
+    value; a tuple of such; [schema] for a list; {name: schema} for an object with at least these
+    fields. An integer fits float as well. Raises UserError as `refuse_malformed` does.
     """
     data = read_regular(path, kind, advice, MAX_JSON_BYTES)
     with refuse_malformed(path, kind, advice):
@@ -205,13 +205,23 @@ def _check(value: object, schema: object, name: str) -> None:
         for i, item in enumerate(value):
             _check(item, schema[0], f"{name}[{i}]")
     else:
-        types = schema if isinstance(schema, tuple) else (schema,)
-        # Python counts True as an int.
-        if not any(
-            type(value) is (t or type(None)) or (t, type(value)) == (float, int) for t in types
-        ):
-            expected = " or ".join(t.__name__ if t else "null" for t in types)
-            raise ValueError(f"{name} is {reprlib.repr(value)}, expected type {expected}")
+        options = schema if isinstance(schema, tuple) else (schema,)
+        if not any(_fits(value, option) for option in options):
+            expected = " or ".join(map(_described, options))
+            raise ValueError(f"{name} is {reprlib.repr(value)}, expected {expected}")
+
+
+def _fits(value: object, option: object) -> bool:
+    if isinstance(option, range):
+        return type(value) is int and value in option
+    # Not isinstance: Python counts True as an int.
+    return option in (value, type(value)) or (option, type(value)) == (float, int)
+
+
+def _described(option: object) -> str:
+    if isinstance(option, range):
+        return f"an integer of at least {option.start}"
+    return f"type {option.__name__}" if isinstance(option, type) else json.dumps(option)
 
 
 def read_safetensors(path: Path, kind: str, advice: str) -> tuple[dict[str, Tensor], dict]:

@@ -33,7 +33,7 @@ def resolve_model(name: str) -> Path:
     directory there is no network access, and huggingface_hub is not imported.
     `owner/name` and `owner/name@revision` are hub names: huggingface_hub downloads the files above,
     all from one commit, and no others. It reads HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
-    Raises UserError if the name is neither, or a file cannot be had.
+    Raises UserError if the name is neither, or if a file cannot be downloaded.
     """
     if name == "tiny":
         return TINY

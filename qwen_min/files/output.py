@@ -78,15 +78,14 @@ def refuse_inputs(paths: Paths, inputs: Paths) -> None:
 
     Only a file that is named results… or predictions… may be new there, or be replaced.
     """
-    places = [Path(path) for path in inputs if path]
-    around = set().union(*map(_identities, places))
-    taken = set(around)
-    for place in places:
+    around, taken = set(), set()
+    for place in map(Path, filter(None, inputs)):
+        around |= _identities(place)
         with one_line_error(place, "make it readable", "cannot be read"):
             names = os.listdir(place) if place.is_dir() else []
         # A link in the directory may lead to a file elsewhere.
         entries = (place / name for name in names if not name.startswith(RESULTS))
-        taken.update(*map(_identities, entries))
+        taken = taken.union(around, *map(_identities, entries))
     for path in (path for path in paths if path is not None):
         target = Path(os.path.realpath(path))
         parents = () if target.name.startswith(RESULTS) else target.parents

@@ -110,7 +110,7 @@ def clean_part(
     if not training and not fed:
         return None
     file, known = training or (None, [])
-    sources = [file, "what the model itself was made from" if fed else None]
+    sources = filter(None, [file, "what the model itself was made from" if fed else None])
     # Texts that are equal are also equal when normalised.
     texts, known = ((normalised(row.text) for row in rows) for rows in (examples, known))
     seen = {*stand_in(texts, known), *fed}
@@ -118,7 +118,7 @@ def clean_part(
     clean = [hit for i, hit in enumerate(correct) if i not in seen]
     n, hits = len(clean), int(sum(clean))
     return {
-        "train_data": " or ".join(filter(None, sources)),
+        "train_data": " or ".join(sources),
         "n": n,
         "accuracy": hits / n if n else None,
         "accuracy_interval": list(wilson_interval(hits, n)) if n else None,

@@ -35,7 +35,7 @@ def prediction_lines(
     """JSON lines: index (from 0), label, prediction, scores (C numbers, in class order).
 
     If the predictions come from generated answers, the scores are null and the answer is added.
-    failed: the rows of which nothing is known; all that would say something of them is null.
+    failed: the rows without finite numbers; their prediction and scores are null.
     """
     failed = set(failed)
     for index, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):

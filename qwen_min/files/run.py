@@ -60,11 +60,11 @@ DEPENDS_ON |= {"template": "chat template", "adapter_hash": "adapter", "data_has
 
 @contextlib.contextmanager
 def lock_run(args: argparse.Namespace) -> Iterator[None]:
-    """Keep --output (default: runs/METHOD) for this process alone, for the length of the block.
+    """Lock --output (default: runs/METHOD) for this process during the block.
 
-    The system releases the lock when the process ends, also by a kill. A new run's directory is
-    made, and removed again if it stays empty. Raises UserError if another training has it, or if a
-    new run would replace something in it.
+    The system releases the lock when the process ends, even if it is killed. The directory of a new
+    run is made, and removed again if it stays empty. Raises UserError if another training has the
+    lock, or if a new run would replace something in the directory.
     """
     import fcntl  # not on Windows, where the report, which imports this module, can be made
 
@@ -76,8 +76,7 @@ def lock_run(args: argparse.Namespace) -> Iterator[None]:
     run, advice = Path(args.output), "name another directory with --output"
     with contextlib.ExitStack() as at_end:
         with disk.one_line_error(run, advice, "cannot be opened"):
-            made = not args.resume and not run.exists()
-            if made:
+            if made := not args.resume and not run.exists():
                 run.mkdir(parents=True, exist_ok=True)  # another process may have just made it
             descriptor = os.open(args.output, os.O_RDONLY | os.O_DIRECTORY)
             at_end.callback(os.close, descriptor)
@@ -111,7 +110,7 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     """
     if not args.resume:
         return args
-    before = read_run(args.output)["arguments"]
+    before = read_run(args.output, arguments={"method": str})["arguments"]
     dropout = before["method"] != "head_only" and before.get("dropout")
     free = [name for name in FREE if not (dropout and name == "batch_tokens")]
     for name, value in given.items():
@@ -127,12 +126,10 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
 def start_record(run: Path, record: dict, resume: bool) -> dict:
     """Write run.json; with --resume compare `record` with the existing one, and return that.
 
-    Raises UserError if the directory cannot be made, or if something that the run depends on has
+    Raises UserError if the file cannot be written, or if something that the run depends on has
     changed since.
     """
     if not resume:
-        with disk.one_line_error(run, "name another directory with --output"):
-            run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", record)
         return record
     before = read_run(run)
@@ -143,7 +140,7 @@ def start_record(run: Path, record: dict, resume: bool) -> dict:
 def check_same(before: Mapping, now: Mapping, place: object, advice: str) -> None:
     """Raise UserError if one of DEPENDS_ON has changed between two records.
 
-    What one of them lacks is not compared: older versions recorded less.
+    A key that one of them lacks is not compared: older versions recorded less.
     """
     for key, what in DEPENDS_ON.items():
         if before.get(key) and now.get(key) and before[key] != now[key]:
@@ -187,8 +184,9 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def _entries(directory: Path, prefix: str) -> list[Path]:
-    """What is in `directory` and has a name that begins with `prefix`; [] if its parent has no
-    such directory. (Path.glob and Path.exists also say so of one that cannot be read.)
+    """The paths in `directory` whose names begin with `prefix`; [] if there is no such directory.
+
+    Raises UserError if the directory cannot be read. (Path.glob would find nothing.)
     """
     with disk.one_line_error(directory, "make it readable, then use --resume", "cannot be read"):
         names = os.listdir(directory) if directory.name in os.listdir(directory.parent) else []
@@ -251,13 +249,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], pa
 def trim_log(path: Path, step: int) -> None:
     """Prepare log.jsonl for the steps after `step`: drop later lines; step 0 empties the file.
 
-    Also dropped are lines that are not whole: that a dying process cut, or that were changed. If
-    there are any, stderr gets a warning.
+    Damaged lines are dropped as well: incomplete ones, which a killed process left, and changed
+    ones. If there are any, stderr gets a warning.
     """
-    kept, lines, damaged = [], [], 0
-    if step and path in _entries(path.parent, path.name):
-        lines = disk.read_regular(path, "a log", "move it away").split(b"\n")
-    for line in filter(None, lines):
+    kept, damaged, exists = [], 0, path in _entries(path.parent, path.name)
+    log = disk.read_regular(path, "a log", "move it away") if step and exists else b""
+    for line in filter(None, log.split(b"\n")):
         try:
             if disk.parse_json(line)["step"] <= step:
                 kept.append(line + b"\n")

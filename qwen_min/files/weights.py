@@ -114,7 +114,7 @@ def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """One SHA-256 over every tensor's name, dtype, shape and bytes, in whatever order they come."""
+    """One SHA-256 over every tensor's name, dtype, shape and bytes, independent of their order."""
     lines = []
     for name, tensor in tensors:
         digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())

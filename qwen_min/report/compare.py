@@ -25,11 +25,10 @@ HEADLINE = {"accuracy": "accuracy", "precision": "precision", "recall": "recall"
 OTHERS = {"auc_roc": "AUC", "brier": "Brier", "ece": "ECE", "trained_parameters": "trained"}
 OTHERS |= {"training_seconds": "train s", "seconds": "eval s"}
 PER_CLASS = dict.fromkeys(("precision", "recall", "f1"), float)
-NEEDED = {"failed": (None,)}  # rows without scores: what an evaluation could not compute
-NEEDED |= {"accuracy_interval": [float], "per_class": [{"name": str} | PER_CLASS]}
+NEEDED = {"failed": None, "accuracy_interval": [float]}  # results with failed rows: no metrics
+NEEDED |= {"method": str, "examples_hash": str, "n": int, "per_class": [{"name": str} | PER_CLASS]}
 NEEDED |= {"confusion_matrix": [[int]], "macro": PER_CLASS, "training_arguments": (dict, None)}
 NEEDED |= dict.fromkeys((*HEADLINE, *OTHERS), (float, None)) | {"accuracy": float, "seconds": float}
-NEEDED |= {"method": str, "examples_hash": str, "n": int}
 NEEDED |= dict.fromkeys(("base_fingerprint", "tokenizer_hash"), (str, None))
 NEEDED["arguments"] = dict.fromkeys(("run", "predictions", "model", "template"), (str, None))
 KIND = "results of evaluate.py"
@@ -140,17 +139,16 @@ def read_result(path: Path) -> Result:
             raise ValueError("accuracy_interval has not two numbers, or per_class not two")
         if type(seed) is not int:
             raise ValueError(f"seed is {short(seed)}, expected a whole number")
-    identity, shown = identify(results, training or {})
-    predictions = read_predictions(path, results)
-    return Result(path, results, identity, shown, seed, training is not None, predictions, run)
+    depends_on, predictions = identify(results, training or {}), read_predictions(path, results)
+    return Result(path, results, *depends_on, seed, training is not None, predictions, run)
 
 
 def identify(results: dict, training: dict) -> tuple[dict, dict]:
     """What the predictions of `results` depend on besides the seed: by hashes, and as arguments.
 
-    Results are seeds of one method only if all of it is equal. Files count by the hash of what was
-    read. Where an older version recorded none, by their names, which never equal a hash. training:
-    the arguments of the run, if there is one.
+    Results are seeds of one method only if all of it is equal. A file is identified by the hash of
+    its content or, if an older version recorded no hash, by its name, which never equals a hash.
+    training: the arguments of the run, if there is one.
     """
     arguments, data_hash = results["arguments"], results.get("training_data_hash")
     shown = {name: v for name, v in arguments.items() if name not in NEUTRAL | ROWS}
@@ -173,11 +171,9 @@ def identify(results: dict, training: dict) -> tuple[dict, dict]:
 
 
 def whole_template(known: str | None, arguments: dict) -> str | None:
-    """The template with its markup. Of an older version it is known only if there is none."""
+    """The template with its chat markup; if an older version did not record it, as typed."""
     typed = arguments.get("template")
-    if typed and not arguments.get("chat"):
-        typed = str(typed).replace("\\n", "\n")
-    return known or typed
+    return known or (typed and str(typed).replace("\\n", "\n"))
 
 
 def read_predictions(path: Path, results: dict) -> Predictions | None:
