@@ -479,6 +479,24 @@ def test_pictures(tmp_path, seeds, no_boxes):
     assert len(err.splitlines()) == 3  # where they are
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("run.json", {"history": [{"held_out_log_loss": 0.5}]}),
+        ("run.json", {"history": [{"step": 1, "held_out_log_loss": "low"}]}),
+        ("run.json", {"history": 3}),
+        ("log.jsonl", {"step": 1, "loss": None, "lr": 0.1}),
+        ("log.jsonl", {"step": [], "loss": 0.5, "lr": 0.1}),
+    ],
+)
+def test_pictures_of_a_damaged_run_are_refused(file, content, tmp_path, seeds):
+    path = Path(seeds[1]) / file
+    before = json.loads(path.read_text("utf-8")) if file == "run.json" else {}
+    path.write_text(json.dumps(before | content) + "\n", "utf-8")
+    status, _, err = command(*seeds, "--plots", tmp_path / "plots")
+    assert status == 2 and err.count("\n") == 1 and str(path) in err
+
+
 def test_pictures_of_three_classes_on_two_sets(tmp_path, no_boxes):
     words = ["好评", "差评", "a$\\frac$\t😀"]  # no formula
     paths = [evaluated(tmp_path / str(i), "zero_shot", words=words, examples=i) for i in (1, 2)]

@@ -76,10 +76,13 @@ def training_logs(methods: Sequence[Method]) -> Logs:
         path = run / "log.jsonl"
         if path.exists() and path.stat().st_size:  # head_only has no steps
             with refuse_malformed(path, "a log with step, loss, lr", "move it away to do without"):
-                logs[run] = read_columns(path, "step", "loss", "lr")
+                columns = read_columns(path, "step", "loss", "lr")
+                logs[run] = [list(map(float, column)) for column in columns]
     names = [run.resolve().name for run in logs]
     names = names if len(set(names)) == len(names) else map(str, logs)
-    histories = [read_run(run).get("history", []) for run in logs]
+    schema = {"history": [{"step": int, "held_out_log_loss": float}]}
+    found = [read_run(run, **schema if "history" in read_run(run) else {}) for run in logs]
+    histories = [record.get("history", []) for record in found]  # an unfinished run has none
     return list(zip(names, logs.values(), histories, strict=True))
 
 
