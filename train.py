@@ -17,7 +17,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +35,14 @@ from qwen_min.command.cli import (
     run_command,
     seed,
 )
-from qwen_min.command.fit import Stopped, Training, fit
-from qwen_min.command.task import read_rows, read_task, row_prompts
-from qwen_min.command.terminal import progress_bar, text_table
+from qwen_min.command.finite import NotFinite, check_finite
+from qwen_min.command.fit import Job, Stopped, Training, fit, why_failed
+from qwen_min.command.summary import format_layers
+from qwen_min.command.task import check_classes, read_rows, read_task, row_prompts
+from qwen_min.command.terminal import progress_bar
 from qwen_min.command.trained import ADAPTER, HEAD, Trainable, attach_adapter, identity, load_parts
 from qwen_min.errors import UserError
-from qwen_min.files.data import HELD_OUT, Example, class_counts, examples_hash, held_out_split
+from qwen_min.files.data import HELD_OUT, examples_hash, held_out_split
 from qwen_min.files.output import refuse_inputs
 from qwen_min.files.overlap import fed_rows
 from qwen_min.files.probe import cached_features, save_head
@@ -48,23 +50,8 @@ from qwen_min.files.run import lock_run, publish, run_arguments, start_record, w
 from qwen_min.files.weights import fingerprint, load_model, save_model
 from qwen_min.head import fit_layers
 from qwen_min.metrics import log_loss
-from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
-from qwen_min.scoring import NotFinite, check_finite, first_not_finite
 from qwen_min.training import Plan, TrainingFailed
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a method trains on: the loaded base, and the rows of the data file with their split."""
-
-    source: Source
-    run: Path  # the run directory
-    model: Qwen
-    examples: Sequence[Example]
-    prompts: Sequence[Prompt]  # of each example
-    training: Sequence[int]  # rows to train on
-    held_out: Sequence[int]  # rows that choose penalty, layer or step
 
 
 def head_only(job: Job) -> dict:
@@ -141,6 +128,7 @@ def by_gradient(
     args, model = job.source.args, job.model
     prompts = [job.prompts[row] for row in job.training]
     labels = [job.examples[row].label for row in job.training]
+    true = np.array([job.examples[row].label for row in job.held_out])
     lengths = [len(prompt.ids) for prompt in prompts]
 
     def parts(rows: list[int]) -> list[list[int]]:
@@ -155,10 +143,11 @@ def by_gradient(
         try:
             scores = classifier.scores([job.prompts[row] for row in job.held_out])
         except NotFinite as error:
-            place = f"the held-out row in line {job.examples[job.held_out[error.rows[0]]].line}"
-            raise TrainingFailed(f"{place}: {error}") from None
+            line = job.examples[job.held_out[error.rows[0]]].line
+            raise TrainingFailed(f"the held-out row in line {line}: {error}") from None
         model.train()
-        return held_out_results(job, scores)
+        accuracy = float((scores.argmax(axis=1) == true).mean())
+        return {"held_out_log_loss": log_loss(true, scores), "held_out_accuracy": accuracy}
 
     training = Training(
         parameters=trained.parameters,
@@ -182,23 +171,6 @@ def by_gradient(
         "seconds": state["seconds"],
         "embedding_movement": trained.movement(job.run, job.source.task.tokenizer, prompts),
     }
-
-
-def held_out_results(job: Job, scores: np.ndarray) -> dict:
-    """Log-loss and accuracy on the held-out part."""
-    labels = np.array([job.examples[row].label for row in job.held_out])
-    accuracy = float((scores.argmax(axis=1) == labels).mean())
-    return {"held_out_log_loss": log_loss(labels, scores), "held_out_accuracy": accuracy}
-
-
-def format_layers(found: dict[int, dict], chosen: int) -> str:
-    """A line for each layer: its accuracy and log-loss on the held-out part, its penalty."""
-    keys = ("held_out_accuracy", "held_out_log_loss", "l2")
-    rows = [
-        [str(layer), *(f"{row[key]:.4f}" for key in keys), "chosen" * (layer == chosen)]
-        for layer, row in found.items()
-    ]
-    return text_table(["layer", "held-out accuracy", "log-loss", "L2", ""], rows)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -237,15 +209,7 @@ def train(args: argparse.Namespace) -> int:
     refuse_inputs([args.merge], [task.directory, run])
     examples = read_rows(args, task)
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
-    counts = class_counts([examples[i] for i in training], len(task.labels))
-    if 0 in counts:
-        missing = counts.index(0)
-        where = f"in the first {args.limit} (--limit)" if args.limit else "in the file"
-        reason = f"no row {where}: add rows, or leave its word out of --labels"
-        if missing in [example.label for example in examples]:
-            reason = "its only text is held out, and every other text is a class's only one too: "
-            reason += "add another text of each class"
-        raise UserError(f"{args.data}: class {task.labels[missing]!r} cannot be trained: {reason}")
+    check_classes(args, task, examples, training)
     prompts = row_prompts(args.data, task, examples)
     fed_rows(task.directory, examples)  # warns if the model was made from some of the rows
     model = load_model(task.directory, args.dtype, device)
@@ -304,17 +268,6 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
     record |= found | {"frozen_after": after, "peak_memory_mib": peak, "finished": True}
     write_json(run / "run.json", record)
     return 0
-
-
-def why_failed(job: Job, failed: Sequence[int]) -> str:
-    """Where the numbers of a step's rows stop being finite, if they do; otherwise which rows."""
-    rows = [(job.prompts[job.training[i]], job.examples[job.training[i]]) for i in failed]
-    prompts = [replace(p, labels=p.labels[e.label : e.label + 1]) for p, e in rows]
-    if rows and (where := first_not_finite(job.model, prompts)):
-        lower = ", or lower --lr" * (not where.startswith("in float16"))
-        return f", numbers that are not finite {where}{lower}"
-    lines = f"in rows {[example.line for _, example in rows]} (lines of {job.source.args.data})"
-    return f", {lines}: look at these, or lower --lr" * bool(rows)
 
 
 def merge(source: Source, run: Path) -> None:

@@ -19,6 +19,7 @@ import qwen_min.files.probe as probe_module
 import qwen_min.head as head_mechanics
 from lora import ATTENTION, MLP, inject_lora, lora_parameters
 from qwen_min.command.arguments import candidate_layers
+from qwen_min.command.summary import format_layers
 from qwen_min.errors import UserError
 from qwen_min.fast.features import head_losses, pooled_features
 from qwen_min.fast.label_scores import label_losses, last_states
@@ -39,7 +40,6 @@ from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt, build_prompts
 from qwen_min.scoring import label_loss, score_label
 from qwen_min.tokenizer import Tokenizer
-from train import format_layers
 
 # fp32, small checkpoints, states of size 1 to 10: sums in another order.
 FP32 = {"atol": 1e-5, "rtol": 1e-5}

@@ -8,17 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from qwen_min.command.arguments import finished_run
-from qwen_min.command.classifier import Classifier, Source
+from qwen_min.command.classifier import Classifier, Progress, Source, forms
 from qwen_min.command.cli import choose_device
 from qwen_min.command.task import Task, read_task
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
-from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.tokens import read_tokenizer
 from qwen_min.files.weights import load_model
 from qwen_min.metrics import evaluate_predictions, softmax
 from qwen_min.model import Qwen
-from qwen_min.prompt import build_prompts
+from qwen_min.prompt import Prompt, build_prompts
 from qwen_min.tokenizer import Tokenizer
 
 
@@ -29,6 +28,20 @@ def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Qwen, T
     """
     directory = resolve_model(model)
     return load_model(directory, dtype, choose_device(device)), read_tokenizer(directory)
+
+
+def score_labels(
+    model: Qwen,
+    prompts: Sequence[Prompt],
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    progress: Progress = lambda rows: None,
+) -> np.ndarray:
+    """s_y of all labels of all prompts (n, C), float64; batch_tokens limits one forward's tokens.
+
+    `progress` is called with the number of rows finished.
+    """
+    how = (None, forms(plain=False), batch_tokens)
+    return Classifier(model, "label words", *how).scores(prompts, progress)
 
 
 @dataclass(frozen=True)

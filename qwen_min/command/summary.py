@@ -1,4 +1,4 @@
-"""The results of one evaluation as text for a terminal."""
+"""The results of an evaluation, and of the layers that a probe tried, as text for a terminal."""
 
 from collections.abc import Mapping
 
@@ -58,3 +58,13 @@ def accuracy(measured: Mapping) -> str:
 def number(value: float | None) -> str:
     """Four decimals."""
     return "undefined" if value is None else f"{value:.4f}"
+
+
+def format_layers(found: dict[int, dict], chosen: int) -> str:
+    """A line for each layer: its accuracy and log-loss on the held-out part, its penalty."""
+    keys = ("held_out_accuracy", "held_out_log_loss", "l2")
+    rows = [
+        [str(layer), *(f"{row[key]:.4f}" for key in keys), "chosen" * (layer == chosen)]
+        for layer, row in found.items()
+    ]
+    return text_table(["layer", "held-out accuracy", "log-loss", "L2", ""], rows)
