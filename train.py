@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,32 +100,26 @@ def head_only(job: Job) -> dict:
 
 def lora_head(job: Job) -> dict:
     """Train LoRA and a linear head together, by the cross-entropy of the head's scores."""
-    args, trained = job.source.args, Trainable(job.model, job.source.record, job.run)
-
-    def loss(prompts: list[Prompt], classes: list[int]) -> Tensor:
-        head_losses = forms(args.plain).head_losses
-        return head_losses(job.model, trained.weight, prompts, classes, args.checkpointing)
-
-    return by_gradient(job, trained, loss)
+    trained = Trainable(job.model, job.source.record, job.run)
+    losses = forms(job.source.args.plain).head_losses
+    return by_gradient(job, trained, partial(losses, job.model, trained.weight))
 
 
 def lora_label_scoring(job: Job) -> dict:
     """Train LoRA by the log-probability of the true label word's tokens."""
-    args, trained = job.source.args, Trainable(job.model, job.source.record, job.run)
-
-    def loss(prompts: list[Prompt], classes: list[int]) -> Tensor:
-        return forms(args.plain).label_losses(job.model, prompts, classes, args.checkpointing)
-
-    return by_gradient(job, trained, loss)
+    trained = Trainable(job.model, job.source.record, job.run)
+    losses = forms(job.source.args.plain).label_losses
+    return by_gradient(job, trained, partial(losses, job.model))
 
 
 METHODS = {method.__name__: method for method in (head_only, lora_head, lora_label_scoring)}
 
 
-def by_gradient(
-    job: Job, trained: Trainable, loss: Callable[[list[Prompt], list[int]], Tensor]
-) -> dict:
-    """Train in steps; the best step on the held-out part becomes the run's result."""
+def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> dict:
+    """Train in steps; the best step on the held-out part becomes the run's result.
+
+    losses(prompts, true classes, checkpointing) is the sum of these rows' losses, with gradient.
+    """
     args, model = job.source.args, job.model
     prompts = [job.prompts[row] for row in job.training]
     labels = [job.examples[row].label for row in job.training]
@@ -149,10 +144,14 @@ def by_gradient(
         accuracy = float((scores.argmax(axis=1) == true).mean())
         return {"held_out_log_loss": log_loss(true, scores), "held_out_accuracy": accuracy}
 
+    def loss(rows: list[int]) -> Tensor:
+        chosen = [prompts[i] for i in rows], [labels[i] for i in rows]
+        return losses(*chosen, args.checkpointing)
+
     training = Training(
         parameters=trained.parameters,
         lengths=lengths,
-        loss=lambda rows: loss([prompts[i] for i in rows], [labels[i] for i in rows]),
+        loss=loss,
         parts=parts,
         evaluate=evaluate,
         save=trained.save,

@@ -132,10 +132,9 @@ def build_prompts(
             raise UserError(f"{place}: the prompt has no tokens; write words around {FIELD}")
         for label, whole in zip(labels, with_labels, strict=True):
             if whole[: len(ids)] != ids or whole == ids:
-                raise UserError(
-                    f"{place}: the end of the prompt, {tokenizer.decode(ids[-3:])!r}, and the "
-                    f"label {label!r} merge into one token; end the template with `：`, say"
-                )
+                last = f"the end of the prompt, {tokenizer.decode(ids[-3:])!r},"
+                problem = f"{last} and the label {label!r} merge into one token"
+                raise UserError(f"{place}: {problem}; end the template with `：`, say")
         label_ids = tuple(whole[len(ids) :] for whole in with_labels)
         if len(set(label_ids)) < len(labels):
             same = f"two of the labels {', '.join(labels)} are the same tokens"
@@ -157,7 +156,6 @@ def check_lengths(
     for prompt, place in zip(prompts, places, strict=True):
         tokens = len(prompt.ids) + max([new_tokens, *map(len, prompt.labels)])
         if tokens > max_positions:
-            raise UserError(
-                f"{place}: prompt and label have {tokens} tokens, expected at most {max_positions} "
-                "(the model's limit); lower --max-text-tokens or shorten the template"
-            )
+            found = f"prompt and label have {tokens} tokens, expected at most {max_positions}"
+            advice = "lower --max-text-tokens or shorten the template"
+            raise UserError(f"{place}: {found} (the model's limit); {advice}")

@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 
-from qwen_min.command.arguments import UNTRAINED
 from qwen_min.command.finite import NotFinite, check_finite
 from qwen_min.command.task import Task
 from qwen_min.command.trained import ADAPTER, GIVE_BASE, Parts, identity, load_parts, parts_of
@@ -116,12 +115,6 @@ class Source:
 
             found["stop_ids"] = sorted(stop_ids(self.task.directory, self.task.tokenizer.markup))
         return found
-
-    @property
-    def changes_base(self) -> bool:
-        """Whether the method scores with another model than the base."""
-        untrained = self.args.method in (*UNTRAINED, "transplanted_head")
-        return not untrained and (self.parts.lora or self.parts.vectors)
 
     def classifier(self, model: Qwen, by: str, head: LinearHead | None = None) -> Classifier:
         """The model with what gives the scores, computing as the arguments say."""

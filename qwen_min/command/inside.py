@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 
+from qwen_min.command.arguments import UNTRAINED
 from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source, forms
 from qwen_min.command.finite import dtype_name
 from qwen_min.command.task import Task
@@ -83,7 +84,8 @@ def explain(source: Source, load: Callable[[Source], Classifier]) -> int:
     (prompt,) = task.prompts([args.explain], ["--explain"])
     classifier = load(source)
     models = {"the model": classifier.model}
-    if source.changes_base:
+    unadapted = args.method in (*UNTRAINED, "transplanted_head")
+    if not unadapted and (source.parts.lora or source.parts.vectors):
         models = {"base": source.base(), "adapted": classifier.model}
     empty = task.empty_prompt()
     for model in models.values():  # raises NotFinite

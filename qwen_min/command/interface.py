@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen_min.command.arguments import finished_run
-from qwen_min.command.classifier import Classifier, Progress, Source, forms
+from qwen_min.command.classifier import Classifier, Source, forms
 from qwen_min.command.cli import choose_device
 from qwen_min.command.task import Task, read_task
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
@@ -31,17 +31,10 @@ def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Qwen, T
 
 
 def score_labels(
-    model: Qwen,
-    prompts: Sequence[Prompt],
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
-    progress: Progress = lambda rows: None,
+    model: Qwen, prompts: Sequence[Prompt], batch_tokens: int = DEFAULT_BATCH_TOKENS
 ) -> np.ndarray:
-    """s_y of all labels of all prompts (n, C), float64; batch_tokens limits one forward's tokens.
-
-    `progress` is called with the number of rows finished.
-    """
-    how = (None, forms(plain=False), batch_tokens)
-    return Classifier(model, "label words", *how).scores(prompts, progress)
+    """Scores of each prompt's labels: (n, C), float64. batch_tokens limits one forward's tokens."""
+    return Classifier(model, "label words", None, forms(False), batch_tokens).scores(prompts)
 
 
 @dataclass(frozen=True)

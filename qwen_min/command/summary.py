@@ -38,15 +38,9 @@ def format_results(results: Mapping) -> str:
     heads = names + ["off track"] * bool(results["off_track"])
     matrix = zip(names, results["confusion_matrix"], strict=True)
     counts = [[name, *map(str, row)] for name, row in matrix]
-    return "\n".join(
-        [
-            *(f"{name:12}  {value}" for name, value in facts.items()),
-            "",
-            text_table(["class", "precision", "recall", "F1", "examples"], table),
-            "",
-            text_table(["true \\ predicted", *heads], counts),
-        ]
-    )
+    lines = "\n".join(f"{name:12}  {value}" for name, value in facts.items())
+    classes = text_table(["class", "precision", "recall", "F1", "examples"], table)
+    return f"{lines}\n\n{classes}\n\n" + text_table(["true \\ predicted", *heads], counts)
 
 
 def accuracy(measured: Mapping) -> str:

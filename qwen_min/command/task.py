@@ -90,10 +90,9 @@ def read_task(args: argparse.Namespace) -> Task:
     config = QwenConfig.from_json(directory / "config.json")
     tokenizer = read_tokenizer(directory)
     if tokenizer.size > config.vocab_size:
-        raise UserError(
-            f"{directory}: tokenizer.json has {tokenizer.size} tokens, expected at most "
-            f"config.json's vocab_size, {config.vocab_size}; take both from one checkpoint"
-        )
+        most = f"expected at most config.json's vocab_size, {config.vocab_size}"
+        found = f"tokenizer.json has {tokenizer.size} tokens, {most}"
+        raise UserError(f"{directory}: {found}; take both from one checkpoint")
     chat = None
     if args.chat:
         from qwen_min.lab.chat import read_chat_format
@@ -124,16 +123,15 @@ def check_classes(
     args: argparse.Namespace, task: Task, examples: Sequence[Example], training: Sequence[int]
 ) -> None:
     """Raise UserError if a class has no example among the rows `training`."""
-    missing = set(range(len(task.labels))) - {examples[i].label for i in training}
-    if not missing:
-        return
-    y = min(missing)
-    where = f"in the first {args.limit} (--limit)" if args.limit else "in the file"
-    reason = f"no row {where}: add rows, or leave its word out of --labels"
-    if y in [example.label for example in examples]:
-        reason = "its only text is held out, and every other text is a class's only one too: "
-        reason += "add another text of each class"
-    raise UserError(f"{args.data}: class {task.labels[y]!r} cannot be trained: {reason}")
+    trained, known = {examples[i].label for i in training}, {e.label for e in examples}
+    for y, word in enumerate(task.labels):
+        where = f"in the first {args.limit} (--limit)" if args.limit else "in the file"
+        reason = f"no row {where}: add rows, or leave its word out of --labels"
+        if y in known:
+            reason = "its only text is held out, and every other text is a class's only one too: "
+            reason += "add another text of each class"
+        if y not in trained:
+            raise UserError(f"{args.data}: class {word!r} cannot be trained: {reason}")
 
 
 def warn_about_labels(prompt: Prompt, labels: Sequence[str]) -> None:

@@ -43,13 +43,9 @@ def label_tree(labels: tuple[tuple[int, ...], ...]) -> LabelTree:
     inner = sorted({label[:t] for label in labels for t in range(1, len(label))}, key=len)
     node_of = {(): 0} | {beginning: i + 1 for i, beginning in enumerate(inner)}
     mask = [[child[: len(parent)] == parent for parent in inner] for child in inner]
-    return LabelTree(
-        tokens=tuple(beginning[-1] for beginning in inner),
-        mask=torch.tensor(mask, dtype=torch.bool).view(len(inner), len(inner)),
-        steps=tuple(
-            tuple((node_of[label[:t]], label[t]) for t in range(len(label))) for label in labels
-        ),
-    )
+    mask = torch.tensor(mask, dtype=torch.bool).view(len(inner), len(inner))
+    steps = [tuple((node_of[word[:t]], word[t]) for t in range(len(word))) for word in labels]
+    return LabelTree(tuple(beginning[-1] for beginning in inner), mask, tuple(steps))
 
 
 @torch.inference_mode()
