@@ -31,8 +31,8 @@ class Tokenizer:
     `<|im_start|>`, to their ids. All ids are below `size`.
     `required` are the tokens that tokenizer.json puts around every text (Qwen's files name none).
     They are not put there; a template has to contain them.
-    Raises UserError if tokenizer.json is not a BPE or a random one. files/tokens.py checks before
-    that the library can read it.
+    Raises UserError for another model than a BPE, and for one with dropout, which makes ids random.
+    Use `load_tokenizer` of files/tokens.py for a file that may be missing or damaged.
     """
 
     def __init__(self, directory: str | Path):
@@ -42,8 +42,8 @@ class Tokenizer:
             kind = type(whole.model).__name__
             raise UserError(f"{path}: is a {kind} tokenizer, expected BPE; fetch the model's own")
         if whole.model.dropout:
-            advice = "set it to null: it makes ids random"
-            raise UserError(f"{path}: the BPE has dropout {whole.model.dropout}; {advice}")
+            found = f"the BPE has dropout {whole.model.dropout}"
+            raise UserError(f"{path}: {found}; set it to null: it makes ids random")
         whole.no_truncation()  # the file may ask for both, for other programs
         whole.no_padding()
         self._path, self._whole = path, whole

@@ -1,4 +1,4 @@
-"""What the files beside tokenizer.json say about tokens: names of special ones, and added ones."""
+"""tokenizer.json, checked, and what the files beside it say about special and added tokens."""
 
 import re
 from pathlib import Path
