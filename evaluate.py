@@ -191,9 +191,9 @@ def classify(evaluation: Evaluation) -> Outcome:
     Raises UserError if no row has finite numbers; if some have, the outcome names the others.
     """
     task, classifier, error = evaluation.source.task, evaluation.classifier, None
-    prompts, words = evaluation.all_prompts, task.labels
+    prompts, words = evaluation.prompts, task.labels
     if classifier.by == "label words":
-        warn_about_labels(evaluation.prompts[0], words)
+        warn_about_labels(evaluation.label_ids[0], words)
     started = time.perf_counter()
     with progress_bar(total=len(evaluation.examples), unit=" rows") as bar:
         try:
@@ -222,8 +222,7 @@ def measure(evaluation: Evaluation, outcome: Outcome) -> dict:
     """The metrics of an outcome; of answers also some that are off track."""
     mass, names = None, list(evaluation.source.task.labels)
     if evaluation.classifier.by == "label words":
-        labels = [prompt.labels for prompt in evaluation.prompts]
-        mass = float(label_mass(outcome.scores, labels).mean())
+        mass = float(label_mass(outcome.scores, evaluation.label_ids).mean())
     true, predictions = evaluation.true_classes, outcome.predictions
     found = evaluate_predictions(true, predictions, outcome.scores, names) | {"label_mass": mass}
     if outcome.answers is not None:

@@ -75,14 +75,10 @@ def head_only(job: Job) -> dict:
             check_finite(model, prompts, states.isfinite().flatten(1).all(dim=1))
             return states
 
-        features = cached_features(
-            Path(args.feature_cache or job.run / "features"),
-            f"{base_hash} {model.lm_head_weight.dtype} {args.pooling} {layers != [last]}"
-            + " plain" * args.plain,  # so that --plain computes
-            job.prompts,
-            compute,
-            bar.update,
-        )
+        directory = Path(args.feature_cache or job.run / "features")
+        setting = f"{base_hash} {model.lm_head_weight.dtype} {args.pooling} {layers != [last]}"
+        setting += " plain" * args.plain  # so that --plain computes
+        features = cached_features(directory, setting, job.prompts, compute, bar.update)
     seconds_features = time.perf_counter() - started
     labels, classes = np.array([e.label for e in job.examples]), len(job.source.task.labels)
     rows = (job.training, job.held_out)
@@ -148,16 +144,8 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
         chosen = [prompts[i] for i in rows], [labels[i] for i in rows]
         return losses(*chosen, args.checkpointing)
 
-    training = Training(
-        parameters=trained.parameters,
-        lengths=lengths,
-        loss=loss,
-        parts=parts,
-        evaluate=evaluate,
-        save=trained.save,
-        eval_every=args.eval_every,
-        save_every=args.save_every,
-    )
+    how = (trained.save, args.eval_every, args.save_every)
+    training = Training(trained.parameters, lengths, loss, parts, evaluate, *how)
     model.train()
     plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
     state = fit(job.run, training, plan, trained.checkpoint)

@@ -7,7 +7,7 @@ are what goes into a classification and what comes out.
 
 import argparse
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -160,16 +160,14 @@ class Evaluation:
     source: Source
     classifier: Classifier
     examples: Sequence[Example]  # each with its class number, an index into the label words
-    all_prompts: Sequence[Prompt]  # with the words of --labels, then those of other label sets
+    prompts: Sequence[Prompt]  # with the words of --labels, then those of other label sets
     neutral: tuple | None  # the prompts that --calibrate asks for
 
     @cached_property
-    def prompts(self) -> Sequence[Prompt]:
-        """The prompts with the words of --labels only."""
-        if not self.source.args.label_sets:
-            return self.all_prompts
+    def label_ids(self) -> list[tuple[tuple[int, ...], ...]]:
+        """Of each row, the token ids of the words of --labels."""
         words = len(self.source.task.labels)
-        return [replace(p, labels=p.labels[:words]) for p in self.all_prompts]
+        return [prompt.labels[:words] for prompt in self.prompts]
 
     def place(self, rows: Sequence[int]) -> str:
         """Where the first of these rows stands in the data, and how many they are."""
@@ -188,7 +186,7 @@ class Outcome:
 
     predictions: np.ndarray  # (n,), class numbers
     scores: np.ndarray | None  # (n, C); None: the predictions were read from answers
-    all_scores: np.ndarray | None  # (n, all words of `all_prompts`)
+    all_scores: np.ndarray | None  # (n, all words of the prompts)
     answers: list[str | None] | None
     seconds: float
     error: NotFinite | None

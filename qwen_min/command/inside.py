@@ -22,7 +22,7 @@ def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict[str, Callable[
         from qwen_min.lab.label_sets import compare_sets, parse_label_sets
 
         sets = parse_label_sets(args.label_sets, evaluation.source.task.labels)
-        rows = (evaluation.all_prompts, outcome.all_scores)
+        rows = (evaluation.prompts, outcome.all_scores)
         inside["label_sets"] = partial(compare_sets, evaluation.true_classes, sets, *rows)
     if args.calibrate:
         inside["calibration"] = partial(calibrate, evaluation, outcome.scores)
@@ -60,7 +60,7 @@ def calibrate(evaluation: Evaluation, scores: np.ndarray) -> dict[str, dict]:
         score = partial(evaluation.classifier.scores, progress=bar.update)
         of_held_out = held_out and (held_out[0], score(held_out[1]))
         neutral = Neutral(*map(score, others), of_held_out)
-    lengths = np.array([[*map(len, prompt.labels)] for prompt in evaluation.prompts])
+    lengths = np.array([[*map(len, words)] for words in evaluation.label_ids])
     return calibrations(evaluation.true_classes, scores, lengths, neutral)
 
 

@@ -55,7 +55,7 @@ def circumstances(evaluation: Evaluation, seconds: float) -> dict:
         "seconds": seconds,
         "examples_per_second": len(prompts) / seconds,
         "examples_hash": examples_hash(evaluation.examples),
-        "label_ids": [list(ids) for ids in prompts[0].labels] or None,
+        "label_ids": [list(ids) for ids in evaluation.label_ids[0]] or None,
         "dtype": dtype_name(evaluation.classifier.model),
         "device": evaluation.source.device,
         "torch": torch.__version__,

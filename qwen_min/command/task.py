@@ -134,10 +134,10 @@ def check_classes(
             raise UserError(f"{args.data}: class {word!r} cannot be trained: {reason}")
 
 
-def warn_about_labels(prompt: Prompt, labels: Sequence[str]) -> None:
+def warn_about_labels(label_ids: Sequence[tuple[int, ...]], labels: Sequence[str]) -> None:
     """Say on stderr what makes label words hard to compare: their lengths, a common beginning."""
-    pairs, said = list(zip(labels, prompt.labels, strict=True)), []
-    if len({len(ids) for ids in prompt.labels}) > 1:
+    pairs, said = list(zip(labels, label_ids, strict=True)), []
+    if len({len(ids) for ids in label_ids}) > 1:
         counts = ", ".join(f"{word} {len(ids)}" for word, ids in pairs)
         advice = "each is scored whole, and longer ones tend to score lower"
         said.append(f"label words differ in tokens ({counts}); {advice}")
