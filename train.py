@@ -26,16 +26,8 @@ import torch
 from torch import Tensor
 
 from lora import lora_modules, lora_parameters, merge_lora
-from qwen_min.command import arguments
+from qwen_min.command import arguments, cli
 from qwen_min.command.classifier import Source, forms
-from qwen_min.command.cli import (
-    choose_device,
-    make_parser,
-    parse_with_given,
-    print_error,
-    run_command,
-    seed,
-)
 from qwen_min.command.finite import NotFinite, check_finite
 from qwen_min.command.fit import Job, Stopped, Training, fit, why_failed
 from qwen_min.command.summary import format_layers
@@ -162,37 +154,37 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command-line arguments, grouped as `--help` shows them."""
-    parser = make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     parser.add_argument("--method", choices=METHODS, help="required, unless --resume")
     # Activation memory grows with the tokens in one forward.
     arguments.add_data_arguments(parser, "train.tsv", batch_tokens=1024)
-    parser.add_argument("--data-seed", type=seed, default=0, help="of the held-out part")
+    parser.add_argument("--data-seed", type=cli.seed, default=0, help="of the held-out part")
     arguments.add_prompt_arguments(parser)
     arguments.add_machine_arguments(parser)
     add = parser.add_argument_group("run").add_argument
     add("--output", metavar="DIR", help="the run directory (default: runs/METHOD)")
     add("--resume", action="store_true", help="continue the run in --output")
     add("--merge", metavar="DIR", help="also write base + LoRA as a plain checkpoint")
-    add("--seed", type=seed, default=0, help="of initial values, order and dropout")
+    add("--seed", type=cli.seed, default=0, help="of initial values, order and dropout")
     arguments.add_training_arguments(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    args, given = parse_with_given(build_parser(), argv)
+    args, given = cli.parse_with_given(build_parser(), argv)
 
     def command(args: argparse.Namespace) -> int:
         with lock_run(args):  # before anything of the run is read
             return train(run_arguments(args, given))
 
-    return run_command(command, args)
+    return cli.run_command(command, args)
 
 
 def train(args: argparse.Namespace) -> int:
     """Read, split, load, train, and write the run directory."""
     arguments.check_training(args)
-    device, task, run = choose_device(args.device), read_task(args), Path(args.output)
+    device, task, run = cli.choose_device(args.device), read_task(args), Path(args.output)
     refuse_inputs([args.merge], [task.directory, run])
     examples = read_rows(args, task)
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
@@ -245,7 +237,7 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
         print(f"{stopped}; continue with: python train.py --resume --output {run}")
         return 128 + stopped.signal
     except TrainingFailed as failure:
-        print_error(f"{failure}{why_failed(job, failure.rows)}; the last checkpoint is kept")
+        cli.print_error(f"{failure}{why_failed(job, failure.rows)}; the last checkpoint is kept")
         return 1
     if (after := fingerprint(frozen.items())) != record["frozen_before"]:
         raise RuntimeError("a frozen weight has changed in training; this is a bug")

@@ -123,7 +123,8 @@ def _unsupported(raw: dict) -> str | None:
     """The first feature that the forward pass would compute wrongly, and what to do about it."""
     found = raw.get("model_type")
     if found not in MODEL_TYPES:
-        return f"model_type is {reprlib.repr(found)}, expected qwen2 or qwen3; choose Qwen1.5 to 3"
+        found = f"model_type is {reprlib.repr(found)}, expected qwen2 or qwen3"
+        return f"{found}; choose a dense Qwen1.5 to Qwen3"
     for key, (values, advice) in COMPUTED.items():
         if key in raw and raw[key] not in values:
             found, expected = reprlib.repr(raw[key]), " or ".join(map(repr, values))

@@ -36,6 +36,9 @@ class Prompt:
     truncated: bool  # whether the text was shortened
 
 
+Prompts = Sequence[Prompt]
+
+
 def parse_labels(
     argument: str, option: str = "--labels", say: Callable[[str], object] | None = None
 ) -> tuple[str, ...]:

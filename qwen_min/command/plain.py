@@ -12,10 +12,10 @@ from torch import Tensor
 
 from qwen_min.head import head_loss, pooled_state
 from qwen_min.model import Qwen
-from qwen_min.prompt import Prompt
+from qwen_min.prompt import Prompt, Prompts
 from qwen_min.scoring import label_loss, score_label
 
-Prompts, Classes = Sequence[Prompt], Sequence[int]
+Classes = Sequence[int]
 
 
 def score_labels(model: Qwen, prompts: Prompts, batch_tokens: int, progress) -> np.ndarray:

@@ -119,10 +119,7 @@ def token_log_probs(model: Qwen, h: Tensor, index: Tensor, tokens: Tensor) -> np
 
 
 def last_states(
-    model: Qwen,
-    texts: Sequence[tuple[int, ...]],
-    counts: Sequence[int],
-    checkpointing: bool = False,
+    model: Qwen, texts: Sequence[tuple[int, ...]], counts: Sequence[int], checkpointing: bool
 ) -> Tensor:
     """States of the last counts[i] tokens of text i, with gradient: (Σ counts, D).
 
