@@ -156,8 +156,9 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         "arguments": vars(args),
         "training_arguments": record["arguments"] if record else None,
     }
-    said = (outcome.predictions, outcome.scores, outcome.answers, outcome.failed)
-    rows = partial(prediction_lines, examples, *said)
+    said = (outcome.predictions, outcome.scores, outcome.answers)
+    failed = outcome.error.rows if outcome.error else ()
+    rows = partial(prediction_lines, examples, *said, failed)
     texts = [json.dumps(results, ensure_ascii=False, indent=2) + "\n", rows]
     try:
         commit_outputs(list(zip(files, texts, strict=True)))

@@ -189,9 +189,4 @@ class Outcome:
     all_scores: np.ndarray | None  # (n, all words of the prompts)
     answers: list[str | None] | None
     seconds: float
-    error: NotFinite | None
-
-    @property
-    def failed(self) -> Sequence[int]:
-        """The rows of which nothing is known: their numbers are not finite."""
-        return self.error.rows if self.error else ()
+    error: NotFinite | None  # if some rows have numbers that are not finite

@@ -58,8 +58,7 @@ def calibrate(evaluation: Evaluation, scores: np.ndarray) -> dict[str, dict]:
     *others, held_out = evaluation.neutral
     with progress_bar(unit=" rows", desc="calibration") as bar:
         score = partial(evaluation.classifier.scores, progress=bar.update)
-        of_held_out = held_out and (held_out[0], score(held_out[1]))
-        neutral = Neutral(*map(score, others), of_held_out)
+        neutral = Neutral(*map(score, others), held_out and (held_out[0], score(held_out[1])))
     lengths = np.array([[*map(len, words)] for words in evaluation.label_ids])
     return calibrations(evaluation.true_classes, scores, lengths, neutral)
 
@@ -93,8 +92,6 @@ def explain(source: Source, load: Callable[[Source], Classifier]) -> int:
         plain.scores([prompt, empty] if empty else [prompt])
     print(f"{args.method}, {args.run or args.model}, {dtype_name(classifier.model)}\n")
     shown = (task.tokenizer, prompt, empty, task.labels, models)
-    if classifier.by == "head":
-        print(explain_head(*shown, classifier.head))
-    else:
-        print(explain_labels(*shown))
+    by_head = classifier.by == "head"
+    print(explain_head(*shown, classifier.head) if by_head else explain_labels(*shown))
     return 0

@@ -20,10 +20,11 @@ def try_parts(
     they would be about other rows than the data's.
     """
     if outcome.error:
-        lines = [evaluation.examples[row].line for row in outcome.failed]
+        rows = outcome.error.rows
+        lines = [evaluation.examples[row].line for row in rows]
         failed = {"reason": str(outcome.error), "lines": lines}
-        place = evaluation.place(outcome.failed)
-        return {"n": len(evaluation.examples), "failed": failed}, {place: outcome.error}
+        found = {"n": len(evaluation.examples), "failed": failed}
+        return found, {evaluation.place(rows): outcome.error}
     found, failures = {}, {}
     for name, part in parts.items():
         try:

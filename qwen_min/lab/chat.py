@@ -170,9 +170,8 @@ def sandbox() -> ImmutableSandboxedEnvironment:
     def tojson(value: object, ensure_ascii: bool = False, **options: object) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's is for HTML
 
-    jinja = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    loops = ["jinja2.ext.loopcontrols"]  # break and continue
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
     jinja.intercepted_binops = frozenset({"*", "**"})
     jinja.binop_table |= {"*": multiply, "**": refuse}
     jinja.filters["tojson"] = tojson
