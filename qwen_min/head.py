@@ -68,7 +68,7 @@ def solve_logistic(
     x (n, D), y (n,) → (C, D + 1): W, and as last column the bias, which is not penalised.
     """
     x, zeros = x.double(), torch.zeros(num_classes, x.shape[1] + 1, dtype=torch.float64)
-    parameters = (zeros if start is None else start.clone()).requires_grad_(True)
+    parameters = (zeros if start is None else start.double().clone()).requires_grad_(True)
     optimizer = torch.optim.LBFGS(
         [parameters],
         max_iter=1000,

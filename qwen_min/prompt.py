@@ -115,7 +115,7 @@ def build_prompts(
         return [token for ids in encoded for token in ids]
 
     def frame(ending: str) -> tuple[list[int], str, str, list[int]]:
-        """What surrounds a text: ids and a string before it; a string, with `ending`, and ids."""
+        """Before a text: ids and a string. Behind it, with `ending`: a string and ids."""
         # Markup cuts the template into pieces (without markup there is one). No token crosses a
         # cut, so only the piece that contains the text has to be encoded with the text.
         *start, left = tokenizer.split_markup(before)

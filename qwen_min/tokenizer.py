@@ -50,7 +50,7 @@ class Tokenizer:
         self.added = [token for _, token in sorted(whole.get_added_tokens_decoder().items())]
         names = [t.content for t in self.added if t.special or CONTROL.fullmatch(t.content)]
         self.markup = {name: whole.token_to_id(name) for name in names}
-        # The same parts without the post-processor; texts are encoded by this one.
+        # The same parts without the post-processor. This one encodes texts.
         self._base = BaseTokenizer(whole.model)
         self._base.normalizer = whole.normalizer
         self._base.pre_tokenizer = whole.pre_tokenizer
