@@ -22,16 +22,17 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-import torch
 
 from qwen_min.command import arguments
-from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source, dtype_name
+from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
+from qwen_min.command.finite import NotFinite
 from qwen_min.command.inside import explain, look_inside, neutral_prompts, print_inside
+from qwen_min.command.outcome import circumstances, raise_failures, try_parts
 from qwen_min.command.summary import format_results
 from qwen_min.command.task import read_rows, read_task, row_prompts, warn_about_labels
 from qwen_min.command.terminal import progress_bar
@@ -42,7 +43,7 @@ from qwen_min.files.overlap import clean_part, fed_rows, training_examples
 from qwen_min.files.results import name_outputs, prediction_lines
 from qwen_min.metrics import OFF_TRACK, evaluate_predictions
 from qwen_min.prompt import Prompt
-from qwen_min.scoring import NotFinite, label_mass
+from qwen_min.scoring import label_mass
 
 
 def zero_shot(source: Source) -> Classifier:
@@ -129,6 +130,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         name_outputs(args, record, examples_hash(examples))
         inputs += [f"{args.run}/adapter", record["arguments"].get("data")]
     files = open_outputs([args.output, args.predictions], inputs)
+    identity = source.identity  # first, because a file that it hashes may be malformed
     prompts = all_prompts(args.data, source, examples)
     fed = fed_rows(task.directory, examples)
     training = training_examples(args.train_data, args.encoding, task.labels, record)
@@ -136,21 +138,27 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     started = time.perf_counter()
     classifier = METHODS[args.method](source)
     load_seconds = time.perf_counter() - started
-    identity = source.identity  # hashed before scoring, because reading can fail
-    evaluation = Evaluation(source, classifier, examples, prompts, training, neutral)
+    evaluation = Evaluation(source, classifier, examples, prompts, neutral)
     outcome = classify(evaluation)
-    found, failures = measure_all(evaluation, outcome, fed)
+    parts = {
+        "metrics": partial(measure, evaluation, outcome),
+        **look_inside(evaluation, outcome),
+        "clean": partial(clean_part, training, examples, outcome.predictions, fed),
+    }
+    found, failures = try_parts(evaluation, outcome, parts)
     results = {
         "method": args.method,
         **found,
+        **circumstances(evaluation, outcome.seconds),
         "fed_rows": len(fed),
         "load_seconds": load_seconds,
         **identity,
         "arguments": vars(args),
         "training_arguments": record["arguments"] if record else None,
     }
-    said = (outcome.predictions, outcome.scores, outcome.answers, outcome.failed)
-    rows = partial(prediction_lines, examples, *said)
+    said = (outcome.predictions, outcome.scores, outcome.answers)
+    failed = outcome.error.rows if outcome.error else ()
+    rows = partial(prediction_lines, examples, *said, failed)
     texts = [json.dumps(results, ensure_ascii=False, indent=2) + "\n", rows]
     try:
         commit_outputs(list(zip(files, texts, strict=True)))
@@ -166,10 +174,9 @@ def all_prompts(file: str, source: Source, examples: Sequence[Example]) -> list[
     """The prompts of a file's examples, with all words that are to be scored."""
     args, task = source.args, source.task
     if args.method == "zero_shot_generate":
-        from qwen_min.lab import generation
+        from qwen_min.lab.generation import MAX_NEW_TOKENS
 
-        generation.stop_ids(task.directory, task.tokenizer.markup)  # a malformed file fails here
-        return row_prompts(file, task, examples, new_tokens=generation.MAX_NEW_TOKENS)
+        return row_prompts(file, task, examples, new_tokens=MAX_NEW_TOKENS)
     if args.label_sets:
         from qwen_min.lab.label_sets import distinct_words, parse_label_sets, with_first_tokens
 
@@ -184,26 +191,27 @@ def classify(evaluation: Evaluation) -> Outcome:
 
     Raises UserError if no row has finite numbers; if some have, the outcome names the others.
     """
-    source, classifier, error = evaluation.source, evaluation.classifier, None
-    words = source.task.labels
+    task, classifier, error = evaluation.source.task, evaluation.classifier, None
+    prompts, words = evaluation.prompts, task.labels
     if classifier.by == "label words":
-        warn_about_labels(evaluation.prompts[0], words)
+        warn_about_labels(evaluation.label_ids[0], words)
     started = time.perf_counter()
     with progress_bar(total=len(evaluation.examples), unit=" rows") as bar:
         try:
             if classifier.by == "answers":
-                found = write(evaluation, bar.update)
+                stop = evaluation.source.identity["stop_ids"]
+                found = classifier.answers(prompts, stop, bar.update)
             else:
-                found = classifier.scores(evaluation.all_prompts, bar.update)  # (n, all words)
+                found = classifier.scores(prompts, bar.update)  # (n, all words)
         except NotFinite as failure:
             found, error = failure.found, failure
     seconds = time.perf_counter() - started
     if error and len(error.rows) == len(evaluation.examples):
-        raise UserError(f"{place(evaluation, error.rows)}: {error}")
+        raise UserError(f"{evaluation.place(error.rows)}: {error}")
     if classifier.by == "answers":
         from qwen_min.lab.generation import first_label
 
-        texts = [None if ids is None else source.task.tokenizer.decode(ids) for ids in found]
+        texts = [None if ids is None else task.tokenizer.decode(ids) for ids in found]
         predictions = np.array([first_label(text or "", words) for text in texts])
         return Outcome(predictions, None, None, texts, seconds, error)
     own = found[:, : len(words)]  # the words of --labels; without --label-sets there are no others
@@ -211,47 +219,11 @@ def classify(evaluation: Evaluation) -> Outcome:
     return Outcome(own.argmax(axis=1), own, found, None, seconds, error)
 
 
-def write(evaluation: Evaluation, progress: Callable) -> list[list[int] | None]:
-    """The token ids that the model writes behind each prompt."""
-    from qwen_min.lab import generation
-
-    task, classifier = evaluation.source.task, evaluation.classifier
-    stop = generation.stop_ids(task.directory, task.tokenizer.markup)
-    how = (generation.MAX_NEW_TOKENS, stop, classifier.batch_tokens, progress)
-    return classifier.forms.generate_answers(classifier.model, evaluation.prompts, *how)
-
-
-def measure_all(
-    evaluation: Evaluation, outcome: Outcome, fed: Sequence[int]
-) -> tuple[dict, dict[str, BaseException]]:
-    """The results, and what failed, by part: a part that fails costs no other one."""
-    failures, examples = {}, evaluation.examples
-
-    def attempt(name: str, part: Callable[[], object]) -> object:
-        try:
-            return part()
-        except (Exception, KeyboardInterrupt) as error:
-            failures[name] = error
-            return {"failed": f"{type(error).__name__}: {error}"}
-
-    if outcome.error:  # no metrics: they would be those of other rows than the data's
-        failures[place(evaluation, outcome.failed)] = outcome.error
-        lines = [examples[row].line for row in outcome.failed]
-        found = {"n": len(examples), "failed": {"reason": str(outcome.error), "lines": lines}}
-    else:
-        found = attempt("metrics", partial(measure, evaluation, outcome))
-        known = (evaluation.training, examples, outcome.predictions, fed)
-        parts = look_inside(evaluation, outcome) | {"clean": partial(clean_part, *known)}
-        found |= {name: attempt(name, part) for name, part in parts.items()}
-    return found | circumstances(evaluation, outcome), failures
-
-
 def measure(evaluation: Evaluation, outcome: Outcome) -> dict:
     """The metrics of an outcome; of answers also some that are off track."""
     mass, names = None, list(evaluation.source.task.labels)
     if evaluation.classifier.by == "label words":
-        labels = [prompt.labels for prompt in evaluation.prompts]
-        mass = float(label_mass(outcome.scores, labels).mean())
+        mass = float(label_mass(outcome.scores, evaluation.label_ids).mean())
     true, predictions = evaluation.true_classes, outcome.predictions
     found = evaluate_predictions(true, predictions, outcome.scores, names) | {"label_mass": mass}
     if outcome.answers is not None:
@@ -259,42 +231,6 @@ def measure(evaluation: Evaluation, outcome: Outcome) -> dict:
         off = [{"line": e.line, "answer": text} for e, y, text in rows if y == OFF_TRACK]
         found["off_track_examples"] = off[:5]
     return found
-
-
-def circumstances(evaluation: Evaluation, outcome: Outcome) -> dict:
-    """On what, how and how fast the outcome was computed."""
-    prompts, record = evaluation.prompts, evaluation.source.record
-    return {
-        "truncated_rows": sum(prompt.truncated for prompt in prompts),
-        "tokens": sum(len(prompt.ids) for prompt in prompts),
-        "seconds": outcome.seconds,
-        "examples_per_second": len(prompts) / outcome.seconds,
-        "examples_hash": examples_hash(evaluation.examples),
-        "label_ids": [list(ids) for ids in prompts[0].labels] or None,
-        "dtype": dtype_name(evaluation.classifier.model),
-        "device": evaluation.source.device,
-        "torch": torch.__version__,
-        "trained_parameters": record["trained_parameters"] if record else 0,
-        "training_seconds": record["seconds"] if record else 0.0,
-    }
-
-
-def place(evaluation: Evaluation, rows: Sequence[int]) -> str:
-    """Where the first of these rows stands in the data, and how many they are."""
-    line, n = evaluation.examples[rows[0]].line, len(evaluation.examples)
-    return f"{evaluation.source.args.data}, line {line} ({len(rows)} of {n} rows)"
-
-
-def raise_failures(args: argparse.Namespace, failures: dict[str, BaseException]) -> None:
-    """Raise what failed: a bug as it is, users' mistakes with the place of what was computed."""
-    for failure in failures.values():
-        if not isinstance(failure, UserError):
-            raise failure
-    if failures:
-        said = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
-        kept = " and ".join(filter(None, [args.output, args.predictions]))
-        rest = f"the rest is in {kept}" if kept else "give --predictions FILE to keep the rest"
-        raise UserError(f"{said}; {rest}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,22 +26,16 @@ import torch
 from torch import Tensor
 
 from lora import lora_modules, lora_parameters, merge_lora
-from qwen_min.command import arguments
+from qwen_min.command import arguments, cli
 from qwen_min.command.classifier import Source, forms
-from qwen_min.command.cli import (
-    choose_device,
-    make_parser,
-    parse_with_given,
-    print_error,
-    run_command,
-    seed,
-)
-from qwen_min.command.fit import Stopped, Training, fit
-from qwen_min.command.task import read_rows, read_task, row_prompts
-from qwen_min.command.terminal import progress_bar, text_table
+from qwen_min.command.finite import NotFinite, check_finite
+from qwen_min.command.fit import Job, Stopped, Training, fit, why_failed
+from qwen_min.command.summary import format_layers
+from qwen_min.command.task import check_classes, read_rows, read_task, row_prompts
+from qwen_min.command.terminal import progress_bar
 from qwen_min.command.trained import ADAPTER, HEAD, Trainable, attach_adapter, identity, load_parts
 from qwen_min.errors import UserError
-from qwen_min.files.data import HELD_OUT, Example, class_counts, examples_hash, held_out_split
+from qwen_min.files.data import HELD_OUT, examples_hash, held_out_split
 from qwen_min.files.output import refuse_inputs
 from qwen_min.files.overlap import fed_rows
 from qwen_min.files.probe import cached_features, save_head
@@ -48,23 +43,8 @@ from qwen_min.files.run import lock_run, publish, run_arguments, start_record, w
 from qwen_min.files.weights import fingerprint, load_model, save_model
 from qwen_min.head import fit_layers
 from qwen_min.metrics import log_loss
-from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
-from qwen_min.scoring import NotFinite, check_finite, first_not_finite
 from qwen_min.training import Plan, TrainingFailed
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a method trains on: the loaded base, and the rows of the data file with their split."""
-
-    source: Source
-    run: Path  # the run directory
-    model: Qwen
-    examples: Sequence[Example]
-    prompts: Sequence[Prompt]  # of each example
-    training: Sequence[int]  # rows to train on
-    held_out: Sequence[int]  # rows that choose penalty, layer or step
 
 
 def head_only(job: Job) -> dict:
@@ -87,14 +67,10 @@ def head_only(job: Job) -> dict:
             check_finite(model, prompts, states.isfinite().flatten(1).all(dim=1))
             return states
 
-        features = cached_features(
-            Path(args.feature_cache or job.run / "features"),
-            f"{base_hash} {model.lm_head_weight.dtype} {args.pooling} {layers != [last]}"
-            + " plain" * args.plain,  # so that --plain computes
-            job.prompts,
-            compute,
-            bar.update,
-        )
+        directory = Path(args.feature_cache or job.run / "features")
+        setting = f"{base_hash} {model.lm_head_weight.dtype} {args.pooling} {layers != [last]}"
+        setting += " plain" * args.plain  # so that --plain computes
+        features = cached_features(directory, setting, job.prompts, compute, bar.update)
     seconds_features = time.perf_counter() - started
     labels, classes = np.array([e.label for e in job.examples]), len(job.source.task.labels)
     rows = (job.training, job.held_out)
@@ -112,35 +88,30 @@ def head_only(job: Job) -> dict:
 
 def lora_head(job: Job) -> dict:
     """Train LoRA and a linear head together, by the cross-entropy of the head's scores."""
-    args, trained = job.source.args, Trainable(job.model, job.source.record, job.run)
-
-    def loss(prompts: list[Prompt], classes: list[int]) -> Tensor:
-        head_losses = forms(args.plain).head_losses
-        return head_losses(job.model, trained.weight, prompts, classes, args.checkpointing)
-
-    return by_gradient(job, trained, loss)
+    trained = Trainable(job.model, job.source.record, job.run)
+    losses = forms(job.source.args.plain).head_losses
+    return by_gradient(job, trained, partial(losses, job.model, trained.weight))
 
 
 def lora_label_scoring(job: Job) -> dict:
     """Train LoRA by the log-probability of the true label word's tokens."""
-    args, trained = job.source.args, Trainable(job.model, job.source.record, job.run)
-
-    def loss(prompts: list[Prompt], classes: list[int]) -> Tensor:
-        return forms(args.plain).label_losses(job.model, prompts, classes, args.checkpointing)
-
-    return by_gradient(job, trained, loss)
+    trained = Trainable(job.model, job.source.record, job.run)
+    losses = forms(job.source.args.plain).label_losses
+    return by_gradient(job, trained, partial(losses, job.model))
 
 
 METHODS = {method.__name__: method for method in (head_only, lora_head, lora_label_scoring)}
 
 
-def by_gradient(
-    job: Job, trained: Trainable, loss: Callable[[list[Prompt], list[int]], Tensor]
-) -> dict:
-    """Train in steps; the best step on the held-out part becomes the run's result."""
+def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> dict:
+    """Train in steps; the best step on the held-out part becomes the run's result.
+
+    losses(prompts, true classes, checkpointing) is the sum of these rows' losses, with gradient.
+    """
     args, model = job.source.args, job.model
     prompts = [job.prompts[row] for row in job.training]
     labels = [job.examples[row].label for row in job.training]
+    true = np.array([job.examples[row].label for row in job.held_out])
     lengths = [len(prompt.ids) for prompt in prompts]
 
     def parts(rows: list[int]) -> list[list[int]]:
@@ -155,21 +126,18 @@ def by_gradient(
         try:
             scores = classifier.scores([job.prompts[row] for row in job.held_out])
         except NotFinite as error:
-            place = f"the held-out row in line {job.examples[job.held_out[error.rows[0]]].line}"
-            raise TrainingFailed(f"{place}: {error}") from None
+            line = job.examples[job.held_out[error.rows[0]]].line
+            raise TrainingFailed(f"the held-out row in line {line}: {error}") from None
         model.train()
-        return held_out_results(job, scores)
+        accuracy = float((scores.argmax(axis=1) == true).mean())
+        return {"held_out_log_loss": log_loss(true, scores), "held_out_accuracy": accuracy}
 
-    training = Training(
-        parameters=trained.parameters,
-        lengths=lengths,
-        loss=lambda rows: loss([prompts[i] for i in rows], [labels[i] for i in rows]),
-        parts=parts,
-        evaluate=evaluate,
-        save=trained.save,
-        eval_every=args.eval_every,
-        save_every=args.save_every,
-    )
+    def loss(rows: list[int]) -> Tensor:
+        chosen = [prompts[i] for i in rows], [labels[i] for i in rows]
+        return losses(*chosen, args.checkpointing)
+
+    how = (trained.save, args.eval_every, args.save_every)
+    training = Training(trained.parameters, lengths, loss, parts, evaluate, *how)
     model.train()
     plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
     state = fit(job.run, training, plan, trained.checkpoint)
@@ -184,68 +152,43 @@ def by_gradient(
     }
 
 
-def held_out_results(job: Job, scores: np.ndarray) -> dict:
-    """Log-loss and accuracy on the held-out part."""
-    labels = np.array([job.examples[row].label for row in job.held_out])
-    accuracy = float((scores.argmax(axis=1) == labels).mean())
-    return {"held_out_log_loss": log_loss(labels, scores), "held_out_accuracy": accuracy}
-
-
-def format_layers(found: dict[int, dict], chosen: int) -> str:
-    """A line for each layer: its accuracy and log-loss on the held-out part, its penalty."""
-    keys = ("held_out_accuracy", "held_out_log_loss", "l2")
-    rows = [
-        [str(layer), *(f"{row[key]:.4f}" for key in keys), "chosen" * (layer == chosen)]
-        for layer, row in found.items()
-    ]
-    return text_table(["layer", "held-out accuracy", "log-loss", "L2", ""], rows)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command-line arguments, grouped as `--help` shows them."""
-    parser = make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     parser.add_argument("--method", choices=METHODS, help="required, unless --resume")
     # Activation memory grows with the tokens in one forward.
     arguments.add_data_arguments(parser, "train.tsv", batch_tokens=1024)
-    parser.add_argument("--data-seed", type=seed, default=0, help="of the held-out part")
+    parser.add_argument("--data-seed", type=cli.seed, default=0, help="of the held-out part")
     arguments.add_prompt_arguments(parser)
     arguments.add_machine_arguments(parser)
     add = parser.add_argument_group("run").add_argument
     add("--output", metavar="DIR", help="the run directory (default: runs/METHOD)")
     add("--resume", action="store_true", help="continue the run in --output")
     add("--merge", metavar="DIR", help="also write base + LoRA as a plain checkpoint")
-    add("--seed", type=seed, default=0, help="of initial values, order and dropout")
+    add("--seed", type=cli.seed, default=0, help="of initial values, order and dropout")
     arguments.add_training_arguments(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    args, given = parse_with_given(build_parser(), argv)
+    args, given = cli.parse_with_given(build_parser(), argv)
 
     def command(args: argparse.Namespace) -> int:
         with lock_run(args):  # before anything of the run is read
             return train(run_arguments(args, given))
 
-    return run_command(command, args)
+    return cli.run_command(command, args)
 
 
 def train(args: argparse.Namespace) -> int:
     """Read, split, load, train, and write the run directory."""
     arguments.check_training(args)
-    device, task, run = choose_device(args.device), read_task(args), Path(args.output)
+    device, task, run = cli.choose_device(args.device), read_task(args), Path(args.output)
     refuse_inputs([args.merge], [task.directory, run])
     examples = read_rows(args, task)
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
-    counts = class_counts([examples[i] for i in training], len(task.labels))
-    if 0 in counts:
-        missing = counts.index(0)
-        where = f"in the first {args.limit} (--limit)" if args.limit else "in the file"
-        reason = f"no row {where}: add rows, or leave its word out of --labels"
-        if missing in [example.label for example in examples]:
-            reason = "its only text is held out, and every other text is a class's only one too: "
-            reason += "add another text of each class"
-        raise UserError(f"{args.data}: class {task.labels[missing]!r} cannot be trained: {reason}")
+    check_classes(args, task, examples, training)
     prompts = row_prompts(args.data, task, examples)
     fed_rows(task.directory, examples)  # warns if the model was made from some of the rows
     model = load_model(task.directory, args.dtype, device)
@@ -294,7 +237,7 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
         print(f"{stopped}; continue with: python train.py --resume --output {run}")
         return 128 + stopped.signal
     except TrainingFailed as failure:
-        print_error(f"{failure}{why_failed(job, failure.rows)}; the last checkpoint is kept")
+        cli.print_error(f"{failure}{why_failed(job, failure.rows)}; the last checkpoint is kept")
         return 1
     if (after := fingerprint(frozen.items())) != record["frozen_before"]:
         raise RuntimeError("a frozen weight has changed in training; this is a bug")
@@ -304,17 +247,6 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
     record |= found | {"frozen_after": after, "peak_memory_mib": peak, "finished": True}
     write_json(run / "run.json", record)
     return 0
-
-
-def why_failed(job: Job, failed: Sequence[int]) -> str:
-    """Where the numbers of a step's rows stop being finite, if they do; otherwise which rows."""
-    rows = [(job.prompts[job.training[i]], job.examples[job.training[i]]) for i in failed]
-    prompts = [replace(p, labels=p.labels[e.label : e.label + 1]) for p, e in rows]
-    if rows and (where := first_not_finite(job.model, prompts)):
-        lower = ", or lower --lr" * (not where.startswith("in float16"))
-        return f", numbers that are not finite {where}{lower}"
-    lines = f"in rows {[example.line for _, example in rows]} (lines of {job.source.args.data})"
-    return f", {lines}: look at these, or lower --lr" * bool(rows)
 
 
 def merge(source: Source, run: Path) -> None:

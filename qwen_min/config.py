@@ -114,18 +114,17 @@ class QwenConfig:
         if widest * field("hidden_size") >= 2**48:  # the size of a matrix is an int64, in bytes
             raise UserError(f"{path}: a matrix of {widest} rows is too large; check its sizes")
         checked = [key for key, kind in cls.__annotations__.items() if kind in (int, float, bool)]
-        return cls(
-            model_type=raw["model_type"],
-            torch_dtype=raw.get("dtype") or raw.get("torch_dtype"),
-            **{key: field(key) for key in checked},
-        )
+        fields = {key: field(key) for key in checked}
+        dtype = raw.get("dtype") or raw.get("torch_dtype")
+        return cls(model_type=raw["model_type"], torch_dtype=dtype, **fields)
 
 
 def _unsupported(raw: dict) -> str | None:
     """The first feature that the forward pass would compute wrongly, and what to do about it."""
     found = raw.get("model_type")
     if found not in MODEL_TYPES:
-        return f"model_type is {reprlib.repr(found)}, expected qwen2 or qwen3; choose Qwen1.5 to 3"
+        found = f"model_type is {reprlib.repr(found)}, expected qwen2 or qwen3"
+        return f"{found}; choose a dense Qwen1.5 to Qwen3"
     for key, (values, advice) in COMPUTED.items():
         if key in raw and raw[key] not in values:
             found, expected = reprlib.repr(raw[key]), " or ".join(map(repr, values))
@@ -137,9 +136,8 @@ def _unsupported(raw: dict) -> str | None:
         # rope_type is the newer name of type. Versions of the reference differ in which one counts.
         plain = plain and all(rope.get(k) in (None, "default") for k in ("rope_type", "type"))
         if not plain or rope.get("partial_rotary_factor") not in (1, None):
-            return (
-                f"{key} is {reprlib.repr(rope)}; scaled RoPE is not supported, use the default RoPE"
-            )
+            found = f"{key} is {reprlib.repr(rope)}"
+            return f"{found}; scaled RoPE is not supported, use the default RoPE"
     # As in the reference: layer_types, where it is given, names each layer. Otherwise there is a
     # window where use_sliding_window and sliding_window ask for it, from max_window_layers on.
     first, layers = raw.get("max_window_layers"), raw.get("num_hidden_layers")

@@ -67,10 +67,8 @@ def solve_logistic(
 
     x (n, D), y (n,) → (C, D + 1): W, and as last column the bias, which is not penalised.
     """
-    x, parameters = x.double(), torch.zeros(num_classes, x.shape[1] + 1, dtype=torch.float64)
-    if start is not None:
-        parameters.copy_(start)
-    parameters.requires_grad_(True)
+    x, zeros = x.double(), torch.zeros(num_classes, x.shape[1] + 1, dtype=torch.float64)
+    parameters = (zeros if start is None else start.double().clone()).requires_grad_(True)
     optimizer = torch.optim.LBFGS(
         [parameters],
         max_iter=1000,
@@ -108,18 +106,15 @@ def fit_head(
     deviation = deviation.clamp_min(1e-6)  # a constant feature becomes 0
     x, z = (train.double() - mean) / deviation, (held_out.double() - mean) / deviation
     y = torch.from_numpy(train_labels)
-    best, solution = None, None
+    tried, solution = [], None
     for l2 in L2_GRID:
         solution = solve_logistic(x, y, num_classes, l2, start=solution)
         scores = F.linear(z, solution[:, :-1], solution[:, -1]).numpy()
-        found = {
-            "l2": l2,
-            "held_out_log_loss": log_loss(held_out_labels, scores),
-            "held_out_accuracy": float((scores.argmax(axis=1) == held_out_labels).mean()),
-        }
-        if best is None or found["held_out_log_loss"] < best[1]["held_out_log_loss"]:
-            best = solution, found
-    solution, found = best
+        accuracy = float((scores.argmax(axis=1) == held_out_labels).mean())
+        loss = log_loss(held_out_labels, scores)
+        found = {"l2": l2, "held_out_log_loss": loss, "held_out_accuracy": accuracy}
+        tried.append((found, solution))
+    found, solution = min(tried, key=lambda pair: pair[0]["held_out_log_loss"])
     weight = solution[:, :-1] / deviation
     bias = solution[:, -1] - weight @ mean
     return (weight.float(), bias.float()), found
@@ -139,8 +134,7 @@ def fit_layers(
     features (n, L + 1, D), of all layers, or (n, 1, D), of one; labels (n,). training and held_out
     are rows of both.
     """
-    found: dict[int, dict] = {}
-    heads: dict[int, LinearHead] = {}
+    found, heads = {}, {}
     for layer in layers:
         x = features[:, layer if features.shape[1] > 1 else 0]
         (weight, bias), found[layer] = fit_head(

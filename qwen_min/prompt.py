@@ -15,9 +15,8 @@ where a text completes it, it is plain text.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from qwen_min.errors import UserError
 from qwen_min.tokenizer import Tokenizer
@@ -26,7 +25,6 @@ DEFAULT_TEMPLATE = "评论：{text}\n情感倾向："
 DEFAULT_LABELS = ("负面", "正面")
 DEFAULT_MAX_TEXT_TOKENS = 256
 FIELD = "{text}"
-CHUNK = 128  # texts that are encoded together: their ids with every label behind are held at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +34,9 @@ class Prompt:
     ids: tuple[int, ...]
     labels: tuple[tuple[int, ...], ...]  # of each label word that is scored, in class order
     truncated: bool  # whether the text was shortened
+
+
+Prompts = Sequence[Prompt]
 
 
 def parse_labels(
@@ -105,68 +106,46 @@ def build_prompts(
     Raises UserError if the end of a prompt and the start of a label merge into one token (the label
     then has no tokens of its own), if two labels have the same tokens, or if a prompt is empty.
     """
-    prompts, known = [], {}  # every id and each row of label ids is held once: many are equal
-    for first in range(0, len(texts), CHUNK):
-        chunk = texts[first : first + CHUNK]
-        names = places[first : first + CHUNK] if places else None
-        names = names or [f"row {first + i + 1}" for i in range(len(chunk))]
-        for prompt in _encode_prompts(tokenizer, chunk, template, labels, max_text_tokens, names):
-            ids = tuple(known.setdefault(token, token) for token in prompt.ids)
-            own = known.setdefault(prompt.labels, prompt.labels)
-            prompts.append(Prompt(ids, own, prompt.truncated))
-    return prompts
-
-
-def _encode_prompts(
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    template: str,
-    labels: Sequence[str],
-    max_text_tokens: int,
-    places: Sequence[str],
-) -> Iterator[Prompt]:
-    """`build_prompts` for texts whose encodings fit into memory together."""
-    short_texts = [shorten(tokenizer, text, max_text_tokens) for text in texts]
     before, after = template.split(FIELD)
 
-    def encode(left: str, right: str | None = None) -> list[list[int]]:
-        """For each text the ids of `left` + text + `right`, or of `left` alone."""
-        if right is not None:  # all texts in one call: the library encodes them in parallel
-            return tokenizer.encode_batch([left + text + right for text in short_texts])
-        markup = tokenizer.markup.get(left)
-        return [tokenizer.encode(left) if markup is None else [markup]] * len(texts)
+    def ids_of(pieces: Sequence[str]) -> list[int]:
+        """Ids of pieces of `split_markup`, each encoded alone."""
+        markup = tokenizer.markup
+        encoded = ([markup[p]] if p in markup else tokenizer.encode(p) for p in pieces)
+        return [token for ids in encoded for token in ids]
 
-    # Markup cuts the template into pieces (without markup there is one). No token crosses a cut, so
-    # pieces are encoded apart, and an ending changes the ids of the last piece only.
-    *start, left = tokenizer.split_markup(before)
-    beginning = [encode(piece) for piece in start]
+    def frame(ending: str) -> tuple[list[int], str, str, list[int]]:
+        """Before a text: ids and a string. Behind it, with `ending`: a string and ids."""
+        # Markup cuts the template into pieces (without markup there is one). No token crosses a
+        # cut, so only the piece that contains the text has to be encoded with the text.
+        *start, left = tokenizer.split_markup(before)
+        right, *end = tokenizer.split_markup(after + ending)
+        return ids_of(start), left, right, ids_of(end)
 
-    def encode_prompts(ending: str = "") -> list[tuple[int, ...]]:
-        """For each text the ids of its whole prompt, and of an ending after it."""
-        right, *rest = tokenizer.split_markup(after + ending)
-        pieces = [*beginning, encode(left, right), *map(encode, rest)]
-        return [tuple(chain.from_iterable(row)) for row in zip(*pieces, strict=True)]
-
-    def behind(label: str) -> list[tuple[int, ...]]:
-        """For each text the ids of the label after its prompt; () if the two merge."""
-        rows = zip(prompts, encode_prompts(label), strict=True)
-        return [both[len(ids) :] if both[: len(ids)] == ids else () for ids, both in rows]
-
-    prompts = encode_prompts()
-    rows = zip(places, prompts, *map(behind, labels), strict=True)
-    for row, (place, ids, *label_ids) in enumerate(rows):
+    frames = [frame(ending) for ending in ("", *labels)]  # of the prompt, and of prompt + label
+    prompts, known = [], {}  # every id and each row of label ids is held once: many are equal
+    for row, text in enumerate(texts):
+        place = places[row] if places else f"row {row + 1}"
+        short = shorten(tokenizer, text, max_text_tokens)
+        ids, *with_labels = (
+            (*start, *tokenizer.encode(left + short + right), *end)
+            for start, left, right, end in frames
+        )
         if not ids:
             raise UserError(f"{place}: the prompt has no tokens; write words around {FIELD}")
-        for label, own in zip(labels, label_ids, strict=True):
-            if not own:
-                raise UserError(
-                    f"{place}: the end of the prompt, {tokenizer.decode(ids[-3:])!r}, and the "
-                    f"label {label!r} merge into one token; end the template with `：`, say"
-                )
+        for label, whole in zip(labels, with_labels, strict=True):
+            if whole[: len(ids)] != ids or whole == ids:
+                last = f"the end of the prompt, {tokenizer.decode(ids[-3:])!r},"
+                problem = f"{last} and the label {label!r} merge into one token"
+                raise UserError(f"{place}: {problem}; end the template with `：`, say")
+        label_ids = tuple(whole[len(ids) :] for whole in with_labels)
         if len(set(label_ids)) < len(labels):
             same = f"two of the labels {', '.join(labels)} are the same tokens"
             raise UserError(f"{place}: {same}; choose others")
-        yield Prompt(ids, tuple(label_ids), truncated=short_texts[row] != texts[row])
+        ids = tuple(known.setdefault(token, token) for token in ids)
+        label_ids = known.setdefault(label_ids, label_ids)
+        prompts.append(Prompt(ids, label_ids, truncated=short != text))
+    return prompts
 
 
 def check_lengths(
@@ -180,7 +159,6 @@ def check_lengths(
     for prompt, place in zip(prompts, places, strict=True):
         tokens = len(prompt.ids) + max([new_tokens, *map(len, prompt.labels)])
         if tokens > max_positions:
-            raise UserError(
-                f"{place}: prompt and label have {tokens} tokens, expected at most {max_positions} "
-                "(the model's limit); lower --max-text-tokens or shorten the template"
-            )
+            found = f"prompt and label have {tokens} tokens, expected at most {max_positions}"
+            advice = "lower --max-text-tokens or shorten the template"
+            raise UserError(f"{place}: {found} (the model's limit); {advice}")

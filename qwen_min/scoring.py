@@ -9,16 +9,13 @@ These are the definitions, one full forward for each candidate. fast/label_score
 same for many prompts at once. Shapes as in model.py.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_min.errors import UserError
 from qwen_min.model import Qwen
-from qwen_min.prompt import Prompt
 
 
 def label_log_probs(model: Qwen, prompt: Sequence[int], label: Sequence[int]) -> Tensor:
@@ -36,22 +33,6 @@ def label_log_probs(model: Qwen, prompt: Sequence[int], label: Sequence[int]) ->
 def score_label(model: Qwen, prompt: Sequence[int], label: Sequence[int]) -> float:
     """s_y: the natural logarithm of the label's probability after the prompt, at most 0."""
     return label_log_probs(model, prompt, label).sum().item()
-
-
-def score_labels(
-    model: Qwen, prompts: Sequence[Prompt], batch_tokens: int, progress: Callable[[int], object]
-) -> np.ndarray:
-    """`score_label` for each label of each prompt: (n, C), float64. `progress` counts the prompts.
-
-    `batch_tokens` is not used: it is there because the fast form has the same arguments.
-    """
-    scores = []
-    for prompt in prompts:
-        scores.append([score_label(model, prompt.ids, label) for label in prompt.labels])
-        progress(1)
-    scores = np.array(scores)
-    check_finite(model, prompts, np.isfinite(scores).all(axis=1), scores)
-    return scores
 
 
 def label_loss(model: Qwen, prompt: Sequence[int], label: Sequence[int]) -> Tensor:
@@ -76,47 +57,3 @@ def label_mass(scores: np.ndarray, labels: Sequence[Sequence[tuple[int, ...]]]) 
     distinct = {words: counted(words) for words in set(map(tuple, labels))}  # mostly one
     own = np.array([distinct[tuple(words)] for words in labels])  # (n, C)
     return (np.exp(scores) * own).sum(axis=1)
-
-
-class NotFinite(UserError):
-    """Infinite numbers or NaN. rows: of these prompts. found: what was computed, of all prompts."""
-
-    def __init__(self, message: str, rows: Sequence[int], found: object):
-        super().__init__(message)
-        self.rows, self.found = rows, found
-
-
-def check_finite(
-    model: Qwen, prompts: Sequence[Prompt], finite: Sequence[bool], found: object = None
-) -> None:
-    """Raise NotFinite, which says where this begins, unless `finite` (n,) is true for every prompt.
-
-    Called before scores, states or logits decide: NaN would decide too, but not by the text.
-    """
-    rows = np.flatnonzero(~np.asarray(finite, dtype=bool)).tolist()
-    if rows:
-        place = first_not_finite(model, [prompts[rows[0]]]) or "but not with --plain: use that"
-        raise NotFinite(f"found numbers that are not finite, {place}", rows, found)
-
-
-@torch.no_grad()
-def first_not_finite(model: Qwen, prompts: Sequence[Prompt]) -> str | None:
-    """By the definitions: the dtype, the first layer whose output is not finite, and what to do.
-
-    None if everything is finite, and the dtype is not one that overflows early.
-    """
-    dtype = str(model.lm_head_weight.dtype).removeprefix("torch.")
-    stream, L = model.model.residual_stream, model.config.num_hidden_layers
-    place, texts = "", [(*p.ids, *label) for p in prompts for label in p.labels or [()]]
-    while texts and not place:
-        ids = torch.tensor([texts.pop(0)], device=model.device)  # (1, T)
-        # A layer adds to the residual stream, so what is not finite stays so: bisection finds it.
-        n = bisect_left(range(L + 1), True, key=lambda n: not bool(stream(ids, n).isfinite().all()))
-        if n <= L:
-            place = f" from layer {n} of {L} on" if n else " from the embedding on"
-        elif not model.logits(model(ids)).isfinite().all():
-            place = " in the LM head"
-    if dtype == "float16":  # its largest number is 65,504
-        return f"in float16{place}; use --dtype float32 or bfloat16"
-    damaged = "the weights are damaged: fetch the weights again, or train again what was trained"
-    return f"in {dtype}{place}; {damaged}" if place else None

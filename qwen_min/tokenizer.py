@@ -31,42 +31,26 @@ class Tokenizer:
     `<|im_start|>`, to their ids. All ids are below `size`.
     `required` are the tokens that tokenizer.json puts around every text (Qwen's files name none).
     They are not put there; a template has to contain them.
-    Raises UserError if tokenizer.json is missing, malformed, not a BPE or a random one.
+    Raises UserError for another model than a BPE, and for one with dropout, which makes ids random.
+    Use `load_tokenizer` of files/tokens.py for a file that may be missing or damaged.
     """
 
     def __init__(self, directory: str | Path):
         path = Path(directory) / "tokenizer.json"
-        if not path.is_file():  # a pipe would block
-            raise UserError(f"{path}: no such file; give a model directory, which has one")
-        try:
-            data = path.read_bytes()
-            prefix = re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', data)
-            if prefix and b'"WordPiece"' not in data:  # crashes the library
-                raise ValueError("its BPE has a continuing_subword_prefix")
-            whole = BaseTokenizer.from_buffer(data)
-        except BaseException as error:  # for a malformed file the library raises bare Exception,
-            if isinstance(
-                error, KeyboardInterrupt | SystemExit
-            ):  # or panics, which is no Exception
-                raise
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path}: not a usable tokenizer ({reason}); fetch it again") from None
+        whole = BaseTokenizer.from_file(str(path))
         if not isinstance(whole.model, models.BPE):
             kind = type(whole.model).__name__
             raise UserError(f"{path}: is a {kind} tokenizer, expected BPE; fetch the model's own")
         if whole.model.dropout:
-            advice = "set it to null: it makes ids random"
-            raise UserError(f"{path}: the BPE has dropout {whole.model.dropout}; {advice}")
-        whole.no_truncation()
+            found = f"the BPE has dropout {whole.model.dropout}"
+            raise UserError(f"{path}: {found}; set it to null: it makes ids random")
+        whole.no_truncation()  # the file may ask for both, for other programs
         whole.no_padding()
         self._path, self._whole = path, whole
         self.added = [token for _, token in sorted(whole.get_added_tokens_decoder().items())]
-        if any(t.rstrip for t in self.added) and any(t.content[:1].isspace() for t in self.added):
-            problem = "an added token has rstrip and another begins with white space"
-            raise UserError(f"{path}: {problem}: the library fails there; set rstrip to false")
         names = [t.content for t in self.added if t.special or CONTROL.fullmatch(t.content)]
         self.markup = {name: whole.token_to_id(name) for name in names}
-        # The same parts without the post-processor; texts are encoded by this one.
+        # The same parts without the post-processor. This one encodes texts.
         self._base = BaseTokenizer(whole.model)
         self._base.normalizer = whole.normalizer
         self._base.pre_tokenizer = whole.pre_tokenizer
@@ -84,17 +68,11 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The content of tokenizer.json, equal for all files that mean the same."""
-        self._whole.no_truncation()  # of other programs: not used here
-        self._whole.no_padding()
         return self._whole.to_str()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; markup in it is plain text."""
         return self._base.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts, in parallel."""
-        return [e.ids for e in self._base.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """For each token of `text`, the characters [start, end) that it covers.

@@ -72,9 +72,8 @@ def shuffled_batches(
     The same (seed, epoch) gives the same batches. Raises ValueError if a number is below 1.
     """
     if rows_per_batch < 1 or pool < 1:
-        raise ValueError(
-            f"batches of {rows_per_batch} rows in pools of {pool}: expected at least 1"
-        )
+        found = f"batches of {rows_per_batch} rows in pools of {pool}"
+        raise ValueError(f"{found}: expected at least 1")
     # A string: Random hashes all of it, where seed + epoch would make (0, 1) and (1, 0) the same.
     rng = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))

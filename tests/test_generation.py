@@ -8,11 +8,17 @@ import torch
 from conftest import make_reference
 
 from qwen_min.errors import UserError
-from qwen_min.fast.generation import generate_answers, greedy_cached
+from qwen_min.fast.generation import generate_answers
 from qwen_min.files.weights import load_model
 from qwen_min.lab.generation import MAX_NEW_TOKENS, first_label, greedy, stop_ids
 from qwen_min.metrics import OFF_TRACK
 from qwen_min.prompt import Prompt
+
+
+def batched(model, prompts: list[list[int]], most: int, stop=()) -> list[list[int] | None]:
+    """`generate_answers` of all prompts in one batch."""
+    rows = [Prompt(tuple(ids), (), False) for ids in prompts]
+    return generate_answers(model, rows, most, stop, 10**6)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
@@ -33,17 +39,17 @@ def test_both_forms_equal_transformers(kind, tmp_path):
         for p in prompts
     ]
     assert [greedy(ours, p, 12) for p in prompts] == expected
-    assert greedy_cached(ours, prompts, 12) == expected
+    assert batched(ours, prompts, 12) == expected
 
 
 def test_a_text_ends_at_its_stop_token_and_the_others_go_on(reference):
     ours = load_model(reference[0])
     prompts = [[5, 6, 7], [100, 200], [42]]
-    whole = greedy_cached(ours, prompts, 8)
+    whole = batched(ours, prompts, 8)
     stop = {whole[1][3]}  # the second text ends at its fourth token at the latest
     expected = [new[: next((i for i, t in enumerate(new) if t in stop), len(new))] for new in whole]
     assert len(expected[1]) <= 3
-    assert greedy_cached(ours, prompts, 8, stop) == expected
+    assert batched(ours, prompts, 8, stop) == expected
     assert [greedy(ours, p, 8, stop) for p in prompts] == expected
 
 

@@ -161,7 +161,7 @@ def test_bf16_training_errs_no_more_than_the_definition(reference):
         model = load_model(reference[0], dtype)
         model.requires_grad_(True)
         if fast:
-            h = last_states(model, texts, [1] * len(texts))
+            h = last_states(model, texts, [1] * len(texts), False)
         else:
             h = torch.stack([model(torch.tensor([text]))[0, -1] for text in texts])
         (h.float() * wanted).sum().backward()

@@ -19,6 +19,7 @@ import qwen_min.files.probe as probe_module
 import qwen_min.head as head_mechanics
 from lora import ATTENTION, MLP, inject_lora, lora_parameters
 from qwen_min.command.arguments import candidate_layers
+from qwen_min.command.summary import format_layers
 from qwen_min.errors import UserError
 from qwen_min.fast.features import head_losses, pooled_features
 from qwen_min.fast.label_scores import label_losses, last_states
@@ -39,7 +40,6 @@ from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt, build_prompts
 from qwen_min.scoring import label_loss, score_label
 from qwen_min.tokenizer import Tokenizer
-from train import format_layers
 
 # fp32, small checkpoints, states of size 1 to 10: sums in another order.
 FP32 = {"atol": 1e-5, "rtol": 1e-5}
@@ -670,7 +670,7 @@ def test_losses_are_sums_over_rows(kind, pair):
     def loss(rows: list[int]) -> Tensor:
         arguments = [prompts[row] for row in rows], [classes[row] for row in rows]
         if kind == "head":
-            return head_losses(ours, weight, *arguments)
+            return head_losses(ours, weight, *arguments, False)
         return label_losses(ours, *arguments)
 
     whole = loss([0, 1, 2, 3, 4, 5])
@@ -702,7 +702,7 @@ def test_vocabulary_projection_only_where_a_label_is_predicted(model, monkeypatc
         label_losses(model, random_prompts(5, labels), classes)
         assert shapes == [(rows, 32)]
     shapes.clear()
-    head_losses(model, torch.zeros(2, 32), random_prompts(5), classes)
+    head_losses(model, torch.zeros(2, 32), random_prompts(5), classes, False)
     kept_features(tmp_path, "w", model, random_prompts(5), "mean", True, HUGE)
     assert shapes == []
 
@@ -718,12 +718,14 @@ def test_texts_that_begin_alike_share_that_beginning(model, monkeypatch):
     monkeypatch.setattr(label_scores_module, "forward_packed", counting)
     texts = [(*PREFIX, 9, 9, 8), (*PREFIX, 9), (*PREFIX, 7, 6)]
     for asked, tokens in (([1, 1, 1], 5 + 3 + 1 + 2), ([3, 2, 2], 4 + 4 + 2 + 3)):
-        h = last_states(model, texts, asked)
+        h = last_states(model, texts, asked, False)
         assert counted.pop() == tokens
-        alone = torch.cat([last_states(model, [t], [n]) for t, n in zip(texts, asked, strict=True)])
+        alone = torch.cat(
+            [last_states(model, [t], [n], False) for t, n in zip(texts, asked, strict=True)]
+        )
         assert [counted.pop() for _ in texts] == [7, 6, 8]
         torch.testing.assert_close(h, alone, **FP32)
-    last_states(model, [texts[0]] * 2, [1, 1])  # twice the same: all but the last token
+    last_states(model, [texts[0]] * 2, [1, 1], False)  # twice the same: all but the last token
     assert counted == [7 + 1 + 1]
 
 
@@ -731,10 +733,10 @@ def test_head_loss_of_a_bf16_base_is_fp32(reference):
     """A head in bf16 would lose its small steps; the loss is formed in fp32."""
     rounded = load_model(reference[0], "bfloat16")
     weight = nn.Parameter(0.1 * torch.randn(2, 32, generator=torch.Generator().manual_seed(0)))
-    loss = head_losses(rounded, weight, random_prompts(3), [0, 1, 1])
+    loss = head_losses(rounded, weight, random_prompts(3), [0, 1, 1], False)
     loss.backward()
     assert loss.dtype == weight.grad.dtype == torch.float32
-    h = last_states(rounded, [prompt.ids for prompt in random_prompts(3)], [1, 1, 1])
+    h = last_states(rounded, [prompt.ids for prompt in random_prompts(3)], [1, 1, 1], False)
     assert h.dtype == torch.bfloat16
     scores = h.detach().float() @ weight.detach().T
     expected = F.cross_entropy(scores, torch.tensor([0, 1, 1]), reduction="sum")

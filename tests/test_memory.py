@@ -12,10 +12,10 @@ from qwen_min.files.data import Example
 from qwen_min.files.output import Output
 from qwen_min.files.results import prediction_lines
 from qwen_min.files.weights import load_model
-from qwen_min.prompt import CHUNK, build_prompts
+from qwen_min.prompt import build_prompts
 from qwen_min.tokenizer import Tokenizer
 
-ROWS = (CHUNK, 2 * CHUNK)
+ROWS = (128, 256)
 LABELS = ["".join(word) for word in itertools.product("很不非常", "好差满意", "的了")]
 TEMPLATE = "评论：{text}\n情感倾向：\n"
 
@@ -49,13 +49,13 @@ def test_prompts(tokenizer):
 
 
 def test_equal_ids_are_one_object(tokenizer):
-    first, *others = build_prompts(tokenizer, texts(2 * CHUNK), TEMPLATE, LABELS)
+    first, *others = build_prompts(tokenizer, texts(ROWS[1]), TEMPLATE, LABELS)
     assert {id(prompt.labels) for prompt in others} == {id(first.labels)}
     assert len({id(token) for p in others for token in p.ids}) <= tokenizer.size
 
 
-def test_chunks_are_not_seen(tokenizer):
-    many = texts(CHUNK + 3)
+def test_a_prompt_does_not_depend_on_other_rows(tokenizer):
+    many = texts(40)
     together = build_prompts(tokenizer, many, TEMPLATE, LABELS[:3])
     assert together == [build_prompts(tokenizer, [t], TEMPLATE, LABELS[:3])[0] for t in many]
 

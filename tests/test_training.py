@@ -407,7 +407,7 @@ class Run:
         batch, classes = [self.rows[row] for row in rows], [self.classes[row] for row in rows]
         if self.head is None:
             return label_losses(self.model, batch, classes)
-        return head_losses(self.model, self.head, batch, classes)
+        return head_losses(self.model, self.head, batch, classes, False)
 
     def evaluate(self) -> dict:
         self.at_evaluation()

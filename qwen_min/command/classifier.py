@@ -6,8 +6,8 @@ are what goes into a classification and what comes out.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from qwen_min.command.arguments import UNTRAINED
+from qwen_min.command.finite import NotFinite, check_finite
 from qwen_min.command.task import Task
 from qwen_min.command.trained import ADAPTER, GIVE_BASE, Parts, identity, load_parts, parts_of
 from qwen_min.errors import UserError
@@ -25,22 +25,12 @@ from qwen_min.files.weights import load_model
 from qwen_min.head import LinearHead
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt, parse_template
-from qwen_min.scoring import NotFinite, check_finite
 
 Progress = Callable[[int], object]  # called with the number of rows finished
 
 
-def silent(rows: int) -> None:
-    """Progress that nobody watches."""
-
-
-def dtype_name(model: Qwen) -> str:
-    """The dtype of the base weights, as --dtype names it."""
-    return str(model.lm_head_weight.dtype).removeprefix("torch.")
-
-
 def forms(plain: bool) -> ModuleType:
-    """The module that computes: definitions (--plain; `score_labels` is scoring.py's), or fast."""
+    """The module that computes: by the definitions (--plain), or fast."""
     if plain:
         from qwen_min.command import plain as module
     else:
@@ -58,21 +48,35 @@ class Classifier:
     forms: ModuleType
     batch_tokens: int  # at most so many tokens in one fast forward
 
-    def scores(self, prompts: Sequence[Prompt], progress: Progress = silent) -> np.ndarray:
+    def scores(
+        self, prompts: Sequence[Prompt], progress: Progress = lambda rows: None
+    ) -> np.ndarray:
         """Scores of each prompt's label words, or of the head: (n, C), float64.
 
         Raises NotFinite, which holds them, if some are not finite.
         """
+        how, head = (self.batch_tokens, progress), self.head
         if self.by == "label words":
-            return self.forms.score_labels(self.model, prompts, self.batch_tokens, progress)
-        head, last = self.head, self.model.config.num_hidden_layers
-        every = head.layer != last
-        how = (head.pooling, every, self.batch_tokens, progress)
-        features = self.forms.pooled_features(self.model, prompts, *how)  # (n, L + 1 or 1, D)
-        features = features[:, head.layer if every else 0]
-        scores = head.scores(features)
-        check_finite(self.model, prompts, features.isfinite().all(dim=1), scores)
+            scores = self.forms.score_labels(self.model, prompts, *how)
+            finite = np.isfinite(scores).all(axis=1)
+        else:
+            every = head.layer != self.model.config.num_hidden_layers
+            features = self.forms.pooled_features(self.model, prompts, head.pooling, every, *how)
+            features = features[:, head.layer if every else 0]  # (n, L + 1 or 1, D) → (n, D)
+            scores, finite = head.scores(features), features.isfinite().all(dim=1)
+        check_finite(self.model, prompts, finite, scores)
         return scores
+
+    def answers(
+        self, prompts: Sequence[Prompt], stop: Collection[int], progress: Progress
+    ) -> list[list[int]]:
+        """The token ids that the model writes behind each prompt. Raises NotFinite as `scores`."""
+        from qwen_min.lab.generation import MAX_NEW_TOKENS
+
+        how = (MAX_NEW_TOKENS, stop, self.batch_tokens, progress)
+        answers = self.forms.generate_answers(self.model, prompts, *how)
+        check_finite(self.model, prompts, [answer is not None for answer in answers], answers)
+        return answers
 
 
 @dataclass(frozen=True)
@@ -111,12 +115,6 @@ class Source:
 
             found["stop_ids"] = sorted(stop_ids(self.task.directory, self.task.tokenizer.markup))
         return found
-
-    @property
-    def changes_base(self) -> bool:
-        """Whether the method scores with another model than the base."""
-        untrained = self.args.method in (*UNTRAINED, "transplanted_head")
-        return not untrained and (self.parts.lora or self.parts.vectors)
 
     def classifier(self, model: Qwen, by: str, head: LinearHead | None = None) -> Classifier:
         """The model with what gives the scores, computing as the arguments say."""
@@ -162,17 +160,19 @@ class Evaluation:
     source: Source
     classifier: Classifier
     examples: Sequence[Example]  # each with its class number, an index into the label words
-    all_prompts: Sequence[Prompt]  # with the words of --labels, then those of other label sets
-    training: tuple[str, list[Example]] | None  # file and rows of the training data, if known
+    prompts: Sequence[Prompt]  # with the words of --labels, then those of other label sets
     neutral: tuple | None  # the prompts that --calibrate asks for
 
     @cached_property
-    def prompts(self) -> Sequence[Prompt]:
-        """The prompts with the words of --labels only."""
-        own = {p.labels: p.labels[: len(self.source.task.labels)] for p in self.all_prompts}
-        if all(labels == own[labels] for labels in own):
-            return self.all_prompts
-        return [replace(p, labels=own[p.labels]) for p in self.all_prompts]
+    def label_ids(self) -> list[tuple[tuple[int, ...], ...]]:
+        """Of each row, the token ids of the words of --labels."""
+        words = len(self.source.task.labels)
+        return [prompt.labels[:words] for prompt in self.prompts]
+
+    def place(self, rows: Sequence[int]) -> str:
+        """Where the first of these rows stands in the data, and how many they are."""
+        line, n = self.examples[rows[0]].line, len(self.examples)
+        return f"{self.source.args.data}, line {line} ({len(rows)} of {n} rows)"
 
     @property
     def true_classes(self) -> np.ndarray:
@@ -186,12 +186,7 @@ class Outcome:
 
     predictions: np.ndarray  # (n,), class numbers
     scores: np.ndarray | None  # (n, C); None: the predictions were read from answers
-    all_scores: np.ndarray | None  # (n, all words of `all_prompts`)
+    all_scores: np.ndarray | None  # (n, all words of the prompts)
     answers: list[str | None] | None
     seconds: float
-    error: NotFinite | None
-
-    @property
-    def failed(self) -> Sequence[int]:
-        """The rows of which nothing is known: their numbers are not finite."""
-        return self.error.rows if self.error else ()
+    error: NotFinite | None  # if some rows have numbers that are not finite

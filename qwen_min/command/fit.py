@@ -2,17 +2,35 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from qwen_min.command.classifier import Source
+from qwen_min.command.finite import first_not_finite
 from qwen_min.command.terminal import progress_bar
 from qwen_min.files import run as run_files
+from qwen_min.files.data import Example
 from qwen_min.files.disk import read_json, write_atomically, write_json
+from qwen_min.model import Qwen
+from qwen_min.prompt import Prompt
 from qwen_min.training import Plan, best_step, make_optimizer, training_steps
 
 STATE = {"step": int, "seconds": float, "history": [{"step": int, "held_out_log_loss": float}]}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a method trains on: the loaded base, and the rows of the data file with their split."""
+
+    source: Source
+    run: Path  # the run directory
+    model: Qwen
+    examples: Sequence[Example]
+    prompts: Sequence[Prompt]  # of each example
+    training: Sequence[int]  # rows to train on
+    held_out: Sequence[int]  # rows that choose penalty, layer or step
 
 
 class Stopped(Exception):
@@ -93,3 +111,14 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
         bar.close()
         stop.restore()
     return {**state, "best_step": best_step(state["history"])}
+
+
+def why_failed(job: Job, failed: Sequence[int]) -> str:
+    """Where the numbers of a step's rows stop being finite, if they do; otherwise which rows."""
+    rows = [(job.prompts[job.training[i]], job.examples[job.training[i]]) for i in failed]
+    prompts = [replace(p, labels=p.labels[e.label : e.label + 1]) for p, e in rows]
+    if rows and (where := first_not_finite(job.model, prompts)):
+        lower = ", or lower --lr" * (not where.startswith("in float16"))
+        return f", numbers that are not finite {where}{lower}"
+    lines = f"in rows {[example.line for _, example in rows]} (lines of {job.source.args.data})"
+    return f", {lines}: look at these, or lower --lr" * bool(rows)

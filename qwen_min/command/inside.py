@@ -1,11 +1,14 @@
 """What --label-sets, --calibrate and --explain show: qwen_min.lab, put to one evaluation."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source, dtype_name
+from qwen_min.command.arguments import UNTRAINED
+from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source, forms
+from qwen_min.command.finite import dtype_name
 from qwen_min.command.task import Task
 from qwen_min.command.terminal import progress_bar
 from qwen_min.files.data import Example
@@ -19,7 +22,7 @@ def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict[str, Callable[
         from qwen_min.lab.label_sets import compare_sets, parse_label_sets
 
         sets = parse_label_sets(args.label_sets, evaluation.source.task.labels)
-        rows = (evaluation.all_prompts, outcome.all_scores)
+        rows = (evaluation.prompts, outcome.all_scores)
         inside["label_sets"] = partial(compare_sets, evaluation.true_classes, sets, *rows)
     if args.calibrate:
         inside["calibration"] = partial(calibrate, evaluation, outcome.scores)
@@ -29,7 +32,7 @@ def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict[str, Callable[
 def neutral_prompts(
     source: Source, examples: Sequence[Example], training: tuple[str, list[Example]] | None
 ) -> tuple:
-    """The prompts that --calibrate scores besides the rows."""
+    """The prompts that --calibrate scores besides the rows: a `Neutral`."""
     from qwen_min.lab import calibration
 
     task = source.task
@@ -39,19 +42,24 @@ def neutral_prompts(
         return task.prompts(texts, places, template=template)
 
     split = source.record["arguments"]["data_seed"] if source.record else 0
-    rows, seeds = training and training[1], (source.args.seed, split)
-    return calibration.neutral_prompts(prompts_of, task.template, examples, rows, seeds)
+    held_out = None
+    if training and (rows := calibration.held_out_rows(training[1], examples, split)):
+        held_out = np.array([row.label for row in rows]), prompts_of([row.text for row in rows])
+    texts = [example.text for example in examples]
+    random = prompts_of(calibration.random_texts(texts, source.args.seed))
+    premise = prompts_of([""], calibration.premise_template(task.template))
+    return calibration.Neutral(prompts_of(calibration.CONTENT_FREE), random, premise, held_out)
 
 
 def calibrate(evaluation: Evaluation, scores: np.ndarray) -> dict[str, dict]:
     """--calibrate: the scores (n, C) corrected in each way, and how the corrections do."""
-    from qwen_min.lab.calibration import calibrations, score_neutral
+    from qwen_min.lab.calibration import Neutral, calibrations
 
+    *others, held_out = evaluation.neutral
     with progress_bar(unit=" rows", desc="calibration") as bar:
         score = partial(evaluation.classifier.scores, progress=bar.update)
-        neutral = score_neutral(evaluation.neutral, score)
-    tokens = {prompt.labels: [*map(len, prompt.labels)] for prompt in evaluation.prompts}
-    lengths = np.array([tokens[prompt.labels] for prompt in evaluation.prompts])
+        neutral = Neutral(*map(score, others), held_out and (held_out[0], score(held_out[1])))
+    lengths = np.array([[*map(len, words)] for words in evaluation.label_ids])
     return calibrations(evaluation.true_classes, scores, lengths, neutral)
 
 
@@ -75,12 +83,15 @@ def explain(source: Source, load: Callable[[Source], Classifier]) -> int:
     (prompt,) = task.prompts([args.explain], ["--explain"])
     classifier = load(source)
     models = {"the model": classifier.model}
-    if source.changes_base:
+    unadapted = args.method in (*UNTRAINED, "transplanted_head")
+    if not unadapted and (source.parts.lora or source.parts.vectors):
         models = {"base": source.base(), "adapted": classifier.model}
+    empty = task.empty_prompt()
+    for model in models.values():  # raises NotFinite
+        plain = replace(classifier, model=model, forms=forms(plain=True))
+        plain.scores([prompt, empty] if empty else [prompt])
     print(f"{args.method}, {args.run or args.model}, {dtype_name(classifier.model)}\n")
-    shown = (task.tokenizer, prompt, task.empty_prompt(), task.labels, models)
-    if classifier.by == "head":
-        print(explain_head(*shown, classifier.head))
-    else:
-        print(explain_labels(*shown))
+    shown = (task.tokenizer, prompt, empty, task.labels, models)
+    by_head = classifier.by == "head"
+    print(explain_head(*shown, classifier.head) if by_head else explain_labels(*shown))
     return 0

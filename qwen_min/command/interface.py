@@ -8,17 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from qwen_min.command.arguments import finished_run
-from qwen_min.command.classifier import Classifier, Source
+from qwen_min.command.classifier import Classifier, Source, forms
 from qwen_min.command.cli import choose_device
 from qwen_min.command.task import Task, read_task
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
-from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.tokens import read_tokenizer
 from qwen_min.files.weights import load_model
 from qwen_min.metrics import evaluate_predictions, softmax
 from qwen_min.model import Qwen
-from qwen_min.prompt import build_prompts
+from qwen_min.prompt import Prompt, build_prompts
 from qwen_min.tokenizer import Tokenizer
 
 
@@ -29,6 +28,13 @@ def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Qwen, T
     """
     directory = resolve_model(model)
     return load_model(directory, dtype, choose_device(device)), read_tokenizer(directory)
+
+
+def score_labels(
+    model: Qwen, prompts: Sequence[Prompt], batch_tokens: int = DEFAULT_BATCH_TOKENS
+) -> np.ndarray:
+    """Scores of each prompt's labels: (n, C), float64. batch_tokens limits one forward's tokens."""
+    return Classifier(model, "label words", None, forms(False), batch_tokens).scores(prompts)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,27 @@
 """--plain: every computation through its definition, one forward at a time.
 
-The functions have the names of those in fast/forms.py and can be called in the same way;
-`score_labels` is imported from scoring.py. `batch_tokens` and `checkpointing` are not used here.
+The functions have the names of those in fast/forms.py and can be called in the same way.
+`batch_tokens` and `checkpointing` are not used here.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qwen_min.head import head_loss, pooled_state
 from qwen_min.model import Qwen
-from qwen_min.prompt import Prompt
-from qwen_min.scoring import check_finite, label_loss, score_labels
+from qwen_min.prompt import Prompt, Prompts
+from qwen_min.scoring import label_loss, score_label
 
-Prompts, Classes = Sequence[Prompt], Sequence[int]
+Classes = Sequence[int]
+
+
+def score_labels(model: Qwen, prompts: Prompts, batch_tokens: int, progress) -> np.ndarray:
+    """`score_label` for each label of each prompt: (n, C), float64."""
+    rows = counted(prompts, progress)
+    return np.array([[score_label(model, p.ids, ids) for ids in p.labels] for p in rows])
 
 
 def pooled_features(
@@ -31,13 +38,11 @@ def pooled_features(
 
 def generate_answers(
     model: Qwen, prompts: Prompts, most: int, stop: Collection[int], batch_tokens: int, progress
-) -> list[list[int]]:
+) -> list[list[int] | None]:
     """`greedy` for each prompt: one forward for each of at most `most` new tokens."""
     from qwen_min.lab.generation import greedy
 
-    answers = [greedy(model, prompt.ids, most, stop) for prompt in counted(prompts, progress)]
-    check_finite(model, prompts, [answer is not None for answer in answers], answers)
-    return answers
+    return [greedy(model, prompt.ids, most, stop) for prompt in counted(prompts, progress)]
 
 
 def label_losses(model: Qwen, prompts: Prompts, classes: Classes, checkpointing: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""The results of one evaluation as text for a terminal."""
+"""The results of an evaluation, and of the layers that a probe tried, as text for a terminal."""
 
 from collections.abc import Mapping
 
@@ -38,15 +38,9 @@ def format_results(results: Mapping) -> str:
     heads = names + ["off track"] * bool(results["off_track"])
     matrix = zip(names, results["confusion_matrix"], strict=True)
     counts = [[name, *map(str, row)] for name, row in matrix]
-    return "\n".join(
-        [
-            *(f"{name:12}  {value}" for name, value in facts.items()),
-            "",
-            text_table(["class", "precision", "recall", "F1", "examples"], table),
-            "",
-            text_table(["true \\ predicted", *heads], counts),
-        ]
-    )
+    lines = "\n".join(f"{name:12}  {value}" for name, value in facts.items())
+    classes = text_table(["class", "precision", "recall", "F1", "examples"], table)
+    return f"{lines}\n\n{classes}\n\n" + text_table(["true \\ predicted", *heads], counts)
 
 
 def accuracy(measured: Mapping) -> str:
@@ -58,3 +52,13 @@ def accuracy(measured: Mapping) -> str:
 def number(value: float | None) -> str:
     """Four decimals."""
     return "undefined" if value is None else f"{value:.4f}"
+
+
+def format_layers(found: dict[int, dict], chosen: int) -> str:
+    """A line for each layer: its accuracy and log-loss on the held-out part, its penalty."""
+    keys = ("held_out_accuracy", "held_out_log_loss", "l2")
+    rows = [
+        [str(layer), *(f"{row[key]:.4f}" for key in keys), "chosen" * (layer == chosen)]
+        for layer, row in found.items()
+    ]
+    return text_table(["layer", "held-out accuracy", "log-loss", "L2", ""], rows)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,10 +90,9 @@ def read_task(args: argparse.Namespace) -> Task:
     config = QwenConfig.from_json(directory / "config.json")
     tokenizer = read_tokenizer(directory)
     if tokenizer.size > config.vocab_size:
-        raise UserError(
-            f"{directory}: tokenizer.json has {tokenizer.size} tokens, expected at most "
-            f"config.json's vocab_size, {config.vocab_size}; take both from one checkpoint"
-        )
+        most = f"expected at most config.json's vocab_size, {config.vocab_size}"
+        found = f"tokenizer.json has {tokenizer.size} tokens, {most}"
+        raise UserError(f"{directory}: {found}; take both from one checkpoint")
     chat = None
     if args.chat:
         from qwen_min.lab.chat import read_chat_format
@@ -119,20 +119,30 @@ def row_prompts(file: str, task: Task, examples: Sequence[Example], **others) ->
     return task.prompts([example.text for example in examples], places, **others)
 
 
-def warn_about_labels(prompt: Prompt, labels: Sequence[str]) -> None:
+def check_classes(
+    args: argparse.Namespace, task: Task, examples: Sequence[Example], training: Sequence[int]
+) -> None:
+    """Raise UserError if a class has no example among the rows `training`."""
+    trained, known = {examples[i].label for i in training}, {e.label for e in examples}
+    for y, word in enumerate(task.labels):
+        where = f"in the first {args.limit} (--limit)" if args.limit else "in the file"
+        reason = f"no row {where}: add rows, or leave its word out of --labels"
+        if y in known:
+            reason = "its only text is held out, and every other text is a class's only one too: "
+            reason += "add another text of each class"
+        if y not in trained:
+            raise UserError(f"{args.data}: class {word!r} cannot be trained: {reason}")
+
+
+def warn_about_labels(label_ids: Sequence[tuple[int, ...]], labels: Sequence[str]) -> None:
     """Say on stderr what makes label words hard to compare: their lengths, a common beginning."""
-    lengths = [len(ids) for ids in prompt.labels]
-    if len(set(lengths)) > 1:
-        counts = ", ".join(f"{w} {n}" for w, n in zip(labels, lengths, strict=True))
-        print(
-            f"warning: label words differ in tokens ({counts}); each is scored whole, and longer "
-            "ones tend to score lower",
-            file=sys.stderr,
-        )
-    for word, ids in zip(labels, prompt.labels, strict=True):
-        for other, longer in zip(labels, prompt.labels, strict=True):
-            if len(ids) < len(longer) and longer[: len(ids)] == ids:
-                print(
-                    f"warning: {other} begins with {word}, so {word} can never score lower",
-                    file=sys.stderr,
-                )
+    pairs, said = list(zip(labels, label_ids, strict=True)), []
+    if len({len(ids) for ids in label_ids}) > 1:
+        counts = ", ".join(f"{word} {len(ids)}" for word, ids in pairs)
+        advice = "each is scored whole, and longer ones tend to score lower"
+        said.append(f"label words differ in tokens ({counts}); {advice}")
+    for (word, ids), (other, longer) in permutations(pairs, 2):
+        if longer[: len(ids)] == ids:
+            said.append(f"{other} begins with {word}, so {word} can never score lower")
+    for line in said:
+        print(f"warning: {line}", file=sys.stderr)

@@ -11,13 +11,13 @@ from qwen_min.fast.label_scores import last_states
 from qwen_min.fast.layout import Text, pack
 from qwen_min.fast.packed import forward_packed
 from qwen_min.model import Qwen
-from qwen_min.prompt import Prompt
+from qwen_min.prompt import Prompts
 
 
 @torch.inference_mode()
 def pooled_features(
     model: Qwen,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     pooling: str,
     all_layers: bool,
     batch_tokens: int,
@@ -50,11 +50,7 @@ def pool(x: Tensor, lengths: Sequence[int], pooling: str) -> Tensor:
 
 
 def head_losses(
-    model: Qwen,
-    weight: Tensor,
-    prompts: Sequence[Prompt],
-    classes: Sequence[int],
-    checkpointing: bool = False,
+    model: Qwen, weight: Tensor, prompts: Prompts, classes: Sequence[int], checkpointing: bool
 ) -> Tensor:
     """Sum over rows of `head_loss`, with gradient. weight (C, D) in fp32."""
     h = last_states(model, [p.ids for p in prompts], [1] * len(prompts), checkpointing)  # (rows, D)

@@ -18,7 +18,6 @@ from qwen_min.fast.layout import Cache, Text, pack
 from qwen_min.fast.packed import forward_packed
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
-from qwen_min.scoring import check_finite
 
 # Rows of logits held at once: with V = 151,936 a row is 0.6 MB in fp32.
 LOGIT_ROWS = 64
@@ -44,13 +43,9 @@ def label_tree(labels: tuple[tuple[int, ...], ...]) -> LabelTree:
     inner = sorted({label[:t] for label in labels for t in range(1, len(label))}, key=len)
     node_of = {(): 0} | {beginning: i + 1 for i, beginning in enumerate(inner)}
     mask = [[child[: len(parent)] == parent for parent in inner] for child in inner]
-    return LabelTree(
-        tokens=tuple(beginning[-1] for beginning in inner),
-        mask=torch.tensor(mask, dtype=torch.bool).view(len(inner), len(inner)),
-        steps=tuple(
-            tuple((node_of[label[:t]], label[t]) for t in range(len(label))) for label in labels
-        ),
-    )
+    mask = torch.tensor(mask, dtype=torch.bool).view(len(inner), len(inner))
+    steps = [tuple((node_of[word[:t]], word[t]) for t in range(len(word))) for word in labels]
+    return LabelTree(tuple(beginning[-1] for beginning in inner), mask, tuple(steps))
 
 
 @torch.inference_mode()
@@ -75,7 +70,6 @@ def score_labels(
         batch = [(prompts[row].ids[shared:], label_tree(prompts[row].labels)) for row in rows]
         scores[rows] = score_batch(model, batch, prefix)
         progress(len(rows))
-    check_finite(model, prompts, np.isfinite(scores).all(axis=1), scores)
     return scores
 
 
@@ -125,10 +119,7 @@ def token_log_probs(model: Qwen, h: Tensor, index: Tensor, tokens: Tensor) -> np
 
 
 def last_states(
-    model: Qwen,
-    texts: Sequence[tuple[int, ...]],
-    counts: Sequence[int],
-    checkpointing: bool = False,
+    model: Qwen, texts: Sequence[tuple[int, ...]], counts: Sequence[int], checkpointing: bool
 ) -> Tensor:
     """States of the last counts[i] tokens of text i, with gradient: (Σ counts, D).
 

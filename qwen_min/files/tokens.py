@@ -1,5 +1,6 @@
-"""What the files beside tokenizer.json say about tokens: names of special ones, and added ones."""
+"""tokenizer.json, checked, and what the files beside it say about special and added tokens."""
 
+import re
 from pathlib import Path
 
 from qwen_min.errors import UserError
@@ -34,13 +35,40 @@ def special_tokens(config: dict) -> dict[str, str]:
     return {n: t for n, t in texts.items() if n.endswith("_token") and isinstance(t, str)}
 
 
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of tokenizer.json alone.
+
+    Raises UserError if the file is missing, or if the `tokenizers` library cannot use it.
+    """
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():  # a pipe would block
+        raise UserError(f"{path}: no such file; give a model directory, which has one")
+    try:
+        data = path.read_bytes()
+        prefix = re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', data)
+        if prefix and b'"WordPiece"' not in data:  # the library would end the process
+            raise ValueError("its BPE has a continuing_subword_prefix")
+        tokenizer = Tokenizer(directory)
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    # The library raises bare Exception, or a panic, which is no Exception.
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a usable tokenizer ({reason}); fetch it again") from None
+    added = tokenizer.added
+    if any(t.rstrip for t in added) and any(t.content[:1].isspace() for t in added):
+        problem = "an added token has rstrip and another begins with white space"
+        raise UserError(f"{path}: {problem}: the library fails there; set rstrip to false")
+    return tokenizer
+
+
 def read_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer, after a look at the files beside tokenizer.json, which it is read from alone.
 
     transformers takes added tokens from all of them; which one counts depends on its version and
     on the tokenizer's class. Raises UserError where they differ.
     """
-    tokenizer = Tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     config, path = read_tokenizer_config(directory), directory / CONFIG
     for name in ("add_prefix_space", "split_special_tokens"):
         if config.get(name):

@@ -14,7 +14,7 @@ No correction uses the labels of evaluated rows. `best_threshold` does: it is a 
 correction.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -119,34 +119,6 @@ def held_out_rows(
     seen = {normalised(example.text) for example in evaluated}
     rows = [training[i] for i in held_out if normalised(training[i].text) not in seen]
     return rows[:TEMPERATURE_ROWS]
-
-
-def neutral_prompts(
-    prompts_of: Callable[..., list[Prompt]],
-    template: str,
-    examples: Sequence[Example],
-    training: Sequence[Example] | None,
-    seeds: tuple[int, int],
-) -> Neutral:
-    """The prompts of all inputs that calibration needs besides the evaluated `examples`.
-
-    prompts_of(texts) builds prompts in `template`, prompts_of(texts, other) in another template.
-    training: the training data, if known. seeds: of the random texts, and of the training data's
-    split.
-    """
-    held_out = None
-    if rows := training and held_out_rows(training, examples, seeds[1]):
-        held_out = np.array([row.label for row in rows]), prompts_of([row.text for row in rows])
-    random = prompts_of(random_texts([example.text for example in examples], seeds[0]))
-    premise = prompts_of([""], premise_template(template))
-    return Neutral(prompts_of(CONTENT_FREE), random, premise, held_out)
-
-
-def score_neutral(prompts: Neutral, score: Callable[[Sequence[Prompt]], np.ndarray]) -> Neutral:
-    """The scores of these prompts. score: from prompts to the model's class scores (n, C)."""
-    *others, held_out = prompts
-    of_held_out = held_out and (held_out[0], score(held_out[1]))
-    return Neutral(*map(score, others), of_held_out)
 
 
 def log_priors(scores: np.ndarray, neutral: Neutral) -> dict[str, np.ndarray]:

@@ -15,12 +15,13 @@
 Without a given system message, Qwen2.5 adds a default one and Qwen3 adds none. Only Qwen3 has the
 empty thinking block: without it the model would start to think (`enable_thinking=False`).
 
-A checkpoint's own template, a program in the language Jinja, goes before. It is rendered as
+A checkpoint's own template, a program in the language Jinja, takes precedence. It is rendered as
 `apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)` of transformers
 renders it. For Qwen's releases that gives the markup above: tests hold the two equal.
 """
 
 import json
+import re
 import signal
 import threading
 from collections.abc import Collection, Iterator
@@ -29,9 +30,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
+from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from qwen_min.errors import UserError
@@ -72,9 +71,9 @@ Chat = ChatFormat | ChatTemplate
 def read_chat_format(directory: str | Path, model_type: str) -> Chat:
     """The template of the checkpoint in `directory`; without one, Qwen2.5's or Qwen3's format.
 
-    model_type is its config's. A file of its own counts before tokenizer_config.json; of several
-    templates with names, the default one counts (both as in transformers). Raises UserError if the
-    template cannot be read.
+    model_type is its config's. A file of its own takes precedence over tokenizer_config.json; of
+    several templates with names, the default one counts (both as in transformers). Raises UserError
+    if the template cannot be read.
     """
     directory = Path(directory)
     config = read_tokenizer_config(directory)
@@ -129,7 +128,9 @@ def render_template(template: str, chat: ChatTemplate, system: str | None) -> st
     frames = set()
     try:
         with time_limit(SECONDS):
-            jinja = sandbox().from_string(chat.source)
+            # {% generation %} marks an answer for training; on the text it has no effect.
+            source = re.sub(r"(\{%[-+]?\s*(end)?)generation\b", r"\1with", chat.source)
+            jinja = sandbox().from_string(source)
             for text in PROBES:
                 user = {"role": "user", "content": template.replace(FIELD, text)}
                 rendered = jinja.render(GIVEN | chat.tokens, messages=[*first, user])
@@ -169,19 +170,8 @@ def sandbox() -> ImmutableSandboxedEnvironment:
     def tojson(value: object, ensure_ascii: bool = False, **options: object) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's is for HTML
 
-    class Generation(Extension):
-        """{% generation %} marks an answer for training; it has no effect on the text."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    jinja = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
+    loops = ["jinja2.ext.loopcontrols"]  # break and continue
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
     jinja.intercepted_binops = frozenset({"*", "**"})
     jinja.binop_table |= {"*": multiply, "**": refuse}
     jinja.filters["tojson"] = tojson
@@ -197,12 +187,13 @@ def time_limit(seconds: int) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TimeoutError(f"more than {seconds} s")
 
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGALRM, stop) if main else None
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
     try:
-        signal.alarm(seconds if main else 0)
         yield
     finally:
-        if main:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -16,7 +16,7 @@ from qwen_min.head import LinearHead, pooled_state
 from qwen_min.metrics import softmax
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
-from qwen_min.scoring import check_finite, label_mass, score_label
+from qwen_min.scoring import label_mass, score_label
 from qwen_min.tokenizer import Tokenizer
 
 Models = dict[str, Qwen]  # by name
@@ -65,10 +65,8 @@ def explain_labels(
     for name, model in models.items():
         found[name] = [label_positions(model, prompt.ids, ids) for ids in prompt.labels]
         scores[name] = [sum(p.log_p for p in word) for word in found[name]]
-        check_finite(model, [prompt], [np.isfinite(scores[name]).all()])
         if empty:
             empty_scores[name] = [score_label(model, empty.ids, ids) for ids in empty.labels]
-            check_finite(model, [empty], [np.isfinite(empty_scores[name]).all()])
         # 1. logit - log-sum-exp = log p, for each token of each word.
         for word, positions in zip(words, found[name], strict=True):
             for p in positions:
@@ -117,12 +115,10 @@ def explain_head(
     states, scores, empty_scores, reasons, rows, state_rows = {}, {}, {}, {}, [], []
     for name, model in models.items():
         states[name] = h = pooled_state(model, prompt.ids, head.pooling, head.layer).cpu()
-        check_finite(model, [prompt], [h.isfinite().all()])
         scores[name] = head.scores(h[None])[0].tolist()
         if empty:
-            empty_h = pooled_state(model, empty.ids, head.pooling, head.layer)
-            check_finite(model, [empty], [empty_h.isfinite().all().cpu()])
-            empty_scores[name] = head.scores(empty_h[None])[0].tolist()
+            h_empty = pooled_state(model, empty.ids, head.pooling, head.layer)
+            empty_scores[name] = head.scores(h_empty[None])[0].tolist()
         state_rows.append([name, *(f"{x:.3f}" for x in h[:6]), "…", f"{h.norm():.3f}"])
         for y, (word, w) in enumerate(zip(words, weight, strict=True)):
             rows.append([name, word, *digits(w.norm(), w @ h, bias[y], scores[name][y])])

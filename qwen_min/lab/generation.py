@@ -30,7 +30,7 @@ def greedy(
     """
     new: list[int] = []
     while len(new) < max_new_tokens:
-        ids = torch.tensor([[*prompt, *new]], device=model.lm_head_weight.device)  # (1, T)
+        ids = torch.tensor([[*prompt, *new]], device=model.device)  # (1, T)
         logits = model.logits(model(ids)[0, -1])  # (V,)
         if not logits.isfinite().all():
             return None

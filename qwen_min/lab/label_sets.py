@@ -66,8 +66,7 @@ def compare_sets(
     for chosen in sets:
         columns = [words.index(word) for word in chosen]
         own, first = scores[:, columns], scores[:, [len(words) + c for c in columns]]
-        of_set = {p.labels: tuple(p.labels[c] for c in columns) for p in prompts}
-        of_rows = [of_set[prompt.labels] for prompt in prompts]
+        of_rows = [tuple(prompt.labels[c] for c in columns) for prompt in prompts]
         ids = of_rows[0]
         uses = Counter(token for word in ids for token in set(word))
         # Words with the same first token tie there: the decision would be arbitrary.

@@ -24,6 +24,7 @@ from qwen_min.errors import UserError
 from qwen_min.files.data import Example, class_counts, read_examples
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.overlap import normalised, stand_in
+from qwen_min.files.tokens import load_tokenizer
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, parse_labels
 from qwen_min.tokenizer import Tokenizer
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def audit(args: argparse.Namespace) -> int:
     """Read the files, count, print."""
     labels = parse_labels(args.labels)
-    tokenizer = Tokenizer(resolve_model(args.model)) if args.model else None
+    tokenizer = load_tokenizer(resolve_model(args.model)) if args.model else None
     names = [args.first, *filter(None, [args.second])]
     if len(set(map(os.path.realpath, names))) < len(names):
         raise UserError(f"{args.second}: given twice; name two files, or one alone")
@@ -74,7 +75,7 @@ def read(name: str, labels: Sequence[str], encoding: str, tokenizer: Tokenizer |
     """Read a data file and compute what all counts need."""
     examples = read_examples(name, labels, encoding)
     texts = [example.text for example in examples]
-    tokens = [len(ids) for ids in tokenizer.encode_batch(texts)] if tokenizer else None
+    tokens = [len(tokenizer.encode(text)) for text in texts] if tokenizer else None
     forms = (texts, [normalised(text) for text in texts])
     return File(name, examples, dict(zip(FORMS, forms, strict=True)), tokens)
 

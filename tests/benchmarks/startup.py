@@ -46,8 +46,8 @@ OURS = f"""
 import json, sys, time
 from qwen_min.files.weights import load_model
 from qwen_min.fast.memory import keep_freed_memory
+from qwen_min.fast.label_scores import score_labels
 from qwen_min.prompt import build_prompts
-from qwen_min.scoring import score_labels
 from qwen_min.tokenizer import Tokenizer
 
 directory, dtype, template, text, *labels = sys.argv[1:]

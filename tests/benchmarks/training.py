@@ -110,7 +110,7 @@ def ours(args: argparse.Namespace) -> Step:
             if head is None:
                 loss = label_losses(model, prompts, classes) / len(rows)
             else:
-                loss = head_losses(model, head, prompts, classes) / len(rows)
+                loss = head_losses(model, head, prompts, classes, False) / len(rows)
             loss.backward()
             total += loss.item()
         optimizer.step()

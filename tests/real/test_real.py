@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwen_min.fast.generation import greedy_cached
+from qwen_min.fast.generation import generate_answers
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.fast.layout import Text, pack
 from qwen_min.fast.packed import forward_packed
@@ -20,7 +20,7 @@ from qwen_min.files.data import read_examples
 from qwen_min.files.weights import load_model
 from qwen_min.lab.chat import QWEN25_SYSTEM, ChatFormat, read_chat_format, wrap_template
 from qwen_min.lab.explain import label_positions
-from qwen_min.prompt import DEFAULT_TEMPLATE, build_prompts
+from qwen_min.prompt import DEFAULT_TEMPLATE, Prompt, build_prompts
 from qwen_min.scoring import score_label
 from qwen_min.tokenizer import Tokenizer
 
@@ -104,7 +104,8 @@ def test_generation_fp32(checkpoint, fp32, texts):
     ours, reference = fp32
     tokenizer = Tokenizer(checkpoint)
     prompts = [tokenizer.encode(DEFAULT_TEMPLATE.replace("{text}", text)) for text in texts[:3]]
-    found = greedy_cached(ours, prompts, 20)
+    rows = [Prompt(tuple(ids), (), False) for ids in prompts]
+    found = generate_answers(ours, rows, 20, (), 10**6)
     for prompt, new in zip(prompts, found, strict=True):
         expected = reference.generate(
             torch.tensor([prompt]),
