@@ -26,13 +26,13 @@ def greedy(
 ) -> list[int] | None:
     """The new token ids, without the token of `stop` that ended them: one full forward each.
 
-    None if a logit is not finite: then no token is the most likely one.
+    None if the largest logit is not finite: then no token is the most likely one.
     """
     new: list[int] = []
     while len(new) < max_new_tokens:
         ids = torch.tensor([[*prompt, *new]], device=model.device)  # (1, T)
         logits = model.logits(model(ids)[0, -1])  # (V,)
-        if not logits.isfinite().all():
+        if not logits.max().isfinite():  # NaN is the maximum of all numbers
             return None
         if (token := int(logits.argmax())) in stop:
             break
