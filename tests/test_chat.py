@@ -319,7 +319,6 @@ def test_what_the_template_does_to_words_around_the_text_is_rendered():
         ("{{ [1] * 10000000000 }}", "a power or a large product"),
         ("{% for i in range(9999) %}{{ 'x' * 999 }}{% endfor %}", "more than 1,000,000"),
         ("{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "MemoryError"),
-        ("{{ '%3000000000d' % 1 }}", "Error"),
         ("{{ '%1000000000d' % 1 }}", "MemoryError"),
         ("{{ 'x' | center(1000000000) }}", "MemoryError"),
         ("{{ 'x'.ljust(1000000000) }}", "MemoryError"),

@@ -368,7 +368,7 @@ def test_tokens_that_other_files_add_are_refused_by_name(fields, said, tmp_path)
 def test_ids_of_added_tokens_are_those_of_the_files_or_refused_by_name(tmp_path):
     make_tokenizer(tmp_path)
     config(tmp_path, added_tokens_decoder=SAME | {"502": SAME["501"], "501": SAME["502"]})
-    with pytest.raises(UserError, match="not those of tokenizer.json .*im_end.*im_start"):
+    with pytest.raises(UserError, match=r"not those of tokenizer.json .*im_end.*im_start"):
         read_tokenizer(tmp_path)
     raw = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     edit(tmp_path, added_tokens=raw["added_tokens"][::-1])  # transformers takes the ids
