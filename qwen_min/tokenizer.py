@@ -27,7 +27,7 @@ CONTROL = re.compile(r"<[|｜].+[|｜]>|</?(think|tool_call|tool_response)>", re
 class Tokenizer:
     """The tokenizer of a model directory.
 
-    `added` are the added tokens in order of their ids. `markup` maps those that are markup, such as
+    `added` maps ids to the added tokens, in order. `markup` maps those that are markup, such as
     `<|im_start|>`, to their ids. All ids are below `size`.
     `required` are the tokens that tokenizer.json puts around every text (Qwen's files name none).
     They are not put there; a template has to contain them.
@@ -47,21 +47,22 @@ class Tokenizer:
         whole.no_truncation()  # the file may ask for both, for other programs
         whole.no_padding()
         self._path, self._whole = path, whole
-        self.added = [token for _, token in sorted(whole.get_added_tokens_decoder().items())]
-        names = [t.content for t in self.added if t.special or CONTROL.fullmatch(t.content)]
+        self.added = dict(sorted(whole.get_added_tokens_decoder().items()))
+        added = [*self.added.values()]
+        names = [t.content for t in added if t.special or CONTROL.fullmatch(t.content)]
         self.markup = {name: whole.token_to_id(name) for name in names}
         # The same parts without the post-processor. This one encodes texts.
         self._base = BaseTokenizer(whole.model)
         self._base.normalizer = whole.normalizer
         self._base.pre_tokenizer = whole.pre_tokenizer
         self._base.decoder = whole.decoder
-        if len(self.added) > len(self.markup):
+        if len(added) > len(self.markup):
             # In the same order, so with the same ids. As special tokens are plain text for this
             # tokenizer, all markup is made special.
             self._base.encode_special_tokens = True
-            for token in self.added:
+            for token in added:
                 token.special = token.content in self.markup
-            self._base.add_tokens(self.added)
+            self._base.add_tokens(added)
         # The model's vocab_size is larger: ids from `size` on have no text.
         self.size = 1 + max(whole.get_vocab().values())
         self.required = whole.encode("").tokens

@@ -9,10 +9,12 @@ from conftest import make_tokenizer
 from transformers import AutoTokenizer
 
 from qwen_min.errors import UserError
+from qwen_min.files.tokens import read_tokenizer
 from qwen_min.lab.chat import (
     QWEN25_SYSTEM,
     ChatFormat,
     ChatTemplate,
+    check_texts,
     read_chat_format,
     wrap_template,
 )
@@ -124,25 +126,31 @@ def test_rendered_as_transformers_renders_it(name, system, template, directory):
         assert list(prompt.ids) == list(expected)
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 @pytest.mark.parametrize(
     "config",
     [
         {},
+        {"tokenizer_class": None, "bos_token": ""},
+        {"tokenizer_class": "LlamaTokenizerFast", "eos_token": "", "my_token": "<tool_call>"},
+        {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": {"mine": "<|im_end|>"}},
         {"bos_token": "<|im_start|>"},
         {"bos_token": {"__type": "AddedToken", "content": "<|im_end|>"}, "eos_token": None},
         {"tokenizer_class": "Qwen2Tokenizer", "eos_token": None, "my_token": "<tool_call>"},
         {"tokenizer_class": "Qwen2Tokenizer", "extra_special_tokens": {"my_token": "<|im_end|>"}},
     ],
 )
-def test_special_tokens_by_name_are_those_of_transformers(config, directory):
+def test_special_tokens_by_name_are_those_of_transformers(config, model_type, directory):
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
     path = directory / "tokenizer_config.json"
     before = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
-    names = ("bos_token", "eos_token", "pad_token", "unk_token", "my_token")
+    names = ("bos_token", "eos_token", "pad_token", "unk_token", "my_token", "mine")
     template = "".join(f"{name}={{{{ {name} }}}} " for name in names) + USER
     path.write_text(json.dumps(before | config | {"chat_template": template}))
     theirs = AutoTokenizer.from_pretrained(directory)
     expected = theirs.apply_chat_template(messages_of("{text}", None), tokenize=False)
-    assert wrap_template("{text}", read_chat_format(directory, "qwen2"), ()) == expected
+    assert wrap_template("{text}", read_chat_format(directory, model_type), ()) == expected
+    read_tokenizer(directory)
 
 
 def test_the_think_block_and_the_system_message_go_where_they_should():
@@ -231,17 +239,61 @@ def test_a_model_that_always_thinks_is_refused():
         *("{{ messages[-1].content | trim }}", "{{ messages[-1].content | upper }}"),
         *("{{ messages[-1].content | e }}", "{{ messages[-1].content | tojson }}"),
         *("{{ messages[-1].content[:500] }}", "{{ messages[-1].content | length }}" + USER),
-        *(
-            "",
-            "Hello",
-            USER + USER,
-            "{text}" + USER,
-            "{{ messages[-1].content.split('</think>')[0] }}",
-        ),
+        *("", "Hello", USER + USER, "{{ messages[-1].content.split('</think>')[0] }}"),
     ],
 )
 def test_a_template_that_changes_the_text_is_refused(source):
     assert "changes the user's message" in refusal(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[-1].content.strip('\\n') }}",
+        "{{ messages[-1].content.rstrip('。') }}",
+        "{{ messages[-1].content | replace('  ', ' ') }}",
+        "{{ messages[-1].content | replace('<image>', '<|im_start|>') }}",
+        "{{ '/no_think' in messages[-1].content }}" + USER,
+        "{{ messages[-1].content.startswith('/no_think') }}" + USER,
+        "{{ messages[-1].content[0] in '0123456789' }}" + USER,
+        "{{ '好' in messages[-1].content }}" + USER,
+    ],
+)
+@pytest.mark.parametrize("template", ["{text}", "评论：{text}\n情感："])
+def test_each_text_has_transformers_prompt_or_is_refused_by_its_place(source, template, directory):
+    put(directory, source)
+    ours, theirs = Tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    chat, accepted = read_chat_format(directory, "qwen2"), []
+    try:
+        wrapped = wrap_template(template, chat, ours.markup)
+    except UserError:
+        return
+    for text in ("差", "\n差\n", "好。", "a  b", "<image>", "/no_think 差", "7", "差" * 9 + "好"):
+        messages = messages_of(template.replace("{text}", text), None)
+        equal = theirs.apply_chat_template(messages, tokenize=False) == wrapped.replace(
+            "{text}", text
+        )
+        try:
+            check_texts(ours, [text], wrapped, template, chat, None, 99, ["line 7"])
+            assert equal
+            accepted.append(text)
+        except UserError as error:
+            assert not equal and str(error).startswith("line 7: the chat template of ")
+    assert accepted
+
+
+def test_the_text_that_is_checked_is_the_shortened_one(directory):
+    tokenizer = Tokenizer(directory)
+    chat = ChatTemplate(Path("x"), "{{ '/no_think' in messages[-1].content }}" + USER, {})
+    wrapped = wrap_template("{text}", chat, ())
+    arguments = (tokenizer, ["a b c d /no_think"], wrapped, "{text}", chat, None)
+    check_texts(*arguments, 3, ["line 1"])
+    with pytest.raises(UserError, match="line 1"):
+        check_texts(*arguments, 99, ["line 1"])
+
+
+def test_a_template_that_says_the_text_field_is_refused():
+    assert "says {text} itself" in refusal("{text}" + USER)
 
 
 def test_what_the_template_does_to_words_around_the_text_is_rendered():
@@ -262,9 +314,19 @@ def test_what_the_template_does_to_words_around_the_text_is_rendered():
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{% for i in range(999999999) %}{% endfor %}", "Range too big"),
         ("{{ 9**9**9**9 }}", "a power or a large product"),
+        ("{{ -5 * 10000000000 }}", "a power or a large product"),
         ("{{ 'x' * 10000000000 }}", "a power or a large product"),
         ("{{ [1] * 10000000000 }}", "a power or a large product"),
-        ("{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "more than 1,000,000"),
+        ("{% for i in range(9999) %}{{ 'x' * 999 }}{% endfor %}", "more than 1,000,000"),
+        ("{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "MemoryError"),
+        ("{{ '%1000000000d' % 1 }}", "MemoryError"),
+        ("{{ 'x' | center(1000000000) }}", "MemoryError"),
+        ("{{ 'x'.ljust(1000000000) }}", "MemoryError"),
+        ("{{ '{:1000000000d}'.format(1) }}", "MemoryError"),
+        ("{{ [1] | tojson(indent=1000000000) }}", "MemoryError"),
+        ("{{ strftime_now('%Y') }}", "the date, the time or chance"),
+        ("{{ [1, 2] | random }}", "the date, the time or chance"),
+        ("{{ lipsum() }}", "the date, the time or chance"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ " + "(" * 9999 + ")" * 9999 + " }}", "RecursionError"),
         ("{% for i in [1] %}" * 50 + "{% endfor %}" * 50, "too many statically nested blocks"),

@@ -365,6 +365,26 @@ def test_tokens_that_other_files_add_are_refused_by_name(fields, said, tmp_path)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_ids_of_added_tokens_are_those_of_the_files_or_refused_by_name(tmp_path):
+    make_tokenizer(tmp_path)
+    config(tmp_path, added_tokens_decoder=SAME | {"502": SAME["501"], "501": SAME["502"]})
+    with pytest.raises(UserError, match=r"not those of tokenizer.json .*im_end.*im_start"):
+        read_tokenizer(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    edit(tmp_path, added_tokens=raw["added_tokens"][::-1])  # transformers takes the ids
+    with pytest.raises(UserError, match="has the id 503 but comes as 500; sort added_tokens"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("extra", [{"mine": "<s>"}, {"my_token": "<s>"}, ["<s>"]])
+def test_an_extra_token_that_tokenizer_json_lacks_is_refused(extra, tmp_path):
+    make_tokenizer(tmp_path)
+    config(tmp_path, extra_special_tokens=extra)
+    assert "<s>" in AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+    with pytest.raises(UserError, match="<s>"):
+        read_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [("added_tokens.json", {"<s>": 504}), ("special_tokens_map.json", {"unk_token": "<s>"})],

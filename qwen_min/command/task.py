@@ -66,7 +66,13 @@ class Task:
         prompt. Raises UserError where a prompt cannot be built or exceeds the model's positions.
         """
         labels = self.scored if labels is None else labels
+        template = self.template if template is None else template
         whole = self.whole_template(template)
+        if self.chat is not None:
+            from qwen_min.lab.chat import check_texts
+
+            frame = (whole, template, self.chat, self.system)
+            check_texts(self.tokenizer, texts, *frame, self.max_text_tokens, places)
         prompts = build_prompts(self.tokenizer, texts, whole, labels, self.max_text_tokens, places)
         check_lengths(prompts, self.config.max_position_embeddings, places, new_tokens)
         return prompts

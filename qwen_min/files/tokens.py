@@ -1,5 +1,6 @@
 """tokenizer.json, checked, and what the files beside it say about special and added tokens."""
 
+import json
 import re
 from pathlib import Path
 
@@ -26,13 +27,17 @@ def read_tokenizer_config(directory: Path) -> dict:
     return config if "added_tokens_decoder" in config else config | older | {"older": list(added)}
 
 
-def special_tokens(config: dict) -> dict[str, str]:
-    """The special tokens by name, such as eos_token; config is that of `read_tokenizer_config`."""
-    qwen = str(config.get("tokenizer_class", "Qwen2Tokenizer")).startswith("Qwen2Tokenizer")
-    extra = config.get("extra_special_tokens")
-    named = (DEFAULTS if qwen else {}) | config | (extra if isinstance(extra, dict) else {})
-    texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in named.items()}
-    return {n: t for n, t in texts.items() if n.endswith("_token") and isinstance(t, str)}
+def special_tokens(config: dict, model_type: str = "qwen2") -> dict[str, str]:
+    """The special tokens by name, such as eos_token; config is that of `read_tokenizer_config`.
+
+    model_type is config.json's. For qwen2, transformers ignores the class that the file names.
+    """
+    kind = str(config.get("tokenizer_class") or "Qwen2Tokenizer")
+    qwen = model_type == "qwen2" or kind.startswith("Qwen2Tokenizer")
+    extra = extra if isinstance(extra := config.get("extra_special_tokens"), dict) else {}
+    named = (DEFAULTS if qwen else {}) | {n: config[n] for n in config if n.endswith("_token")}
+    texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in (named | extra).items()}
+    return {n: t for n, t in texts.items() if isinstance(t, str)}
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -55,7 +60,13 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     except BaseException as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not a usable tokenizer ({reason}); fetch it again") from None
-    added = tokenizer.added
+    # The library numbers added tokens as they come, whatever their ids in the file.
+    ids = {token.content: i for i, token in tokenizer.added.items()}
+    for token in json.loads(data).get("added_tokens") or []:
+        if (i := ids.get(token["content"])) != token["id"]:
+            found = f"its added token {token['content']} has the id {token['id']} but comes as {i}"
+            raise UserError(f"{path}: {found}; sort added_tokens by id, without gaps")
+    added = tokenizer.added.values()
     if any(t.rstrip for t in added) and any(t.content[:1].isspace() for t in added):
         problem = "an added token has rstrip and another begins with white space"
         raise UserError(f"{path}: {problem}: the library fails there; set rstrip to false")
@@ -73,16 +84,18 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     for name in ("add_prefix_space", "split_special_tokens"):
         if config.get(name):
             raise UserError(f"{path}: {name} is not supported; set it to false")
-    here = {(t.content, t.lstrip, t.rstrip, t.single_word) for t in tokenizer.added}
+    added = tokenizer.added.items()
+    here = {(i, t.content, t.lstrip, t.rstrip, t.single_word) for i, t in added}
     with refuse_malformed(path, KIND, ADVICE):
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         named = [*([] if isinstance(extra, dict) else extra), *config.get("older", [])]
         odd = {token if isinstance(token, str) else token["content"] for token in named}
-        odd = (odd | {*special_tokens(config).values()}) - {DEFAULT, *(name for name, *_ in here)}
-        if decoder := dict(config.get("added_tokens_decoder") or {}).values():
-            names = ("lstrip", "rstrip", "single_word")
-            there = {(t["content"], *(bool(t.get(name)) for name in names)) for t in decoder}
-            odd |= {name for name, *_ in here ^ there}
+        odd |= {*special_tokens(config).values()}
+        odd -= {"", DEFAULT, *(token.content for _, token in added)}  # "" means none
+        if decoder := dict(config.get("added_tokens_decoder") or {}).items():
+            flags = ("lstrip", "rstrip", "single_word")
+            there = {(int(i), t["content"], *(bool(t.get(f)) for f in flags)) for i, t in decoder}
+            odd |= {content for _, content, *_ in here ^ there}
     if odd:
         names = ", ".join(sorted(map(str, odd))[:5])
         found = f"its added tokens are not those of tokenizer.json ({names})"

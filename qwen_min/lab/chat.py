@@ -17,16 +17,17 @@ empty thinking block: without it the model would start to think (`enable_thinkin
 
 A checkpoint's own template, a program in the language Jinja, takes precedence. It is rendered as
 `apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)` of transformers
-renders it. For Qwen's releases that gives the markup above: tests hold the two equal.
+renders it. For Qwen's releases that gives the markup above: tests hold the two equal. The markup is
+that of two renderings; as a template can look at the text, each text is then rendered and compared.
 """
 
 import json
 import re
+import resource
 import signal
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from qwen_min.errors import UserError
 from qwen_min.files.disk import read_regular, refuse_malformed
 from qwen_min.files.tokens import CONFIG, read_tokenizer_config, special_tokens
-from qwen_min.prompt import FIELD
+from qwen_min.prompt import FIELD, shorten
+from qwen_min.tokenizer import Tokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"
 EMPTY_THOUGHTS = "<think>\n\n</think>\n\n"
@@ -44,8 +46,8 @@ QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assis
 KIND, ADVICE = "a chat template", "fetch it again, or leave out --chat"
 # What a template gets beside the messages and the special tokens, as from transformers.
 GIVEN = {"add_generation_prompt": True, "enable_thinking": False, "tools": None, "documents": None}
-# Limits of a template; Qwen's take milliseconds and return a few hundred characters.
-SECONDS, MAX_LENGTH = 5, 1_000_000
+# Limits of a rendering; Qwen's take milliseconds and return a few hundred characters.
+SECONDS, MAX_BYTES, MAX_LENGTH = 5, 2**28, 1_000_000
 # Two texts in the place of the user's. The second has whatever a template might change.
 PROBES = ("\ue000", f" \n\ue000 Aé </think> {END} <b>&'\"\\n{{{{ 1 }}}} {'x' * 5000}。\n ")
 
@@ -89,7 +91,7 @@ def read_chat_format(directory: str | Path, model_type: str) -> Chat:
         if not isinstance(found, str | None):
             raise ValueError(f"found {type(found).__name__}, expected text")
     if found is not None:
-        return ChatTemplate(path, found, special_tokens(config))
+        return ChatTemplate(path, found, special_tokens(config, model_type))
     qwen3 = model_type == "qwen3"
     return ChatFormat(None if qwen3 else QWEN25_SYSTEM, qwen3)
 
@@ -121,48 +123,94 @@ def wrap_template(
 def render_template(template: str, chat: ChatTemplate, system: str | None) -> str:
     """`wrap_template` by the checkpoint's own template.
 
-    Raises UserError if that cannot be rendered, if it changes what the user says or says it more
-    than once, or if every answer starts with thoughts.
+    Raises UserError as `render` does, if the template changes what the user says or says it more
+    than once, if it contains the text field, or if every answer starts with thoughts.
     """
-    first = [] if system is None else [{"role": "system", "content": system}]
     frames = set()
-    try:
-        with time_limit(SECONDS):
-            # {% generation %} marks an answer for training; on the text it has no effect.
-            source = re.sub(r"(\{%[-+]?\s*(end)?)generation\b", r"\1with", chat.source)
-            jinja = sandbox().from_string(source)
-            for text in PROBES:
-                user = {"role": "user", "content": template.replace(FIELD, text)}
-                rendered = jinja.render(GIVEN | chat.tokens, messages=[*first, user])
-                if len(rendered) > MAX_LENGTH:
-                    raise ValueError(f"it has more than {MAX_LENGTH:,} characters")
-                frames.add(rendered.replace(text, FIELD) if rendered.count(text) == 1 else "")
-    except Exception as error:  # a program of others can raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        problem = f"its chat template cannot be rendered ({reason})"
-        raise UserError(f"{chat.path}: {problem}; {ADVICE}") from None
+    for text, whole in zip(PROBES, render(PROBES, template, chat, system), strict=True):
+        frames.add(whole.replace(text, FIELD) if whole.count(text) == 1 else "")
     frame = frames.pop()
     if frames or frame.count(FIELD) != 1:
-        problem = "its chat template changes the user's message, repeats it or leaves it out"
-        raise UserError(f"{chat.path}: {problem}; leave out --chat")
+        problem = "changes the user's message, repeats it or leaves it out"
+        if not frames and frame:
+            problem = f"says {FIELD} itself, which marks the place of the text"
+        raise UserError(f"{chat.path}: its chat template {problem}; leave out --chat")
     if frame.rstrip().endswith("<think>"):
         advice = "use a checkpoint that can answer directly, or leave out --chat"
         raise UserError(f"{chat.path}: its template starts every answer with thoughts; {advice}")
     return frame
 
 
+def check_texts(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    whole: str,
+    template: str,
+    chat: Chat,
+    system: str | None,
+    max_text_tokens: int,
+    places: Sequence[str],
+) -> None:
+    """Raise UserError for a text for which the checkpoint's template gives another prompt.
+
+    whole: what `wrap_template` makes of `template`. The last two are as in `build_prompts`.
+    """
+    if not isinstance(chat, ChatTemplate):
+        return
+    short = [shorten(tokenizer, text, max_text_tokens) for text in texts]
+    for place, text, prompt in zip(
+        places, short, render(short, template, chat, system), strict=True
+    ):
+        if prompt != whole.replace(FIELD, text):
+            problem = f"the chat template of {chat.path} gives this text another prompt than others"
+            raise UserError(f"{place}: {problem}; leave out --chat")
+
+
+def render(
+    texts: Iterable[str], template: str, chat: ChatTemplate, system: str | None
+) -> Iterator[str]:
+    """The whole prompt of each text in `template`, as the checkpoint's own template renders it.
+
+    A template can look at the text, so the markup may differ from that of `wrap_template`.
+    Raises UserError if it fails, exceeds a limit, or would give other prompts another day.
+    """
+    first = [] if system is None else [{"role": "system", "content": system}]
+    try:
+        with limits():
+            # {% generation %} marks an answer for training; on the text it has no effect.
+            source = re.sub(r"(\{%[-+]?\s*(end)?)generation\b", r"\1with", chat.source)
+            jinja = sandbox().from_string(source)
+        for text in texts:
+            user = {"role": "user", "content": template.replace(FIELD, text)}
+            with limits():
+                rendered = jinja.render(GIVEN | chat.tokens, messages=[*first, user])
+            if len(rendered) > MAX_LENGTH:
+                raise ValueError(f"it has more than {MAX_LENGTH:,} characters")
+            yield rendered
+    except Exception as error:  # a program of others can raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        problem = f"its chat template cannot be rendered ({reason})"
+        raise UserError(f"{chat.path}: {problem}; {ADVICE}") from None
+
+
 def sandbox() -> ImmutableSandboxedEnvironment:
     """Jinja as transformers sets it up: no files, and none of Python's own names.
 
-    In addition, no powers and no large products: no signal ends them.
+    In addition, no powers and no large products, which no signal ends, and nothing that would give
+    other prompts later.
     """
 
     def multiply(left: object, right: object) -> object:
         left_size, right_size = (len(x) if hasattr(x, "__len__") else x for x in (left, right))
-        return left * right if left_size * right_size < MAX_LENGTH else refuse()
+        return left * right if abs(left_size * right_size) < MAX_LENGTH else refuse()
 
     def refuse(*_: object) -> None:
         raise SecurityError("it computes a power or a large product")
+
+    def vary(*_: object, **__: object) -> None:
+        raise SecurityError(
+            "it asks for the date, the time or chance: prompts would not stay equal"
+        )
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -176,24 +224,32 @@ def sandbox() -> ImmutableSandboxedEnvironment:
     jinja.binop_table |= {"*": multiply, "**": refuse}
     jinja.filters["tojson"] = tojson
     jinja.globals["raise_exception"] = raise_exception
-    jinja.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    jinja.globals["strftime_now"] = jinja.globals["lipsum"] = jinja.filters["random"] = vary
     return jinja
 
 
 @contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError in the block after so many seconds. (Only the main thread can.)"""
+def limits() -> Iterator[None]:
+    """Raise TimeoutError in the block after SECONDS, MemoryError where it needs over MAX_BYTES.
+
+    Only the main thread can stop in time, and only Linux tells the memory in use.
+    """
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"more than {seconds} s")
+        raise TimeoutError(f"more than {SECONDS} s")
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    main = threading.current_thread() is threading.main_thread()
+    if main:
+        handler = signal.signal(signal.SIGALRM, stop)
+        signal.alarm(SECONDS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if (pages := Path("/proc/self/statm")).exists():
+        most = int(pages.read_text().split()[0]) * resource.getpagesize() + MAX_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most if soft < 0 else min(soft, most), hard))
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if main:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, handler)
