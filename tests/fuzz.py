@@ -298,6 +298,14 @@ def run_case(number: int, tree: Path, kinds: Sequence[str]) -> Outcome:
         return Outcome(number, kind, *verdict(status, out, err), done, f"{out}{err}exit {status}")
 
 
+def until_stopped(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+    """The outcomes, up to Ctrl-C: the table then counts what was run."""
+    try:
+        yield from outcomes
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+
+
 def main() -> int:
     """Run the cases; print the first case of each finding, and the counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -310,7 +318,7 @@ def main() -> int:
     kinds, counts, findings = args.kind or list(KINDS), Counter(), {}
     tree = tempfile.TemporaryDirectory()
     make_tree(Path(tree.name))
-    for case in (run_case(number, Path(tree.name), kinds) for number in numbers):
+    for case in until_stopped(run_case(number, Path(tree.name), kinds) for number in numbers):
         counts[case.kind, case.verdict] += 1
         counts["all", case.verdict] += 1
         what = f"{case.verdict} {case.where}"

@@ -155,6 +155,15 @@ def test_a_terminal_that_cannot_show_a_label_shows_its_code(monkeypatch):
     assert written.getvalue() == rb"F1 of \u8d1f\u9762" + b"\n"
 
 
+def test_help_on_a_terminal_that_cannot_show_chinese(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(["--help"])
+    sys.stdout.flush()
+    assert stop.value.code == 0 and rb"\u8d1f\u9762" in written.getvalue()
+
+
 def test_a_reader_that_has_left_gets_no_traceback(monkeypatch):
     """As with `| head`: neither at once nor when Python flushes and closes stdout at its end."""
     read_end, write_end = os.pipe()

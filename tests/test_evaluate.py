@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from sklearn import metrics as sk
 
 import evaluate
+from qwen_min.command.task import warn_about_labels
 from qwen_min.fast import forms
 from qwen_min.files.data import read_examples
 from qwen_min.files.weights import load_model
@@ -218,6 +219,14 @@ def test_a_process(reference):
     assert [json.loads(line)["index"] for line in lines[:3]] == [0, 1, 2]
     assert lines[3].split() == ["method", "zero_shot"]
     assert lines[-1].startswith(r"\u6b63\u9762")
+
+
+def test_many_label_words_make_few_warnings(capsys):
+    ids = [(1,), *((1, n) for n in range(2, 1000))]
+    warn_about_labels(ids, [f"w{n}" for n in range(len(ids))])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5 and lines[1] == "warning: w1 begins with w0, so w0 can never score lower"
+    assert lines[-1] == "warning: 998 label words in all begin with another one"
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,24 @@ def test_the_head_is_checked_when_it_is_loaded(capsys):
     assert "run/head.safetensors: not a head that train.py wrote" in err and "train again" in err
 
 
+@pytest.mark.parametrize("more", [["--explain", "很好"], ["--plain"], []])
+def test_a_head_whose_scores_overflow_decides_nothing(more, capsys):
+    """Its weights and the states are finite, their product is not."""
+    assert train_run("head_only", "large", "--limit", "8") == 0
+    with safe_open("run/head.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file("run/head.safetensors")
+    tensors["weight"] = torch.full_like(tensors["weight"], 3e38) * torch.tensor([[1.0], [-1.0]])
+    save_file(tensors, "run/head.safetensors", metadata)
+    capsys.readouterr()
+    fixed = ["--dtype", "float32"] if "--explain" in more else FIXED
+    assert evaluate.main(["--run", "run", *fixed, *more]) == 2
+    err = one_line(capsys)
+    assert "scores of the head that are not finite" in err and "train again" in err
+    with pytest.raises(UserError, match="scores of the head that are not finite"):
+        qwen_min.load_run("run", "cpu").predict(["很好"])
+
+
 # What is computed is written
 
 

@@ -4,6 +4,7 @@ huggingface_hub reads its environment when it is imported, so resolve_model runs
 per environment, over many names at a time.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from qwen_min.command.cli import run_command
 from qwen_min.errors import UserError
 from qwen_min.files import hub as hub_module
 from qwen_min.files.hub import FILES, resolve_model
@@ -55,6 +57,7 @@ DECOYS = {
     "original/model.safetensors": b"again",
 }
 DECOYS |= {"additional_chat_templates/../../../x.jinja": b"outside", "x.jinja": b"{}"}
+DECOYS |= {"additional_chat_templates/\x1b[31m.jinja": b"red"}
 SINGLE = WANTED | {"model.safetensors": b"weights"}
 SHARDS = WANTED | {
     "model.safetensors.index.json": json.dumps(
@@ -391,6 +394,20 @@ def test_a_file_or_a_dangling_link_is_no_directory(tmp_path, monkeypatch, no_dow
 
 
 # --- hub names ---
+
+
+def test_a_download_draws_its_bar_on_the_terminal(tmp_path, monkeypatch, capsys):
+    """A gigabyte takes minutes. A command's own stderr says that it is no terminal."""
+
+    def download(repo: str, file: str, **_: object) -> str:
+        print(f"\r{file}: 50%", end="", file=sys.stderr)
+        return str(tmp_path / file)
+
+    info = argparse.Namespace(siblings=None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.model_info", lambda *_, **__: info)
+    run_command(lambda args: resolve_model("owner/name") and 0, argparse.Namespace())
+    assert capsys.readouterr().err.startswith("\rconfig.json: 50%\r")
 
 
 def test_only_what_is_needed_is_downloaded(online, hub):

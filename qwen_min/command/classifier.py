@@ -65,6 +65,10 @@ class Classifier:
             features = features[:, head.layer if every else 0]  # (n, L + 1 or 1, D) → (n, D)
             scores, finite = head.scores(features), features.isfinite().all(dim=1)
         check_finite(self.model, prompts, finite, scores)
+        if not (finite := np.isfinite(scores).all(axis=1)).all():  # only W h + b overflows
+            advice = "its weights are too large or damaged: train again, with a lower --lr"
+            rows = np.flatnonzero(~finite).tolist()
+            raise NotFinite(f"found scores of the head that are not finite; {advice}", rows, scores)
         return scores
 
     def answers(

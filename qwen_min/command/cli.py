@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from qwen_min.command.terminal import SafeStream, one_line
 from qwen_min.errors import UserError
@@ -21,6 +21,10 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {one_line(message)}; --help shows the arguments\n")
+
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        show_codes(file)  # --help has Chinese examples
+        super()._print_message(message, file)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -89,11 +93,15 @@ def choose_device(name: str) -> str:
     return name
 
 
+def show_codes(stream: TextIO | None) -> None:
+    """Let a character that the stream's encoding lacks be written as its code, as on stderr."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
 def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command: a user's mistake becomes one line and status 2; a bug keeps its traceback."""
-    # As Python does for stderr: show a character that the terminal's encoding lacks as its code.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    show_codes(sys.stdout)
     if not getattr(args, "plain", True):  # a command that computes, and not by the definitions
         from qwen_min.fast.memory import keep_freed_memory
 

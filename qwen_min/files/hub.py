@@ -1,7 +1,9 @@
 """`--model NAME` to a local directory: the embedded checkpoint, a given one, or one of the hub."""
 
+import contextlib
 import os
 import re
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -77,7 +79,10 @@ def _download(repo: str, revision: str) -> Path:
 
     def fetch(file: str, at: str) -> Path:
         try:
-            return Path(hf_hub_download(repo, file, revision=at, local_files_only=bool(failure)))
+            # On the terminal itself, because a command's stderr draws no bars.
+            with contextlib.redirect_stderr(getattr(sys.stderr, "stream", sys.stderr)):
+                path = hf_hub_download(repo, file, revision=at, local_files_only=bool(failure))
+            return Path(path)
         except Exception as error:
             what = f"{file} of {repo} (revision {revision}) from {constants.ENDPOINT}"
             found = f"cannot get {what} into {constants.HF_HUB_CACHE}: {_reason(failure or error)}"
@@ -90,8 +95,9 @@ def _download(repo: str, revision: str) -> Path:
     commit = config.parent.name  # the cache's layout: snapshots/COMMIT/config.json
     names = os.listdir(config.parent) if failure else [f.rfilename for f in info.siblings or ()]
     shards = read_index(fetch(INDEX, commit)).values() if INDEX in names else [SINGLE]
-    # Names come from outside: none may lead to another directory.
-    others = [n for n in names if ".." not in n and any(fnmatch(n, pattern) for pattern in FILES)]
+    # Names come from outside: none may lead to another directory, or act on the terminal.
+    names = [name for name in names if ".." not in name and name.isprintable()]
+    others = [name for name in names if any(fnmatch(name, pattern) for pattern in FILES)]
     for file in dict.fromkeys(("tokenizer.json", *others, *shards)):
         fetch(file, commit)
     return config.parent

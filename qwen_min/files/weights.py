@@ -4,6 +4,7 @@ an error. The one exception is an lm_head in a tied checkpoint: a copy of the em
 
 import hashlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -115,12 +116,16 @@ def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """One SHA-256 over every tensor's name, dtype, shape and bytes, independent of their order."""
-    lines = []
-    for name, tensor in tensors:
+
+    def line(item: tuple[str, Tensor]) -> str:
+        name, tensor = item
         digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        lines.append(f"{name} {digest.hexdigest()}\n")
-    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+        return f"{name} {digest.hexdigest()}\n"
+
+    with ThreadPoolExecutor() as pool:  # hashlib lets threads run while it hashes
+        lines = sorted(pool.map(line, tensors))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def checkpoint_fingerprint(directory: str | Path) -> str:

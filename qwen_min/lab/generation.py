@@ -14,8 +14,8 @@ from qwen_min.files.disk import read_json
 from qwen_min.metrics import OFF_TRACK
 from qwen_min.model import Qwen
 
-# Latin, Greek and Cyrillic letters: those that have two cases.
-LETTER = "[A-Za-zÀ-\u052f]"
+# Digits, and Latin, Greek and Cyrillic letters.
+LETTER = "[0-9A-Za-zÀ-\u052f]"
 # Enough for a label word of a few tokens, also after a phrase such as "答案是：".
 MAX_NEW_TOKENS = 16
 
@@ -26,13 +26,13 @@ def greedy(
 ) -> list[int] | None:
     """The new token ids, without the token of `stop` that ended them: one full forward each.
 
-    None if a logit is not finite: then no token is the most likely one.
+    None if the largest logit is not finite: then no token is the most likely one.
     """
     new: list[int] = []
     while len(new) < max_new_tokens:
         ids = torch.tensor([[*prompt, *new]], device=model.device)  # (1, T)
         logits = model.logits(model(ids)[0, -1])  # (V,)
-        if not logits.isfinite().all():
+        if not logits.max().isfinite():  # NaN is the maximum of all numbers
             return None
         if (token := int(logits.argmax())) in stop:
             break
@@ -60,19 +60,21 @@ def stop_ids(directory: str | Path, markup: dict[str, int]) -> set[int]:
 def first_label(answer: str, words: Sequence[str]) -> int:
     """The class whose word comes first in `answer`; OFF_TRACK if it contains no label word.
 
-    Letter case and white space around a word don't count: `Negative` is `negative`. In another
-    letter case, a word inside of a longer one (the A of `cannot`) counts only if nothing else does.
+    Letter case and white space around a word don't count: `Negative` is `negative`. In scripts that
+    write spaces, and of digits, only whole words count (`no` is not in `cannot`). A single letter
+    counts as it is written, or if it is the whole answer: `a` can be an article.
     Of words that start at the same place the longest counts (不好 rather than 不), and then the one
     that stands there as it is written (`US` rather than `us`).
     """
-    for pattern in (rf"{{0}}|(?<!{LETTER})(?i:{{0}})(?!{LETTER})", "(?i:{0})"):
-        places = []
-        for y, word in enumerate(words):
-            bare = word.strip()
-            if found := re.search(pattern.format(re.escape(bare)), answer):
-                start = found.start() - word.index(bare)
-                written = start >= 0 and answer.startswith(word, start)
-                places.append((found.start(), -len(bare), -len(word) * written, y))
-        if places:
-            return min(places)[-1]
-    return OFF_TRACK
+    places = []
+    for y, word in enumerate(words):
+        bare = word.strip()
+        before = rf"(?<!{LETTER})" * bool(re.match(LETTER, bare))
+        after = rf"(?!{LETTER})" * bool(re.match(LETTER, bare[-1]))
+        alone = re.sub(r"\W", "", answer).lower() == bare.lower()
+        case = re.IGNORECASE if len(bare) > 1 or alone else 0
+        if found := re.search(before + re.escape(bare) + after, answer, case):
+            start = found.start() - word.index(bare)
+            written = start >= 0 and answer.startswith(word, start)
+            places.append((found.start(), -len(bare), -len(word) * written, y))
+    return min(places)[-1] if places else OFF_TRACK
