@@ -120,11 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     """Read, load, classify, measure, write; prints the table."""
-    task, device = read_task(args), choose_device(args.device)
+    task, device = read_task(args, record), choose_device(args.device)
     source = Source(args, task, device, record)
     if args.explain is not None:
         return explain(source, METHODS[args.method])
-    examples = read_rows(args, task)
+    examples = read_rows(args, task, record)
     inputs = [task.directory, args.data, args.train_data, args.adapter, args.run]
     if args.run:
         name_outputs(args, record, examples_hash(examples))
@@ -133,7 +133,8 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     identity = source.identity  # first, because a file that it hashes may be malformed
     prompts = all_prompts(args.data, source, examples)
     fed = fed_rows(task.directory, examples)
-    training = training_examples(args.train_data, args.encoding, task.labels, record)
+    how = (args.encoding, task.labels, record, examples[0].read_as)
+    training = training_examples(args.train_data, *how)
     neutral = neutral_prompts(source, examples, training) if args.calibrate else None
     started = time.perf_counter()
     classifier = METHODS[args.method](source)

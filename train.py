@@ -28,7 +28,7 @@ from torch import Tensor
 from lora import lora_modules, lora_parameters, merge_lora
 from qwen_min.command import arguments, cli
 from qwen_min.command.classifier import Source, forms
-from qwen_min.command.finite import NotFinite, check_finite
+from qwen_min.command.finite import NotFinite, check_finite, dtype_name
 from qwen_min.command.fit import Job, Stopped, Training, fit, why_failed
 from qwen_min.command.summary import format_layers
 from qwen_min.command.task import check_classes, read_rows, read_task, row_prompts
@@ -36,10 +36,11 @@ from qwen_min.command.terminal import progress_bar
 from qwen_min.command.trained import ADAPTER, HEAD, Trainable, attach_adapter, identity, load_parts
 from qwen_min.errors import UserError
 from qwen_min.files.data import HELD_OUT, examples_hash, held_out_split
+from qwen_min.files.disk import write_json
 from qwen_min.files.output import refuse_inputs
 from qwen_min.files.overlap import fed_rows
 from qwen_min.files.probe import cached_features, save_head
-from qwen_min.files.run import lock_run, publish, run_arguments, start_record, write_json
+from qwen_min.files.run import discard_unused, lock_run, publish, run_arguments, start_record
 from qwen_min.files.weights import fingerprint, load_model, save_model
 from qwen_min.head import fit_layers
 from qwen_min.metrics import log_loss
@@ -64,7 +65,12 @@ def head_only(job: Job) -> dict:
 
         def compute(prompts: Sequence[Prompt]) -> Tensor:
             states = forms(args.plain).pooled_features(model, prompts, *how)
-            check_finite(model, prompts, states.isfinite().flatten(1).all(dim=1))
+            try:
+                check_finite(model, prompts, states.isfinite().flatten(1).all(dim=1))
+            except NotFinite as error:
+                row = job.prompts.index(prompts[error.rows[0]])
+                where = f"{args.data}, line {job.examples[row].line}: {error}"
+                raise NotFinite(where, [row], None) from None
             return states
 
         directory = Path(args.feature_cache or job.run / "features")
@@ -183,10 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Read, split, load, train, and write the run directory."""
-    arguments.check_training(args)
-    device, task, run = cli.choose_device(args.device), read_task(args), Path(args.output)
+    before = arguments.check_training(args)
+    device, task, run = cli.choose_device(args.device), read_task(args, before), Path(args.output)
     refuse_inputs([args.merge], [task.directory, run])
-    examples = read_rows(args, task)
+    examples = read_rows(args, task, before)
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
     check_classes(args, task, examples, training)
     prompts = row_prompts(args.data, task, examples)
@@ -202,6 +208,8 @@ def train(args: argparse.Namespace) -> int:
         "method": args.method,
         "arguments": vars(args),
         "labels": list(task.labels),
+        "labels_read_as": examples[0].read_as,
+        "dtype": dtype_name(model),
         **identity(task, args.adapter),
         "frozen_before": fingerprint(frozen.items()),
         "data_hash": examples_hash(examples),
@@ -228,16 +236,16 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
     args, run, record = job.source.args, job.run, job.source.record
     try:
         found = METHODS[args.method](job)
-    except UserError:
-        # Nothing was computed yet: delete run.json, so that the directory can be used again.
-        if not args.resume and [path.name for path in run.glob("*")] == ["run.json"]:
-            (run / "run.json").unlink()
+    except UserError as error:
+        if not args.resume:
+            discard_unused(run, features=isinstance(error, NotFinite))
         raise
     except Stopped as stopped:
         print(f"{stopped}; continue with: python train.py --resume --output {run}")
         return 128 + stopped.signal
     except TrainingFailed as failure:
-        cli.print_error(f"{failure}{why_failed(job, failure.rows)}; the last checkpoint is kept")
+        kept = "; the last checkpoint is kept" if any(run.glob("checkpoints/step-*")) else ""
+        cli.print_error(f"{failure}{why_failed(job, failure.rows)}{kept}")
         return 1
     if (after := fingerprint(frozen.items())) != record["frozen_before"]:
         raise RuntimeError("a frozen weight has changed in training; this is a bug")

@@ -14,11 +14,11 @@ from safetensors.numpy import save, save_file
 
 import evaluate
 from qwen_min.errors import UserError
-from qwen_min.files.data import Example, examples_hash
+from qwen_min.files.data import Example, examples_hash, read_examples
 from qwen_min.files.overlap import clean_part, fed_rows, normalised, text_hashes, training_examples
 from qwen_min.metrics import wilson_interval
 from qwen_min.report import audit
-from qwen_min.report.audit import findings, read
+from qwen_min.report.audit import file_of, findings
 
 WORDS = ("负面", "正面")
 REAL = REPO.parent / "shared" / "data" / "chnsenticorp"
@@ -126,7 +126,8 @@ def test_one_file_alone(files):
 def test_tokens_and_the_cut(tmp_path, files):
     make_tokenizer(tmp_path)
     data = tsv(tmp_path / "long.tsv", [("差" * 9, 0), ("a b c", 1)])
-    tokens = read(str(data), WORDS, "utf-8", audit.Tokenizer(tmp_path)).tokens
+    rows = read_examples(data, WORDS)
+    tokens = file_of(str(data), rows, audit.Tokenizer(tmp_path)).tokens
     assert tokens[0] > tokens[1] > 1
     for cut, over in ((tokens[0], "0"), (tokens[0] - 1, "1"), (1, "2")):
         out = command(data, "--model", tmp_path, "--max-text-tokens", cut, "--list")[1]
@@ -167,7 +168,8 @@ def test_no_punctuation_is_left():
 def test_the_counts_of_the_real_files():
     if not REAL.exists():
         pytest.skip("needs ChnSentiCorp, which is not part of the project, in ../shared/data")
-    files = [read(str(REAL / f"{n}.tsv"), WORDS, "utf-8", None) for n in ("train", "dev")]
+    paths = [REAL / f"{name}.tsv" for name in ("train", "dev")]
+    files = [file_of(str(path), read_examples(path, WORDS), None) for path in paths]
     out = audit.format_audit(files, WORDS, 256)
     table = counted(out)
     assert table["rows"] == ["9600", "1200"]
@@ -242,7 +244,8 @@ def test_a_run_knows_its_training_data(tmp_path, capsys):
     path = tsv(tmp_path / "a.tsv", A)
     examples = [Example(text, label, 0) for text, label in A]
     arguments = {"data": str(path), "labels": "负面,正面", "encoding": "utf-8", "limit": 4}
-    record = {"arguments": arguments, "data_hash": examples_hash(examples[:4])}
+    record = {"arguments": arguments, "labels": ["负面", "正面"]}
+    record["data_hash"] = examples_hash(examples[:4])
     found = training_examples(None, "ascii", ("x", "y"), record)
     assert found == (str(path), [Example(*row, i + 2) for i, row in enumerate(A[:4])])
     assert training_examples(None, "utf-8", WORDS, None) is None

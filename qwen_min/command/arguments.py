@@ -152,10 +152,12 @@ def check_evaluation(args: argparse.Namespace, given: dict) -> None:
         raise UserError(f"--explain looks at one text and prints; leave out {', '.join(found)}")
 
 
-def check_training(args: argparse.Namespace) -> None:
-    """Refuse what would fail only after the model is loaded, or would train nothing."""
-    if args.resume:
-        read_whole_run(args.output)
+def check_training(args: argparse.Namespace) -> dict | None:
+    """Refuse what would fail only after the model is loaded, or would train nothing.
+
+    Returns the record of the run that --resume continues.
+    """
+    before = read_whole_run(args.output) if args.resume else None
     method, nothing = args.method, args.lora_targets == "none" and not args.train_embeddings
     words, probe = method == "lora_label_scoring", method == "head_only"
     no_model = args.merge and (not words or nothing)
@@ -176,6 +178,7 @@ def check_training(args: argparse.Namespace) -> None:
         value, start = getattr(args, name), "above 0" if name in ("lr", "clip") else "of at least 0"
         if not 0 <= value < end or (value == 0 and start == "above 0"):
             raise UserError(f"--{name} is {value}; expected a number {start} and below {end:g}")
+    return before
 
 
 def candidate_layers(argument: str, last: int) -> list[int]:

@@ -113,7 +113,8 @@ class Source:
     def identity(self) -> dict:
         """What predictions depend on beside arguments and examples, as results record it."""
         record, found = self.record or {}, identity(self.task, self.adapter)
-        found |= {f"training_{name}": record.get(name) for name in ("data_hash", "template")}
+        kept = ("data_hash", "template", "dtype")
+        found |= {f"training_{name}": record.get(name) for name in kept}
         if self.args.method == "zero_shot_generate":
             from qwen_min.lab.generation import stop_ids
 

@@ -85,9 +85,15 @@ class Task:
             return None
 
 
-def read_task(args: argparse.Namespace) -> Task:
-    """The task of these arguments. Raises UserError for arguments that do not fit together."""
-    labels = parse_labels(args.labels, say=partial(print, file=sys.stderr))
+def read_task(args: argparse.Namespace, record: dict | None = None) -> Task:
+    """The task of these arguments, and of a run's record, if there is one.
+
+    Raises UserError for arguments that do not fit together.
+    """
+    labels = tuple(args.labels.split(","))  # as older versions read them, with their white space
+    own = record and (record["arguments"]["labels"], tuple(record["labels"]))
+    if own != (args.labels, labels):
+        labels = parse_labels(args.labels, say=partial(print, file=sys.stderr))
     template = parse_template(args.template)
     if args.system is not None and not args.chat:
         raise UserError("--system is a message of Qwen's chat markup; give --chat too")
@@ -113,9 +119,10 @@ def read_task(args: argparse.Namespace) -> Task:
     return task
 
 
-def read_rows(args: argparse.Namespace, task: Task) -> list[Example]:
-    """The examples of --data."""
-    return read_examples(args.data, task.labels, args.encoding, args.limit)
+def read_rows(args: argparse.Namespace, task: Task, record: dict | None) -> list[Example]:
+    """The examples of --data, with labels read as those of the run of `record`, if there is one."""
+    read_as = record and record.get("labels_read_as")  # older runs lack it
+    return read_examples(args.data, task.labels, args.encoding, args.limit, read_as)
 
 
 def row_prompts(file: str, task: Task, examples: Sequence[Example], **others) -> list[Prompt]:

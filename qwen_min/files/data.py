@@ -15,7 +15,7 @@ import reprlib
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -29,21 +29,32 @@ QUOTED = re.compile(r'"(?<![^\t\n]")[^"]*(?:""[^"]*)*"(?![^\t\r\n])')
 NO_QUOTING = "a .tsv has no quoting: remove tabs and newlines from its texts, or save it as .csv"
 QUOTING = 'write a field with commas, newlines or quotes in "...", and " inside it as ""'
 
+READINGS = ("words", "class numbers")  # of the labels in a file
+NUMBER = re.compile(r"[-+.\d]+")  # a label word that a class number could be taken for
+
 # Share of the training rows. They alone choose penalty, layer, checkpoint and temperature.
 HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
 class Example:
-    """A text, its class index in 0..C-1, and the line (from 1) of the file where its row starts."""
+    """A text, its class index in 0..C-1, and the line (from 1) of the file where its row starts.
+
+    read_as: one of READINGS, what the file's labels were read as.
+    """
 
     text: str
     label: int
     line: int
+    read_as: str | None = field(default=None, compare=False)
 
 
 def read_examples(
-    path: str | Path, labels: Sequence[str], encoding: str = "utf-8", limit: int | None = None
+    path: str | Path,
+    labels: Sequence[str],
+    encoding: str = "utf-8",
+    limit: int | None = None,
+    read_as: str | None = None,
 ) -> list[Example]:
     """The examples of a .tsv, .csv or .jsonl file, in file order.
 
@@ -58,6 +69,9 @@ def read_examples(
     classes. If every label fits both kinds (words that are digits), they are words. If the kinds
     would give different classes, stderr gets a note of the kind that was taken.
 
+    read_as: one of READINGS, what the labels of data are read as that belongs to this data. Where a
+    word of `labels` is a number, no other reading is taken. (Elsewhere the two cannot be confused.)
+
     With `limit`, only the first `limit` rows are checked. If their labels fit both kinds, with
     different classes, the rows after them are read too, because the whole file decides. The
     encoding is always checked for the whole file.
@@ -69,15 +83,15 @@ def read_examples(
         raise UserError(f"--limit is {limit}, expected at least 1 row: give a positive number")
     content = _decode(path, encoding)
     records = _records(path, content)
-    rows = list(islice(records, limit))
+    rows = list(islice(records, limit and min(limit, sys.maxsize)))
     if not rows:
         raise UserError(f"{path}: found no rows, expected examples: give the right file")
-    classes = _class_indices(path, rows, records, labels)
+    classes, read_as = _class_indices(path, rows, records, labels, read_as)
     if path.suffix.lower() == ".tsv" and (quoted := QUOTED.search(content)):
         place = f"{path}, line {content.count(chr(10), 0, quoted.start()) + 1}"
         read = "found a field in quotes, read as it is: a .tsv has no quoting, each line is a row"
         print(f"note: {place}: {read}; if a program wrote it so, save it as .csv", file=sys.stderr)
-    return [Example(text, y, line) for (line, _, text), y in zip(rows, classes, strict=True)]
+    return [Example(row[2], y, row[0], read_as) for row, y in zip(rows, classes, strict=True)]
 
 
 def examples_hash(examples: Sequence[Example]) -> str:
@@ -244,32 +258,39 @@ def _check_names(place: str, names: Sequence[str]) -> None:
         raise UserError(f"{place}: found the columns {found}, expected {expected}: {advice}")
 
 
-def _class_indices(path: Path, rows: list, rest: Iterator, labels: Sequence[str]) -> list[int]:
-    """One class index for each of `rows`: (line, label, text).
+def _class_indices(
+    path: Path, rows: list, rest: Iterator, labels: Sequence[str], read_as: str | None
+) -> tuple[list[int], str]:
+    """One class index for each of `rows`: (line, label, text); and the reading that was taken.
 
     The whole file decides between words and indices: `rest`, the rows after these, is read only if
-    it can change the classes.
+    it can change the classes. read_as: as in `read_examples`.
     """
     words = {word.strip(): i for i, word in enumerate(labels)}
     indices = {str(i): i for i in range(len(labels))}
 
-    def read_as(kind: dict[str, int]) -> list[int | None]:
+    def classes(kind: dict[str, int]) -> list[int | None]:
         return [kind.get(label.strip()) for _, label, _ in rows]
 
-    number, as_words, as_indices = len(rows), read_as(words), read_as(indices)
-    if None not in [*as_words, *as_indices] and as_words != as_indices:
+    number, as_words, as_indices = len(rows), classes(words), classes(indices)
+    fixed = read_as is not None and any(map(NUMBER.fullmatch, words))
+    if not fixed and None not in [*as_words, *as_indices] and as_words != as_indices:
         rows = [*rows, *rest]
-        as_words, as_indices = read_as(words), read_as(indices)
-    # The kind that fits more rows from the start is the file's; words if both fit all.
-    taken = max(as_words, as_indices, key=lambda kind: [*kind, None].index(None))
-    if None in taken:
+        as_words, as_indices = classes(words), classes(indices)
+    kinds = dict(zip(READINGS, (as_words, as_indices), strict=True))
+    if not fixed:  # the kind that fits more rows from the start is the file's; words if both fit
+        read_as = max(kinds, key=lambda kind: [*kinds[kind], None].index(None))
+    if None in (taken := kinds[read_as]):
         line, label, _ = rows[taken.index(None)]
         found = f"{path}, line {line}: found the label {reprlib.repr(label)}"
         kinds = f"an index 0..{len(labels) - 1} or one of {', '.join(labels)}, one kind in all rows"
+        if fixed:
+            kinds = {READINGS[0]: ", ".join(labels), READINGS[1]: f"0..{len(labels) - 1}"}[read_as]
+            kinds = f"{read_as} ({kinds}), as in the training data or the other file"
         raise UserError(f"{found}, expected {kinds}: correct it, or name the words with --labels")
     pairs = zip(as_words, as_indices, strict=True)
     if None not in as_indices and any(word not in (None, index) for word, index in pairs):
-        kind = "words" if taken is as_words else f"class numbers 0..{len(labels) - 1}"
+        kind = read_as + f" 0..{len(labels) - 1}" * (taken is as_indices)
         found = "some labels are both a word of --labels and the number of another class"
         print(f"note: {path}: {found}; all are read as {kind}", file=sys.stderr)
-    return taken[:number]
+    return taken[:number], read_as

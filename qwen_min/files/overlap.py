@@ -16,7 +16,6 @@ from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash, read_examples
 from qwen_min.files.disk import read_safetensors, refuse_malformed
 from qwen_min.metrics import wilson_interval
-from qwen_min.prompt import parse_labels
 
 Training = tuple[str, list[Example]] | None  # the name of a file and its examples; None: no file
 FED = "fed.safetensors"  # in a model's directory: `text_hashes` of its own training texts
@@ -40,21 +39,26 @@ def stand_in(texts: Iterable[str], known: Iterable[str]) -> list[int]:
 
 
 def training_examples(
-    file: str | None, encoding: str, labels: Sequence[str], record: dict | None
+    file: str | None,
+    encoding: str,
+    labels: Sequence[str],
+    record: dict | None,
+    read_as: str | None = None,
 ) -> Training:
     """The name of the training file, and its examples; None if there is none.
 
     file: named by the user; None: the file in `record`, the run.json of the evaluated run. If that
-    file is missing or has changed, stderr gets a note and the result is None.
+    file is missing or has changed, stderr gets a note and the result is None. read_as: what the
+    labels of the evaluated data are read as.
     """
     if file is not None:
-        return file, read_examples(file, labels, encoding)
+        return file, read_examples(file, labels, encoding, read_as=read_as)
     if record is None:
         return None
     own = record["arguments"]
-    file = own["data"]
+    file, how = own["data"], (own["encoding"], own["limit"], record.get("labels_read_as"))
     try:
-        examples = read_examples(file, parse_labels(own["labels"]), own["encoding"], own["limit"])
+        examples = read_examples(file, record["labels"], *how)
         if examples_hash(examples) != record["data_hash"]:
             raise UserError(f"{file}: has changed since the run was trained on it")
         return file, examples

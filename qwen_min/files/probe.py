@@ -57,8 +57,7 @@ def cached_features(
     A file is named by the hash of `setting` (weights, dtype, pooling, layers) and of the prompts'
     ids, which follow from tokenizer, template, truncation and texts. It has a hash of its features:
     those of a file that was changed, or has no hash, are computed again. `progress` is called with
-    the number of rows that were there already. Raises UserError if a feature is not finite, or if
-    nothing can be kept.
+    the number of rows that were there already. Raises UserError if nothing can be kept.
     """
     with disk.one_line_error(directory, "name a directory for features by --feature-cache"):
         directory.mkdir(parents=True, exist_ok=True)
@@ -76,9 +75,6 @@ def cached_features(
             progress(len(chunk))
         except UserError:  # absent, or damaged
             part = compute(chunk)
-            if not part.isfinite().all():
-                advice = "fetch the weights again, or try --dtype float32"
-                raise UserError(f"a hidden state is not finite; {advice}") from None
             metadata = {"hash": fingerprint([(key, part)])}
             disk.write_atomically(path, save({"features": part}, metadata))
         parts.append(part)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from qwen_min.files.data import READINGS
 from qwen_min.files.run import read_run
 from qwen_min.files.weights import DTYPES
 from qwen_min.head import POOLINGS
@@ -26,6 +27,7 @@ SCHEMAS = {
 ARGUMENTS = {name: schema for schema, names in SCHEMAS.items() for name in names.split()}
 RECORD = {"method": METHODS, "arguments": ARGUMENTS, "labels": [str], "finished": bool}
 RECORD |= dict.fromkeys(("base_fingerprint", "data_hash", "frozen_before"), str)
+RECORD |= {"labels_read_as": (*READINGS, None), "dtype": (*DTYPES, None)}  # older runs lack them
 FINISHED = {"trained_parameters": int, "seconds": float}
 
 

@@ -137,6 +137,18 @@ def start_record(run: Path, record: dict, resume: bool) -> dict:
     return before
 
 
+def discard_unused(run: Path, features: bool) -> None:
+    """Remove what a new run wrote if it trained nothing, so that the directory can be used again.
+
+    features: whether kept features are of no use either; otherwise they are a reason to keep all.
+    """
+    wrote = {path.name for path in run.glob("*")} & {*WRITTEN}
+    if wrote <= {"run.json", "features", ADAPTER} and (features or not any(run.glob("features/*"))):
+        for name in wrote - {"run.json"}:
+            shutil.rmtree(run / name, ignore_errors=True)
+        (run / "run.json").unlink(missing_ok=True)
+
+
 def check_same(before: Mapping, now: Mapping, place: object, advice: str) -> None:
     """Raise UserError if one of DEPENDS_ON has changed between two records.
 

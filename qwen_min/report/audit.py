@@ -64,16 +64,19 @@ def audit(args: argparse.Namespace) -> int:
     names = [args.first, *filter(None, [args.second])]
     if len(set(map(os.path.realpath, names))) < len(names):
         raise UserError(f"{args.second}: given twice; name two files, or one alone")
-    files = [read(name, labels, args.encoding, tokenizer) for name in names]
+    rows, read_as = {}, None
+    for name in names:  # what the labels of the first file are read as holds for the second
+        rows[name] = read_examples(name, labels, args.encoding, read_as=read_as)
+        read_as = rows[name][0].read_as
+    files = [file_of(name, examples, tokenizer) for name, examples in rows.items()]
     print(format_audit(files, labels, args.max_text_tokens))
     if args.list:
         print("\n".join(["", *findings(files, labels, args.max_text_tokens)]))
     return 0
 
 
-def read(name: str, labels: Sequence[str], encoding: str, tokenizer: Tokenizer | None) -> File:
-    """Read a data file and compute what all counts need."""
-    examples = read_examples(name, labels, encoding)
+def file_of(name: str, examples: list[Example], tokenizer: Tokenizer | None) -> File:
+    """A data file with what all counts need."""
     texts = [example.text for example in examples]
     tokens = [len(tokenizer.encode(text)) for text in texts] if tokenizer else None
     forms = (texts, [normalised(text) for text in texts])

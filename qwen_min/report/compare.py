@@ -19,13 +19,14 @@ from qwen_min.errors import UserError
 from qwen_min.files.disk import parse_json, read_json, read_regular, refuse_malformed
 from qwen_min.files.run import WRITTEN, read_run
 from qwen_min.metrics import confusion_matrix, mcnemar_exact, paired_bootstrap
+from qwen_min.prompt import parse_labels
 
 # Numbers of a row, and their headings. The recall of each class stands between the two.
 HEADLINE = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
 OTHERS = {"auc_roc": "AUC", "brier": "Brier", "ece": "ECE", "trained_parameters": "trained"}
 OTHERS |= {"training_seconds": "train s", "seconds": "eval s"}
 PER_CLASS = dict.fromkeys(("precision", "recall", "f1"), float)
-NEEDED = {"failed": None, "accuracy_interval": [float]}  # results with failed rows: no metrics
+NEEDED = {"failed": None, "accuracy_interval": [float], "training_dtype": (str, None)}
 NEEDED |= {"method": str, "examples_hash": str, "n": int, "per_class": [{"name": str} | PER_CLASS]}
 NEEDED |= {"confusion_matrix": [[int]], "macro": PER_CLASS, "training_arguments": (dict, None)}
 NEEDED |= dict.fromkeys((*HEADLINE, *OTHERS), (float, None)) | {"accuracy": float, "seconds": float}
@@ -34,7 +35,7 @@ NEEDED["arguments"] = dict.fromkeys(("run", "predictions", "model", "template"),
 KIND = "results of evaluate.py"
 # Arguments that change no prediction: names of outputs, and what is measured besides.
 NEUTRAL = {"method", "seed", "run", "output", "predictions", "changed", "resume", "merge"}
-NEUTRAL |= {"feature_cache", "train_data", "calibrate", "explain"}
+NEUTRAL |= {"feature_cache", "train_data", "calibrate", "explain", "label_sets"}
 ROWS = {"data", "limit", "encoding"}  # which rows are read: these have a hash
 
 
@@ -119,6 +120,11 @@ def read_all(arguments: Sequence[str]) -> list[Result]:
 def read_result(path: Path) -> Result:
     """Read a results file and its predictions. Raises UserError for any other file."""
     advice = "give the file that evaluate.py writes as --output, or a run directory"
+    if failed := read_json(path, KIND, advice).get("failed"):
+        with refuse_malformed(path, KIND, advice):
+            what = "metrics" if isinstance(failed, str) else f"{len(failed['lines'])} rows"
+            why = failed if what == "metrics" else failed["reason"]
+        raise UserError(f"{path}: {what} failed ({why}): evaluate again")
     results = read_json(path, KIND, advice, **NEEDED)
     arguments, training = results["arguments"], results.get("training_arguments")
     # The run directory may have been moved since, with the results in it.
@@ -151,6 +157,12 @@ def identify(results: dict, training: dict) -> tuple[dict, dict]:
     training: the arguments of the run, if there is one.
     """
     arguments, data_hash = results["arguments"], results.get("training_data_hash")
+    # Label words as they were used, however they were typed.
+    words = ",".join(row["name"] for row in results["per_class"])
+    if own := training.get("labels"):
+        same = own == arguments.get("labels")
+        training = training | {"labels": words if same else ",".join(parse_labels(str(own)))}
+    arguments = arguments | {"labels": words}
     shown = {name: v for name, v in arguments.items() if name not in NEUTRAL | ROWS}
     # The model of an evaluation is always that of the training. Other equal values: listed once.
     known = {"model", "template"} | (ROWS - {"data"} if data_hash else set())
@@ -163,6 +175,8 @@ def identify(results: dict, training: dict) -> tuple[dict, dict]:
     # Found when it ran: dtype and device can be "auto" as arguments.
     found = ("dtype", "device", "tokenizer_hash", "stop_ids")
     shown |= {name: results[name] for name in found if name in results}
+    if trained_in := results.get("training_dtype"):  # older runs recorded none
+        shown["train_dtype"] = trained_in if trained_in != shown.get("dtype") else None
     shown = {name: v for name, v in shown.items() if v is not None and v is not False}
     shown = {"examples": results["examples_hash"][:8], **shown, "method": results["method"]}
     hashes = {"model": results.get("base_fingerprint"), "train_data": data_hash}
