@@ -33,14 +33,22 @@ from qwen_min.command.fit import Job, Stopped, Training, fit, why_failed
 from qwen_min.command.summary import format_layers
 from qwen_min.command.task import check_classes, read_rows, read_task, row_prompts
 from qwen_min.command.terminal import progress_bar
-from qwen_min.command.trained import ADAPTER, HEAD, Trainable, attach_adapter, identity, load_parts
+from qwen_min.command.trained import Trainable, attach_adapter, identity, load_parts, result_hash
 from qwen_min.errors import UserError
 from qwen_min.files.data import HELD_OUT, examples_hash, held_out_split
 from qwen_min.files.disk import write_json
 from qwen_min.files.output import refuse_inputs
 from qwen_min.files.overlap import fed_rows
 from qwen_min.files.probe import cached_features, save_head
-from qwen_min.files.run import discard_unused, lock_run, publish, run_arguments, start_record
+from qwen_min.files.run import (
+    ADAPTER,
+    HEAD,
+    discard_unused,
+    lock_run,
+    publish,
+    run_arguments,
+    start_record,
+)
 from qwen_min.files.weights import fingerprint, load_model, save_model
 from qwen_min.head import fit_layers
 from qwen_min.metrics import log_loss
@@ -192,6 +200,7 @@ def train(args: argparse.Namespace) -> int:
     before = arguments.check_training(args)
     device, task, run = cli.choose_device(args.device), read_task(args, before), Path(args.output)
     refuse_inputs([args.merge], [task.directory, run])
+    refuse_inputs([args.feature_cache], [task.directory, args.adapter])
     examples = read_rows(args, task, before)
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
     check_classes(args, task, examples, training)
@@ -252,7 +261,8 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
     # Linux counts kilobytes, macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-    record |= found | {"frozen_after": after, "peak_memory_mib": peak, "finished": True}
+    record |= found | {"frozen_after": after, "peak_memory_mib": peak}
+    record |= {"result_hash": result_hash(run), "finished": True}
     write_json(run / "run.json", record)
     return 0
 

@@ -104,9 +104,13 @@ def build_prompts(
     `places` says where each text comes from, for errors (default: "row 1", "row 2", ...).
 
     Raises UserError if the end of a prompt and the start of a label merge into one token (the label
-    then has no tokens of its own), if two labels have the same tokens, or if a prompt is empty.
+    then has no tokens of its own), if two labels have the same tokens, if a prompt is empty, or for
+    half of a surrogate pair, which is no character.
     """
     before, after = template.split(FIELD)
+    for word in (template, *labels, *texts):
+        if word != word.encode("utf-8", "replace").decode():  # no UTF-8, so no tokens
+            raise UserError(f"{word[:40]!r} holds half of a surrogate pair; remove it")
 
     def ids_of(pieces: Sequence[str]) -> list[int]:
         """Ids of pieces of `split_markup`, each encoded alone."""

@@ -5,12 +5,14 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPO
 from tqdm import tqdm
 
 from qwen_min.command.arguments import add_machine_arguments, add_prompt_arguments
@@ -403,3 +405,49 @@ def test_where_even_the_rescue_fails_it_is_said(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"nor can a temporary file .*run again"):
         output.commit("lost")
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_replaced_file_keeps_its_permissions(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text("private")
+    path.chmod(0o600)
+    output = Output(path)
+    output.commit("new")
+    assert (path.read_text(), path.stat().st_mode & 0o777) == ("new", 0o600)
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/stderr", "/dev/fd/1", "/proc/self/fd/2"])
+def test_a_closed_stream_is_known_at_once(name, monkeypatch):
+    monkeypatch.setattr(sys, "__stdout__", None)  # so Python starts with `>&-` and `2>&-`
+    monkeypatch.setattr(sys, "__stderr__", None)
+    with pytest.raises(UserError, match=r"it is closed\); name a file"):
+        Output(name)
+
+
+def test_a_stream_that_closes_does_not_cost_the_other_output(temporary, tmp_path, monkeypatch):
+    outputs = [Output("/dev/stdout"), Output(tmp_path / "b.json")]
+    monkeypatch.setattr(os, "dup", fails)
+    with pytest.raises(UserError, match=r"/dev/stdout: cannot be written .*its content is in"):
+        commit_outputs([*zip(outputs, ["first", "second"], strict=True)])
+    assert (tmp_path / "b.json").read_text() == "second"
+    assert [file.read_text() for file in temporary.iterdir()] == ["first"]
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_the_file_that_a_stream_goes_to_is_not_replaced(name, tmp_path):
+    """What is printed would go to the file that was replaced, and be lost."""
+    path, code = tmp_path / "same.json", "from qwen_min.files.output import Output; "
+    with path.open("w") as file:
+        code += f"Output({str(path)!r})"
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, name: file}
+        done = subprocess.run([sys.executable, "-c", code], cwd=REPO, text=True, **streams)
+    said = done.stderr or path.read_text()
+    assert done.returncode == 1 and "standard output or standard error goes to it" in said
+
+
+@pytest.mark.parametrize("name", ["/dev/fd/1", "/proc/self/fd/1"])
+def test_a_descriptor_is_continued_as_a_stream(name, capfd):
+    os.write(1, b"before\n")
+    Output(name).commit("between\n")
+    os.write(1, b"after\n")
+    assert capfd.readouterr() == ("before\nbetween\nafter\n", "")

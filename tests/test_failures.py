@@ -137,6 +137,21 @@ def test_the_python_interface_raises(capsys):
             call()
 
 
+def test_the_python_interface_of_no_texts_and_of_half_a_character(capsys):
+    assert train_run("lora_head", "large", "--epochs", "1", "--limit", "8") == 0
+    assert train_run("lora_label_scoring", "large", "--epochs", "1", "--output", "words") == 0
+    for run in ("run", "words"):
+        loaded = qwen_min.load_run(run, "cpu")
+        assert loaded.scores([]).shape == (0, 2) and loaded.predict([]).shape == (0,)
+        with pytest.raises(UserError, match=r"'x\\ud800' holds half of a surrogate pair"):
+            loaded.predict(["很好", "x\ud800"])
+    model, tokenizer = qwen_min.load("large", "float32", "cpu")
+    assert qwen_min.score_labels(model, []).size == 0
+    for changes in ({"labels": ["a", "\udcff"]}, {"template": "{text}\ud800："}):
+        with pytest.raises(UserError, match="half of a surrogate pair"):
+            qwen_min.build_prompts(tokenizer, ["很好"], **changes)
+
+
 def test_damaged_weights_are_not_blamed_on_the_dtype(capsys):
     assert evaluate.main(["--method", "zero_shot", "--model", "partial", *FIXED]) == 2
     err = one_line(capsys)

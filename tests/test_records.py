@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
+import train
 from qwen_min.command.arguments import finished_run
 from qwen_min.command.cli import positive_int, run_command
 from qwen_min.errors import UserError
@@ -101,3 +103,14 @@ def test_a_number_that_no_record_can_hold_cannot_be_typed():
     assert positive_int(str(2**63 - 1)) == 2**63 - 1
     with pytest.raises(argparse.ArgumentTypeError):
         positive_int(str(2**63))
+
+
+@pytest.mark.parametrize("name", ["data", "model", "adapter", "feature_cache", "encoding"])
+def test_a_nul_in_an_argument_is_one_line(name, tmp_path, capsys):
+    source = COMPAT / "runs" / "head_only" / "run.json"
+    path = changed(source, tmp_path, "arguments", name, value="a\0b.tsv")
+    test = str(COMPAT / "test.tsv")
+    assert evaluate.main(["--run", str(tmp_path), "--data", test]) == 2
+    assert train.main(["--resume", "--output", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 2 and err.count(f"{path}: {name} holds a NUL") == 2

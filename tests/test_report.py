@@ -588,3 +588,14 @@ def test_what_the_pictures_say(seeds):
     figure = plots.plot_training([(m, [[1], [1.0], [0.1]], []) for m in "ab"])
     assert ["(" in axes.get_ylabel() for axes in figure.axes] == [True] * 3
     assert figure.axes[2].get_xlabel() == "step (batches trained on)"
+
+
+def test_pictures_replace_nothing_that_is_read(tmp_path, seeds, no_boxes):
+    run, directory = Path(seeds[1]), tmp_path / "plots"
+    directory.mkdir()
+    (directory / "training.png").symlink_to(run / "run.json")
+    before = (run / "run.json").read_bytes()
+    status, _, err = command(*seeds, "--plots", directory)
+    assert (status, err.count("\n")) == (2, 1) and "already the data or another output" in err
+    assert (run / "run.json").read_bytes() == before
+    assert [path.name for path in directory.iterdir()] == ["training.png"]

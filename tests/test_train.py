@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import train
 from lora import lora_parameters
+from qwen_min import load_run
+from qwen_min.errors import UserError
 from qwen_min.fast import forms
 from qwen_min.files.data import held_out_split, read_examples
 from qwen_min.files.run import MANIFEST, WRITTEN, checkpoints
@@ -871,3 +873,111 @@ def test_only_lora_and_head_have_gradients(base, data, tmp_path, monkeypatch):
         assert parameter.requires_grad == (id(parameter) in ours), name
         assert parameter.requires_grad or parameter.grad is None, name
     assert set(seen["parameters"]) == {*lora_parameters(model), "score"}
+
+
+def test_a_best_checkpoint_that_was_removed_is_not_published(base, data, tmp_path, capsys):
+    """The advice for a damaged checkpoint is to remove it and to resume."""
+    run = tmp_path / "run"
+    args = arguments("lora_head", base, data, run, "--eval-every", 2)
+    assert train.main(args) == 0
+    steps, log = record(run)["steps"], []
+    path = run / "checkpoints" / f"step-{steps}" / "state.json"
+    state = json.loads(path.read_text())
+    for entry in state["history"]:  # step 4 is the best, then 2, then the last
+        entry["held_out_log_loss"] = {2: 0.2, 4: 0.1, steps: 0.3}.get(entry["step"], 0.9)
+    path.write_text(json.dumps(state))
+    manifest = json.loads((path.parent / MANIFEST).read_text())
+    text = path.read_bytes()
+    manifest["state.json"] = [len(text), hashlib.sha256(text).hexdigest()]
+    (path.parent / MANIFEST).write_text(json.dumps(manifest))
+    for step, directory in checkpoints(run):
+        if step != steps:
+            shutil.rmtree(directory)
+    write_record(run, finished=False)
+    capsys.readouterr()
+    assert train.main(["--resume", "--output", str(run)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: {run}: no checkpoint of steps [2, 4]")
+    found = record(run)
+    assert found["best_step"] == steps
+    log = [entry["step"] for entry in found["history"]]
+    assert log == [e["step"] for e in state["history"] if e["step"] not in (2, 4)]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (run / "adapter" / name).read_bytes() == (
+            path.parent / "adapter" / name
+        ).read_bytes()
+
+
+def other_alpha(run: Path, other: Path) -> None:
+    path = run / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 16.0', '"lora_alpha": 17.0'))
+
+
+def other_seed(run: Path, other: Path) -> None:
+    shutil.copy(other / "adapter/adapter_model.safetensors", run / "adapter")
+
+
+def other_bit(name: str) -> Callable[[Path, Path], None]:
+    def change(run: Path, other: Path) -> None:
+        data = bytearray((run / name).read_bytes())
+        data[-2] ^= 1  # little-endian fp32: the last tensor's last value, still finite
+        (run / name).write_bytes(data)
+
+    return change
+
+
+VECTORS_RUN = ["--train-embeddings"]
+RESULTS = [
+    ("lora_label_scoring", [], other_alpha),
+    ("lora_head", [], other_seed),
+    ("lora_head", [], other_bit("adapter/adapter_model.safetensors")),
+    ("head_only", [], other_bit("head.safetensors")),
+    ("lora_label_scoring", VECTORS_RUN, other_bit("embeddings.safetensors")),
+]
+
+
+@pytest.mark.parametrize(("method", "more", "change"), RESULTS)
+def test_a_result_that_is_not_the_runs_is_refused(
+    method, more, change, base, data, tmp_path, capsys
+):
+    run, other = tmp_path / "run", tmp_path / "other"
+    args = arguments(method, base, data, run, "--epochs", 1, *more)
+    assert train.main(args) == 0
+    if change is other_seed:
+        args = arguments(method, base, data, other, "--epochs", 1, "--seed", 1)
+        assert train.main(args) == 0
+    evaluation = ["--run", str(run), "--data", str(data)]
+    assert evaluate.main(evaluation) == 0
+    change(run, other)
+    capsys.readouterr()
+    commands = [lambda: evaluate.main(evaluation)]
+    if method == "lora_head":
+        commands.append(lambda: evaluate.main([*evaluation, "--method", "transplanted_head"]))
+    if method == "lora_label_scoring":
+        merged = str(tmp_path / "merged")
+        commands.append(lambda: train.main(["--resume", "--output", str(run), "--merge", merged]))
+    for command in commands:
+        assert command() == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"error: {run}: " in line and "is not what its training wrote" in line
+    with pytest.raises(UserError, match="is not what its training wrote"):
+        load_run(run, "cpu")
+    write_record(run, result_hash=None)  # as of an older version: not known
+    assert evaluate.main(evaluation) == 0
+
+
+@pytest.mark.parametrize("name", ["head.safetensors", "adapter", "adapter/x", "run.json", "link"])
+def test_features_stay_out_of_a_runs_own_files(name, base, data, tmp_path, capsys):
+    (tmp_path / "link").symlink_to("run/adapter")
+    cache = tmp_path / name if name == "link" else tmp_path / "run" / name
+    args = arguments("head_only", base, data, tmp_path / "run", "--feature-cache", cache)
+    assert "a run writes there" in one_line(capsys, 2, *args)
+    assert not (tmp_path / "run").exists()
+
+
+def test_features_stay_out_of_the_model(base, data, tmp_path, capsys):
+    shutil.copytree(base, tmp_path / "base")
+    args = arguments("head_only", tmp_path / "base", data, tmp_path / "run")
+    line = one_line(capsys, 2, *args, "--feature-cache", tmp_path / "base")
+    assert "a directory that is read" in line
+    assert contents(tmp_path / "base") == contents(base)

@@ -7,6 +7,7 @@ from pathlib import Path
 from qwen_min.command.cli import option, positive_int
 from qwen_min.errors import UserError
 from qwen_min.files.record import read_whole_run
+from qwen_min.files.run import EVALUATED, WRITTEN
 from qwen_min.files.weights import DTYPES
 from qwen_min.head import POOLINGS
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, DEFAULT_TEMPLATE
@@ -163,12 +164,16 @@ def check_training(args: argparse.Namespace) -> dict | None:
     no_model = args.merge and (not words or nothing)
     not_frozen, no_probe = probe and args.train_embeddings, args.adapter and not probe
     both, exists = args.plain and args.checkpointing, args.merge and os.path.lexists(args.merge)
+    places = (os.path.realpath(place or "") for place in (args.feature_cache, args.output))
+    part = os.path.relpath(*places).split(os.sep)[0].lower()  # of the run: where features would go
+    taken = args.feature_cache and part != "features" and part.startswith((*WRITTEN, *EVALUATED))
     refusals = {
         "--merge needs lora_label_scoring with LoRA: a plain checkpoint has no head": no_model,
         "--lora-targets none leaves nothing to train; choose attention or all": words and nothing,
         "--train-embeddings changes states that head_only needs frozen: leave it out": not_frozen,
         f"--adapter is for head_only, to probe an adapted base, not {method}": no_probe,
         "--checkpointing is not part of the definitions; leave out it or --plain": both,
+        f"--feature-cache {args.feature_cache}: a run writes there; leave the option out": taken,
         f"--merge {args.merge} exists already; name a directory that does not": exists,
     }
     for message, refused in refusals.items():

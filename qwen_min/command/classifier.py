@@ -55,6 +55,8 @@ class Classifier:
 
         Raises NotFinite, which holds them, if some are not finite.
         """
+        if not prompts:  # C is not known
+            return np.zeros((0, 0))
         how, head = (self.batch_tokens, progress), self.head
         if self.by == "label words":
             scores = self.forms.score_labels(self.model, prompts, *how)
@@ -139,6 +141,7 @@ class Source:
                 parse_template(str(before["template"]))
             )
             check_same(self.record, own, args.run, GIVE_BASE)
+            own["result_hash"] = self.record.get("result_hash")
         directory = Path(args.run or args.adapter)
         head = load_parts(model, directory, self.adapter, self.parts, own, args.model)
         if head is None:

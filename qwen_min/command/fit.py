@@ -1,5 +1,6 @@
 """A training in a run directory: the loop of training.py with log, checkpoints and signals."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -69,6 +70,7 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
     if checkpoint is not None:
         how = ("a training's state", "remove this checkpoint, then use --resume")
         state = read_json(checkpoint / "state.json", *how, **STATE)
+        state["history"] = with_best_saved(run, state["history"])
         run_files.restore_optimizer(optimizer, names, checkpoint / "optimizer.safetensors")
     per_epoch = plan.steps_per_epoch(len(training.lengths))
     steps = plan.epochs * per_epoch
@@ -111,6 +113,20 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
         bar.close()
         stop.restore()
     return {**state, "best_step": best_step(state["history"])}
+
+
+def with_best_saved(run: Path, history: list[dict]) -> list[dict]:
+    """The history without the steps that would be the best but whose checkpoint was removed.
+
+    At the end the best step's checkpoint is published. If any are left out, stderr gets a note.
+    """
+    kept = history
+    while (step := best_step(kept)) and not (run / "checkpoints" / f"step-{step}").exists():
+        kept = [entry for entry in kept if entry["step"] != step]
+    if lost := [entry["step"] for entry in history if entry not in kept]:
+        found = f"no checkpoint of steps {lost}, which were better than those that are left"
+        print(f"note: {run}: {found}; the best of the others is taken", file=sys.stderr)
+    return kept
 
 
 def why_failed(job: Job, failed: Sequence[int]) -> str:

@@ -52,7 +52,7 @@ class TrainedRun:
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """Class scores (n, C), float64; their softmax over C gives probabilities."""
         prompts = self.task.prompts(texts, [f"text {i + 1}" for i in range(len(texts))])
-        return self.classifier.scores(prompts)
+        return self.classifier.scores(prompts).reshape(len(texts), len(self.labels))
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
         """Class numbers (n,)."""

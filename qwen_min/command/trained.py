@@ -71,13 +71,22 @@ def identity(task: Task, adapter: str | Path | None) -> dict:
     }
 
 
+def result_hash(run: Path) -> str:
+    """SHA-256 of a run's result: of the name and content of each file that is loaded from it."""
+    names = (f"{ADAPTER}/{CONFIG_FILE}", f"{ADAPTER}/{TENSOR_FILE}", HEAD, VECTORS)
+    files = [run / name for name in names if (run / name).is_file()]
+    found = [(str(p.relative_to(run)), hashlib.sha256(p.read_bytes()).digest()) for p in files]
+    return hashlib.sha256(str(found).encode()).hexdigest()
+
+
 def load_parts(
     model: Qwen, directory: Path, adapter: Path, parts: Parts, own: Mapping, base: str = ""
 ) -> LinearHead | None:
     """Put the parts in `directory` (LoRA: in `adapter`) on the model, in place; returns the head.
 
-    own, base: the `identity` of the base, and its name. Raises UserError if a part is missing,
-    unreadable, or was trained on other weights.
+    own, base: the `identity` of the base, with the result_hash of a run (older ones have none), and
+    its name. Raises UserError if a part is missing, unreadable, or was trained on other weights,
+    and if the run's parts are not those that its training wrote.
     """
     weight = None
     if parts.lora:
@@ -90,9 +99,11 @@ def load_parts(
 
         words, base_hash = parts.head is None, own["base_fingerprint"]
         token_vectors.load(directory / VECTORS, model, words, base_hash)
-    if parts.head == "file":
-        return load_head(directory / HEAD)
-    return final_head(model, weight) if parts.head else None
+    head = load_head(directory / HEAD) if parts.head == "file" else None
+    if own.get("result_hash") not in (None, result_hash(directory)):
+        found = f"{ADAPTER}/, {HEAD} or {VECTORS} is not what its training wrote"
+        raise UserError(f"{directory}: {found} (result_hash differs); train again")
+    return final_head(model, weight) if parts.head == "adapter" else head
 
 
 def final_head(model: Qwen, weight: Tensor) -> LinearHead:

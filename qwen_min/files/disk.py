@@ -56,7 +56,7 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes], advice: str = RE
     """Write a file so that readers see the old content or the new one. Raises UserError.
 
     data: whole, or in pieces that need not be in memory together. A link stays a link: the file
-    that it points to is replaced.
+    that it points to is replaced. The new file has the permissions of the old one.
     """
     target = Path(os.path.realpath(path))
     aside = _unused_name(target)
@@ -65,6 +65,8 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes], advice: str = RE
             if target.exists() and not target.is_file():
                 raise FileExistsError("it is not a regular file")
             with aside.open("xb") as file:  # x: never an existing file, nor through a link
+                if target.exists():  # before anything is in it: the old one may be private
+                    aside.chmod(stat.S_IMODE(target.stat().st_mode))
                 file.writelines([data] if isinstance(data, bytes) else data)
             _sync(aside)
             os.replace(aside, target)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ RESULTS = ("results", "predictions")  # how the names of an evaluation's files b
 Paths = Sequence[str | Path | None]
 Text = str | Callable[[], Iterable[str]]  # whole, or what makes its pieces, one in memory at once
 STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
+STREAMS |= {f"{place}/{n}": n for place in ("/dev/fd", "/proc/self/fd") for n in (1, 2)}
 
 
 class Output:
@@ -26,6 +28,10 @@ class Output:
         self.path = Path(path)
         self._stream = STREAMS.get(str(path))
         with one_line_error(self.path, "name a file in a directory that exists and is yours"):
+            # Not by the descriptor: if it was closed, another file may have its number by now.
+            streams = [n for n, s in ((1, sys.__stdout__), (2, sys.__stderr__)) if s is not None]
+            if self._stream not in (None, *streams):
+                raise OSError("it is closed")
             exists = self.path.exists()
             # A stream, a device or a pipe is written to. Only a file is replaced.
             self._replaced = self._stream is None and (self.path.is_file() or not exists)
@@ -34,6 +40,9 @@ class Output:
             if self._stream is None and exists and not os.access(self.path, os.W_OK):
                 raise PermissionError("Permission denied")
             if self._replaced:
+                taken = [os.fstat(n) for n in streams if exists]
+                if any(os.path.samestat(self.path.stat(), status) for status in taken):
+                    raise FileExistsError("standard output or standard error goes to it")
                 target = Path(os.path.realpath(path))
                 # Can a file of this name be made there? It is removed at once.
                 name = {"prefix": f".{target.name}.", "suffix": f".{os.getpid()}.partial"}
@@ -53,9 +62,10 @@ class Output:
             if self._replaced:
                 return write_atomically(self.path, data(), advice)
             # Opening a stream by its name would empty the file to which the shell redirects it.
-            opened = self.path if self._stream is None else os.dup(self._stream)
-            with one_line_error(self.path, advice), open(opened, "wb") as file:
-                file.writelines(data())
+            with one_line_error(self.path, advice):
+                opened = self.path if self._stream is None else os.dup(self._stream)
+                with open(opened, "wb") as file:
+                    file.writelines(data())
         except UserError as error:
             try:
                 descriptor, name = tempfile.mkstemp(self.path.suffix, "qwen_min-")

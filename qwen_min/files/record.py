@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from qwen_min.errors import UserError
 from qwen_min.files.data import READINGS
 from qwen_min.files.run import read_run
 from qwen_min.files.weights import DTYPES
@@ -28,10 +29,14 @@ ARGUMENTS = {name: schema for schema, names in SCHEMAS.items() for name in names
 RECORD = {"method": METHODS, "arguments": ARGUMENTS, "labels": [str], "finished": bool}
 RECORD |= dict.fromkeys(("base_fingerprint", "data_hash", "frozen_before"), str)
 RECORD |= {"labels_read_as": (*READINGS, None), "dtype": (*DTYPES, None)}  # older runs lack them
-FINISHED = {"trained_parameters": int, "seconds": float}
+FINISHED = {"trained_parameters": int, "seconds": float, "result_hash": (str, None)}
 
 
 def read_whole_run(directory: str | Path) -> dict:
     """`read_run`, with each field checked that a command uses."""
     more = FINISHED if read_run(directory).get("finished") else {}
-    return read_run(directory, **RECORD, **more)
+    record = read_run(directory, **RECORD, **more)
+    for name, value in record["arguments"].items():
+        if "\0" in str(value):  # no command line holds it, and a path with it names no file
+            raise UserError(f"{directory}/run.json: {name} holds a NUL; train again")
+    return record

@@ -5,6 +5,7 @@ font that has its characters. A character that no installed font has is written 
 as in \\u6b63; no empty boxes are drawn.
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -15,7 +16,8 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qwen_min.files.disk import one_line_error, refuse_malformed
+from qwen_min.files.disk import one_line_error, refuse_malformed, write_atomically
+from qwen_min.files.output import Paths, open_outputs
 from qwen_min.files.run import read_run
 from qwen_min.metrics import expected_calibration_error, log_odds, softmax, wilson_interval
 from qwen_min.report.compare import Method, Predictions, read_columns
@@ -29,11 +31,11 @@ Scored = Sequence[tuple[str, dict[int, Predictions]]]  # name and predictions by
 Logs = list[tuple[str, list[list], list[dict]]]  # as `training_logs` returns
 
 
-def draw(methods: Sequence[Method], directory: str | Path) -> list[Path]:
+def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -> list[Path]:
     """Draw all pictures for which there is data; return their files.
 
     ROC curves and reliability diagrams need scores; their file names have the examples' hash.
-    Training curves need a run with log.jsonl.
+    Training curves need a run with log.jsonl. inputs: the files read, which no picture replaces.
     """
     directory, logs = Path(directory), training_logs(methods)
     words = [word for method in methods for word in (method.name, *method.classes)]
@@ -55,8 +57,10 @@ def draw(methods: Sequence[Method], directory: str | Path) -> list[Path]:
             pictures["training.png"] = plot_training(logs)
         with one_line_error(directory, "name a directory that you can write to"):
             directory.mkdir(parents=True, exist_ok=True)
-            for name, figure in pictures.items():
-                figure.savefig(directory / name, dpi=DPI)
+        open_outputs([directory / name for name in pictures], inputs)
+        for name, figure in pictures.items():
+            figure.savefig(drawn := io.BytesIO(), dpi=DPI)
+            write_atomically(directory / name, drawn.getvalue(), "make room or name another one")
     return [directory / name for name in pictures]
 
 

@@ -58,7 +58,7 @@ def report(args: argparse.Namespace) -> int:
     if args.plots:
         from qwen_min.report.plots import draw  # here, because it imports matplotlib
 
-        for path in draw(methods, args.plots):
+        for path in draw(methods, args.plots, files_read(results)):
             print(path, file=sys.stderr)
     return 0
 
