@@ -308,6 +308,7 @@ def until_stopped(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
 
 def main() -> int:
     """Run the cases; print the first case of each finding, and the counts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--start", type=int, default=0, help="the number of the first case")
