@@ -973,6 +973,8 @@ def test_features_stay_out_of_a_runs_own_files(name, base, data, tmp_path, capsy
     args = arguments("head_only", base, data, tmp_path / "run", "--feature-cache", cache)
     assert "a run writes there" in one_line(capsys, 2, *args)
     assert not (tmp_path / "run").exists()
+    args[-1] = str(tmp_path / "run" / "features-2")
+    assert train.main(args) == 0
 
 
 def test_features_stay_out_of_the_model(base, data, tmp_path, capsys):
