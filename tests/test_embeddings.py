@@ -257,6 +257,7 @@ def test_transplanted_head_is_on_the_base_as_it_was(base, data, tmp_path, capsys
     (run / VECTORS).unlink()  # the head on the bare base, as a run without trained vectors has it
     changed = record(run)
     changed["arguments"]["train_embeddings"] = False
+    changed["result_hash"] = None
     (run / "run.json").write_text(json.dumps(changed))
     assert np.array_equal(scores_of(capsys, "--run", run, "--data", data), bare)
 

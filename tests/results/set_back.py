@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     args.output.mkdir(parents=True, exist_ok=True)
     token_vectors.write(args.output / VECTORS, trained, record["base_fingerprint"])
-    record["embedding_movement"] = None
+    record |= {"embedding_movement": None, "result_hash": None}  # another result than the run's
     record["trained_parameters"] = int((~set_back).sum()) * width * len(trained)
     write_json(args.output / "run.json", record)
 
