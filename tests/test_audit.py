@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import time
 import unicodedata
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.numpy import save, save_file
 import evaluate
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash, read_examples
+from qwen_min.files.hub import TINY
 from qwen_min.files.overlap import clean_part, fed_rows, normalised, text_hashes, training_examples
 from qwen_min.metrics import wilson_interval
 from qwen_min.report import audit
@@ -410,3 +412,12 @@ def test_one_note_of_digits_in_every_command(tmp_path, capsys):
     assert [note.split(":")[1] for note in notes(capsys)] == [
         f" {tmp_path / name}" for name in ("newa.jsonl", "newa.csv")
     ]
+
+
+def test_tokens_are_counted_only_with_a_tokenizer_that_evaluate_accepts(tmp_path, capsys):
+    shutil.copytree(TINY, tmp_path / "model")
+    config = {"additional_special_tokens": ["[差评]"]}
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    sample = str(TINY.parent / "sample" / "test.tsv")
+    assert audit.main([sample, "--model", str(tmp_path / "model")]) == 2
+    assert "its added tokens are not those of tokenizer.json" in capsys.readouterr().err

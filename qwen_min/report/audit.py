@@ -24,7 +24,7 @@ from qwen_min.errors import UserError
 from qwen_min.files.data import Example, class_counts, read_examples
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.overlap import normalised, stand_in
-from qwen_min.files.tokens import load_tokenizer
+from qwen_min.files.tokens import read_tokenizer
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, parse_labels
 from qwen_min.tokenizer import Tokenizer
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def audit(args: argparse.Namespace) -> int:
     """Read the files, count, print."""
     labels = parse_labels(args.labels)
-    tokenizer = load_tokenizer(resolve_model(args.model)) if args.model else None
+    tokenizer = read_tokenizer(resolve_model(args.model)) if args.model else None
     names = [args.first, *filter(None, [args.second])]
     if len(set(map(os.path.realpath, names))) < len(names):
         raise UserError(f"{args.second}: given twice; name two files, or one alone")
