@@ -166,17 +166,15 @@ def check_training(args: argparse.Namespace) -> dict | None:
     both, exists = args.plain and args.checkpointing, args.merge and os.path.lexists(args.merge)
     places = (os.path.realpath(place or "") for place in (args.feature_cache, args.output))
     part = os.path.relpath(*places).split(os.sep)[0].lower()  # of the run: where features would go
-    taken = part in set(WRITTEN) - {"features"} or part.startswith(EVALUATED)
+    taken = part in {*WRITTEN} - {"features"} or part.startswith(EVALUATED)
+    taken &= bool(args.feature_cache)
     refusals = {
         "--merge needs lora_label_scoring with LoRA: a plain checkpoint has no head": no_model,
         "--lora-targets none leaves nothing to train; choose attention or all": words and nothing,
         "--train-embeddings changes states that head_only needs frozen: leave it out": not_frozen,
         f"--adapter is for head_only, to probe an adapted base, not {method}": no_probe,
         "--checkpointing is not part of the definitions; leave out it or --plain": both,
-        f"--feature-cache {args.feature_cache}: a run writes there; leave it out": bool(
-            args.feature_cache
-        )
-        and taken,
+        f"--feature-cache {args.feature_cache}: a run writes there; leave it out": taken,
         f"--merge {args.merge} exists already; name a directory that does not": exists,
     }
     for message, refused in refusals.items():
