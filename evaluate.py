@@ -130,7 +130,9 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         name_outputs(args, record, examples_hash(examples))
         inputs += [f"{args.run}/adapter", record["arguments"].get("data")]
     files = open_outputs([args.output, args.predictions], inputs)
-    identity = source.identity  # first, because a file that it hashes may be malformed
+    # First, because a file that it hashes may be malformed. Without a file to write it into, the
+    # weights need not be hashed.
+    identity = source.identity if args.output or args.method == "zero_shot_generate" else {}
     prompts = all_prompts(args.data, source, examples)
     fed = fed_rows(task.directory, examples)
     how = (args.encoding, task.labels, record, examples[0].read_as)

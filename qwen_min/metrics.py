@@ -102,13 +102,14 @@ def log_odds(scores: np.ndarray) -> np.ndarray:
     ascending = np.take_along_axis(scores, order, axis=1)
     ascending -= ascending[:, -1:].copy()
     nothing = np.full((len(scores), 1), -np.inf)  # the log of an empty sum
-    up = np.logaddexp.accumulate(ascending[:, :-1], axis=1)
-    down = np.logaddexp.accumulate(ascending[:, :0:-1], axis=1)[:, ::-1]
-    # At each place the sum of all scores below it and the sum of all above it.
-    others = np.logaddexp(np.hstack([nothing, up]), np.hstack([down, nothing]))
+    before = np.logaddexp.accumulate(ascending[:, :-1], axis=1)
+    behind = np.logaddexp.accumulate(ascending[:, :0:-1], axis=1)[:, ::-1]
+    # At each place the log-sum-exp of the scores before it, and that of those behind it.
+    others = np.logaddexp(np.hstack([nothing, before]), np.hstack([behind, nothing]))
     # Of equal scores all take the first one's place; the numbers could differ in the last bit.
-    first = np.concatenate([nothing == 0, ascending[:, 1:] == ascending[:, :-1]], axis=1)
-    places = np.maximum.accumulate(np.where(first, 0, np.arange(scores.shape[1])), axis=1)
+    places = np.tile(np.arange(scores.shape[1]), (len(scores), 1))
+    places[:, 1:][ascending[:, 1:] == ascending[:, :-1]] = 0
+    places = np.maximum.accumulate(places, axis=1)
     found = ascending - np.take_along_axis(others, places, axis=1)
     result = np.empty_like(found)
     np.put_along_axis(result, order, found, axis=1)

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 import evaluate
 import qwen_min
 import train
+from qwen_min.command import trained as trained_parts
 from qwen_min.errors import UserError
 from qwen_min.files.hub import TINY
 from qwen_min.report.__main__ import main as report
@@ -370,3 +371,14 @@ def test_a_merged_checkpoint_has_the_prompts_of_its_base(reference, capsys):
     names = {path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file()}
     copied = {p.relative_to("merged").as_posix() for p in Path("merged").rglob("*") if p.is_file()}
     assert copied == names
+
+
+@pytest.mark.parametrize(("more", "times"), [([], 0), (["--output", "results.json"], 1)])
+def test_weights_are_hashed_only_for_results_that_are_written(more, times, monkeypatch):
+    """Hashing 15 GB takes longer than scoring a row."""
+    calls, hashed = [], trained_parts.checkpoint_fingerprint
+    monkeypatch.setattr(
+        trained_parts, "checkpoint_fingerprint", lambda path: calls.append(path) or hashed(path)
+    )
+    assert evaluate.main(["--method", "zero_shot", "--limit", "4", *more]) == 0
+    assert len(calls) == times

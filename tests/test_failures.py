@@ -19,6 +19,7 @@ from qwen_min import training
 from qwen_min.command import inside, task, trained
 from qwen_min.errors import UserError
 from qwen_min.fast import forms
+from qwen_min.files.weights import load_model, save_model
 from qwen_min.lab import calibration, label_sets
 from qwen_min.report.__main__ import main as report
 
@@ -191,6 +192,31 @@ def test_a_head_whose_scores_overflow_decides_nothing(more, capsys):
     assert "scores of the head that are not finite" in err and "train again" in err
     with pytest.raises(UserError, match="scores of the head that are not finite"):
         qwen_min.load_run("run", "cpu").predict(["很好"])
+
+
+# A link to nothing
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("tokenizer_config.json", []),
+        ("special_tokens_map.json", []),
+        ("fed.safetensors", []),
+        ("chat_template.jinja", ["--chat"]),
+        ("generation_config.json", ["--method", "zero_shot_generate"]),
+    ],
+)
+def test_a_file_behind_a_link_to_nothing_is_not_taken_for_absent(name, more, bases, capsys):
+    """As where a cache was cleared. Without it, prompts or answers would silently be others."""
+    shutil.copytree(bases / "large", "model")
+    Path("model", name).unlink(missing_ok=True)
+    Path("model", name).symlink_to("nothing")
+    assert evaluate.main(["--method", "zero_shot", "--model", "model", *FIXED, *more]) == 2
+    assert f"model/{name}" in one_line(capsys)
+    with pytest.raises(UserError, match=name):
+        save_model(load_model("model"), "model", "copy")
+    assert not Path("copy").exists()
 
 
 # What is computed is written

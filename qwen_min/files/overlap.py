@@ -5,6 +5,7 @@ punctuation, white space and differences in character width.
 """
 
 import hashlib
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -88,7 +89,7 @@ def fed_rows(directory: Path, examples: Sequence[Example]) -> list[int]:
     The model's file FED has their hashes; without this file the result is empty. If any example is
     found, stderr gets a warning. Raises UserError for a file that has no such hashes.
     """
-    if not (path := directory / FED).exists():
+    if not os.path.lexists(path := directory / FED):
         return []
     kind, advice = "the hashes of a model's training texts", "copy the model again"
     with refuse_malformed(path, kind, advice):

@@ -1,6 +1,7 @@
 """tokenizer.json, checked, and what the files beside it say about special and added tokens."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def read_tokenizer_config(directory: Path) -> dict:
     Raises UserError for a malformed file. Without these files the dict is empty.
     """
     config, older, added = (
-        read_json(path, KIND, ADVICE) if (path := directory / name).exists() else {}
+        read_json(path, KIND, ADVICE) if os.path.lexists(path := directory / name) else {}
         for name in (CONFIG, "special_tokens_map.json", "added_tokens.json")
     )
     # With the field added_tokens_decoder, the older files don't count.

@@ -3,9 +3,11 @@ an error. The one exception is an lm_head in a tied checkpoint: a copy of the em
 """
 
 import hashlib
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -102,7 +104,8 @@ def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
     """
     source, out = Path(source), Path(out)
     with new_directory(out, "name another, or make room") as directory:
-        for path in (path for pattern in FILES for path in source.glob(pattern)):
+        found = (source.glob(name) if "*" in name else [source / name] for name in FILES)
+        for path in filter(os.path.lexists, chain.from_iterable(found)):
             copy = directory / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(read_regular(path, "a file of a checkpoint", AGAIN))

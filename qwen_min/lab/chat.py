@@ -22,6 +22,7 @@ that of two renderings; as a template can look at the text, each text is then re
 """
 
 import json
+import os
 import re
 import resource
 import signal
@@ -80,7 +81,9 @@ def read_chat_format(directory: str | Path, model_type: str) -> Chat:
     directory = Path(directory)
     config = read_tokenizer_config(directory)
     places = ("additional_chat_templates/default.jinja", "chat_template.jinja", CONFIG)
-    path = next((p for place in places if (p := directory / place).exists()), directory / CONFIG)
+    files = [directory / place for place in places]
+    # A link to nothing is not skipped: it fails when it is read, and no other template is taken.
+    path = next(filter(os.path.lexists, files), files[-1])
     with refuse_malformed(path, KIND, ADVICE):
         if path.suffix == ".jinja":
             found = read_regular(path, KIND, ADVICE).decode()

@@ -3,6 +3,7 @@
 Then the class that an answer names. `qwen_min.fast.generation` has the batched form.
 """
 
+import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def stop_ids(directory: str | Path, markup: dict[str, int]) -> set[int]:
     """
     stop = {markup[token] for token in ("<|im_end|>", "<|endoftext|>") if token in markup}
     path = Path(directory) / "generation_config.json"
-    if not path.exists():
+    if not os.path.lexists(path):  # a link to nothing is no absent file
         return stop
     found = read_json(path, "a generation config", "fetch it again").get("eos_token_id") or []
     found = found if isinstance(found, list) else [found]
