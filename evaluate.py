@@ -28,7 +28,7 @@ from functools import partial
 import numpy as np
 
 from qwen_min.command import arguments
-from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source
+from qwen_min.command.classifier import Evaluation, Outcome, Scorer, Source
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.finite import NotFinite
 from qwen_min.command.inside import explain, look_inside, neutral_prompts, print_inside
@@ -46,39 +46,39 @@ from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_mass
 
 
-def zero_shot(source: Source) -> Classifier:
+def zero_shot(source: Source) -> Scorer:
     """The base as it is, scored by label words: their log-probabilities after the prompt."""
-    return source.classifier(source.base(), "label words")
+    return source.scorer(source.base(), "label words")
 
 
-def zero_shot_generate(source: Source) -> Classifier:
+def zero_shot_generate(source: Source) -> Scorer:
     """The base as it is. It writes an answer, and the first label word in it is the prediction."""
-    return source.classifier(source.base(), "answers")
+    return source.scorer(source.base(), "answers")
 
 
-def head_only(source: Source) -> Classifier:
+def head_only(source: Source) -> Scorer:
     """The frozen base, with --adapter in training an adapted one, and the head solved on it."""
     model = source.base()
-    return source.classifier(model, "head", source.add_trained(model))
+    return source.scorer(model, "head", source.add_trained(model))
 
 
-def lora_head(source: Source) -> Classifier:
+def lora_head(source: Source) -> Scorer:
     """The base with its LoRA, and the linear head that was trained together with it."""
     model = source.base()
-    return source.classifier(model, "head", source.add_trained(model))
+    return source.scorer(model, "head", source.add_trained(model))
 
 
-def lora_label_scoring(source: Source) -> Classifier:
+def lora_label_scoring(source: Source) -> Scorer:
     """The base with its LoRA, scored by label words as in zero_shot."""
     model = source.base()
     source.add_trained(model)
-    return source.classifier(model, "label words")
+    return source.scorer(model, "label words")
 
 
-def transplanted_head(source: Source) -> Classifier:
+def transplanted_head(source: Source) -> Scorer:
     """lora_head's head on the base without the LoRA that it was trained with."""
     head = source.add_trained(source.base())
-    return source.classifier(source.base(), "head", head)
+    return source.scorer(source.base(), "head", head)
 
 
 _functions = [zero_shot, zero_shot_generate, head_only, lora_head, lora_label_scoring]
@@ -139,9 +139,9 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     training = training_examples(args.train_data, *how)
     neutral = neutral_prompts(source, examples, training) if args.calibrate else None
     started = time.perf_counter()
-    classifier = METHODS[args.method](source)
+    scorer = METHODS[args.method](source)
     load_seconds = time.perf_counter() - started
-    evaluation = Evaluation(source, classifier, examples, prompts, neutral)
+    evaluation = Evaluation(source, scorer, examples, prompts, neutral)
     outcome = classify(evaluation)
     parts = {
         "metrics": partial(measure, evaluation, outcome),
@@ -194,24 +194,24 @@ def classify(evaluation: Evaluation) -> Outcome:
 
     Raises UserError if no row has finite numbers; if some have, the outcome names the others.
     """
-    task, classifier, error = evaluation.source.task, evaluation.classifier, None
+    task, scorer, error = evaluation.source.task, evaluation.scorer, None
     prompts, words = evaluation.prompts, task.labels
-    if classifier.by == "label words":
+    if scorer.by == "label words":
         warn_about_labels(evaluation.label_ids[0], words)
     started = time.perf_counter()
     with progress_bar(total=len(evaluation.examples), unit=" rows") as bar:
         try:
-            if classifier.by == "answers":
+            if scorer.by == "answers":
                 stop = evaluation.source.identity["stop_ids"]
-                found = classifier.answers(prompts, stop, bar.update)
+                found = scorer.answers(prompts, stop, bar.update)
             else:
-                found = classifier.scores(prompts, bar.update)  # (n, all words)
+                found = scorer.scores(prompts, bar.update)  # (n, all words)
         except NotFinite as failure:
             found, error = failure.found, failure
     seconds = time.perf_counter() - started
     if error and len(error.rows) == len(evaluation.examples):
         raise UserError(f"{evaluation.place(error.rows)}: {error}")
-    if classifier.by == "answers":
+    if scorer.by == "answers":
         from qwen_min.lab.generation import first_label
 
         texts = [None if ids is None else task.tokenizer.decode(ids) for ids in found]
@@ -225,7 +225,7 @@ def classify(evaluation: Evaluation) -> Outcome:
 def measure(evaluation: Evaluation, outcome: Outcome) -> dict:
     """The metrics of an outcome; of answers also some that are off track."""
     mass, names = None, list(evaluation.source.task.labels)
-    if evaluation.classifier.by == "label words":
+    if evaluation.scorer.by == "label words":
         mass = float(label_mass(outcome.scores, evaluation.label_ids).mean())
     true, predictions = evaluation.true_classes, outcome.predictions
     found = evaluate_predictions(true, predictions, outcome.scores, names) | {"label_mass": mass}

@@ -136,9 +136,9 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
     def evaluate() -> dict:
         model.eval()
         by = "label words" if trained.head is None else "head"
-        classifier = job.source.classifier(model, by, trained.head)
+        scorer = job.source.scorer(model, by, trained.head)
         try:
-            scores = classifier.scores([job.prompts[row] for row in job.held_out])
+            scores = scorer.scores([job.prompts[row] for row in job.held_out])
         except NotFinite as error:
             line = job.examples[job.held_out[error.rows[0]]].line
             raise TrainingFailed(f"the held-out row in line {line}: {error}") from None

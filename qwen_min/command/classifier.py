@@ -1,6 +1,6 @@
 """Where a method's weights come from, and how the loaded method classifies.
 
-`Source` loads the base and puts on it what was trained; `Classifier` computes scores with the
+`Source` loads the base and puts on it what was trained; `Scorer` computes scores with the
 result. evaluate.py combines the two, in one function for each method. `Evaluation` and `Outcome`
 are what goes into a classification and what comes out.
 """
@@ -39,7 +39,7 @@ def forms(plain: bool) -> ModuleType:
 
 
 @dataclass(frozen=True)
-class Classifier:
+class Scorer:
     """A model, and what gives the scores of the classes."""
 
     model: Qwen
@@ -123,9 +123,9 @@ class Source:
             found["stop_ids"] = sorted(stop_ids(self.task.directory, self.task.tokenizer.markup))
         return found
 
-    def classifier(self, model: Qwen, by: str, head: LinearHead | None = None) -> Classifier:
+    def scorer(self, model: Qwen, by: str, head: LinearHead | None = None) -> Scorer:
         """The model with what gives the scores, computing as the arguments say."""
-        return Classifier(model, by, head, forms(self.args.plain), self.args.batch_tokens)
+        return Scorer(model, by, head, forms(self.args.plain), self.args.batch_tokens)
 
     def add_trained(self, model: Qwen) -> LinearHead | None:
         """Put what was trained on a base, in place; returns the head, if there is one.
@@ -166,7 +166,7 @@ class Evaluation:
     """One evaluation: a loaded method, and the rows that it is to classify."""
 
     source: Source
-    classifier: Classifier
+    scorer: Scorer
     examples: Sequence[Example]  # each with its class number, an index into the label words
     prompts: Sequence[Prompt]  # with the words of --labels, then those of other label sets
     neutral: tuple | None  # the prompts that --calibrate asks for

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from qwen_min.command.arguments import UNTRAINED
-from qwen_min.command.classifier import Classifier, Evaluation, Outcome, Source, forms
+from qwen_min.command.classifier import Evaluation, Outcome, Scorer, Source, forms
 from qwen_min.command.finite import dtype_name
 from qwen_min.command.task import Task
 from qwen_min.command.terminal import progress_bar
@@ -57,7 +57,7 @@ def calibrate(evaluation: Evaluation, scores: np.ndarray) -> dict[str, dict]:
 
     *others, held_out = evaluation.neutral
     with progress_bar(unit=" rows", desc="calibration") as bar:
-        score = partial(evaluation.classifier.scores, progress=bar.update)
+        score = partial(evaluation.scorer.scores, progress=bar.update)
         neutral = Neutral(*map(score, others), held_out and (held_out[0], score(held_out[1])))
     lengths = np.array([[*map(len, words)] for words in evaluation.label_ids])
     return calibrations(evaluation.true_classes, scores, lengths, neutral)
@@ -75,23 +75,23 @@ def print_inside(task: Task, results: dict) -> None:
         print("\n" + format_calibrations(results["calibration"], task.labels))
 
 
-def explain(source: Source, load: Callable[[Source], Classifier]) -> int:
+def explain(source: Source, load: Callable[[Source], Scorer]) -> int:
     """--explain: one text's computation, on the base and on what was trained from it."""
     from qwen_min.lab.explain import explain_head, explain_labels
 
     args, task = source.args, source.task
     (prompt,) = task.prompts([args.explain], ["--explain"])
-    classifier = load(source)
-    models = {"the model": classifier.model}
+    scorer = load(source)
+    models = {"the model": scorer.model}
     unadapted = args.method in (*UNTRAINED, "transplanted_head")
     if not unadapted and (source.parts.lora or source.parts.vectors):
-        models = {"base": source.base(), "adapted": classifier.model}
+        models = {"base": source.base(), "adapted": scorer.model}
     empty = task.empty_prompt()
     for model in models.values():  # raises NotFinite
-        plain = replace(classifier, model=model, forms=forms(plain=True))
+        plain = replace(scorer, model=model, forms=forms(plain=True))
         plain.scores([prompt, empty] if empty else [prompt])
-    print(f"{args.method}, {args.run or args.model}, {dtype_name(classifier.model)}\n")
+    print(f"{args.method}, {args.run or args.model}, {dtype_name(scorer.model)}\n")
     shown = (task.tokenizer, prompt, empty, task.labels, models)
-    by_head = classifier.by == "head"
-    print(explain_head(*shown, classifier.head) if by_head else explain_labels(*shown))
+    by_head = scorer.by == "head"
+    print(explain_head(*shown, scorer.head) if by_head else explain_labels(*shown))
     return 0

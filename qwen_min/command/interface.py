@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen_min.command.arguments import finished_run
-from qwen_min.command.classifier import Classifier, Source, forms
+from qwen_min.command.classifier import Scorer, Source, forms
 from qwen_min.command.cli import choose_device
 from qwen_min.command.task import Task, read_task
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
@@ -34,7 +34,7 @@ def score_labels(
     model: Qwen, prompts: Sequence[Prompt], batch_tokens: int = DEFAULT_BATCH_TOKENS
 ) -> np.ndarray:
     """Scores of each prompt's labels: (n, C), float64. batch_tokens limits one forward's tokens."""
-    return Classifier(model, "label words", None, forms(False), batch_tokens).scores(prompts)
+    return Scorer(model, "label words", None, forms(False), batch_tokens).scores(prompts)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TrainedRun:
     """A finished run, ready for new texts."""
 
     task: Task
-    classifier: Classifier
+    scorer: Scorer
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ class TrainedRun:
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """Class scores (n, C), float64; their softmax over C gives probabilities."""
         prompts = self.task.prompts(texts, [f"text {i + 1}" for i in range(len(texts))])
-        return self.classifier.scores(prompts).reshape(len(texts), len(self.labels))
+        return self.scorer.scores(prompts).reshape(len(texts), len(self.labels))
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
         """Class numbers (n,)."""
@@ -71,4 +71,4 @@ def load_run(directory: str | Path, device: str = "auto") -> TrainedRun:
     model = source.base()
     head = source.add_trained(model)
     by = "label words" if head is None else "head"
-    return TrainedRun(task, source.classifier(model, by, head))
+    return TrainedRun(task, source.scorer(model, by, head))

@@ -57,7 +57,7 @@ def circumstances(evaluation: Evaluation, seconds: float) -> dict:
         "examples_per_second": len(prompts) / seconds,
         "examples_hash": examples_hash(evaluation.examples),
         "label_ids": [list(ids) for ids in evaluation.label_ids[0]] or None,
-        "dtype": dtype_name(evaluation.classifier.model),
+        "dtype": dtype_name(evaluation.scorer.model),
         "device": evaluation.source.device,
         "torch": torch.__version__,
         "trained_parameters": record["trained_parameters"] if record else 0,
