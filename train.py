@@ -25,15 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora import lora_modules, lora_parameters, merge_lora
+from lora import lora_modules, lora_parameters
 from qwen_min.command import arguments, cli
 from qwen_min.command.classifier import Source, forms
+from qwen_min.command.export import check_export, export
 from qwen_min.command.finite import NotFinite, check_finite, dtype_name
 from qwen_min.command.fit import Job, Stopped, Training, fit, why_failed
 from qwen_min.command.summary import format_layers
 from qwen_min.command.task import check_classes, read_rows, read_task, row_prompts
 from qwen_min.command.terminal import progress_bar
-from qwen_min.command.trained import Trainable, attach_adapter, identity, load_parts, result_hash
+from qwen_min.command.trained import Trainable, attach_adapter, identity, result_hash
 from qwen_min.errors import UserError
 from qwen_min.files.data import HELD_OUT, examples_hash, held_out_split
 from qwen_min.files.disk import write_json
@@ -49,7 +50,7 @@ from qwen_min.files.run import (
     run_arguments,
     start_record,
 )
-from qwen_min.files.weights import fingerprint, load_model, save_model
+from qwen_min.files.weights import fingerprint, load_model
 from qwen_min.head import fit_layers
 from qwen_min.metrics import log_loss
 from qwen_min.prompt import Prompt
@@ -178,7 +179,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("run").add_argument
     add("--output", metavar="DIR", help="the run directory (default: runs/METHOD)")
     add("--resume", action="store_true", help="continue the run in --output")
-    add("--merge", metavar="DIR", help="also write base + LoRA as a plain checkpoint")
+    elsewhere = "also write base + LoRA (+ head) as a checkpoint for transformers"
+    add("--export", "--merge", metavar="DIR", help=elsewhere)
     add("--seed", type=cli.seed, default=0, help="of initial values, order and dropout")
     arguments.add_training_arguments(parser)
     return parser
@@ -199,7 +201,12 @@ def train(args: argparse.Namespace) -> int:
     """Read, split, load, train, and write the run directory."""
     before = arguments.check_training(args)
     device, task, run = cli.choose_device(args.device), read_task(args, before), Path(args.output)
-    refuse_inputs([args.merge], [task.directory, run])
+    refuse_inputs([args.export], [task.directory, run])
+    if args.export:
+        check_export(args.method, task)
+        if before and before["finished"]:  # trains nothing: needs no data
+            record = start_record(run, identity(task, args.adapter), args.resume)
+            return export(Source(args, task, device, record), run)
     refuse_inputs([args.feature_cache], [task.directory, args.adapter])
     examples = read_rows(args, task, before)
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
@@ -217,6 +224,7 @@ def train(args: argparse.Namespace) -> int:
         "method": args.method,
         "arguments": vars(args),
         "labels": list(task.labels),
+        "scored": list(task.scored),
         "labels_read_as": examples[0].read_as,
         "dtype": dtype_name(model),
         **identity(task, args.adapter),
@@ -235,9 +243,7 @@ def train(args: argparse.Namespace) -> int:
         if status := run_job(job, frozen):
             return status
     print(f"{run}: finished; evaluate it with: python evaluate.py --run {run} --data FILE")
-    if args.merge:
-        merge(source, run)
-    return 0
+    return export(source, run) if args.export else 0
 
 
 def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
@@ -265,15 +271,6 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
     record |= {"result_hash": result_hash(run), "finished": True}
     write_json(run / "run.json", record)
     return 0
-
-
-def merge(source: Source, run: Path) -> None:
-    """Write base and LoRA (and token vectors) as a plain checkpoint."""
-    model, out = source.base(), source.args.merge
-    load_parts(model, run, run / ADAPTER, source.parts, source.record)
-    merge_lora(model)
-    save_model(model, source.task.directory, out)
-    print(f"{out}: base and LoRA, merged; use it with --model {out}")
 
 
 if __name__ == "__main__":

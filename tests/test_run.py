@@ -638,7 +638,7 @@ def test_the_first_signal_is_noted_and_the_second_is_not_caught(number):
 # What a run is started with
 
 
-FREE = {"output": "runs/x", "resume": False, "device": "auto", "batch_tokens": 2048, "merge": None}
+FREE = {"output": "runs/x", "resume": False, "device": "auto", "batch_tokens": 2048, "export": None}
 
 
 def arguments(**changes: object) -> argparse.Namespace:
@@ -747,9 +747,14 @@ def test_resume_takes_the_arguments_the_run_began_with(tmp_path):
     assert (args.method, args.lr, args.seed, args.device) == ("lora_head", 1e-3, 7, "cuda")
     assert (args.resume, args.output) == (True, str(run))
     # What changes nothing of what is learned may differ; what is repeated must be the same.
-    typed |= {"device": "cpu", "batch_tokens": 64, "merge": "m", "feature_cache": "f", "lr": 1e-3}
+    typed |= {"device": "cpu", "batch_tokens": 64, "export": "m", "feature_cache": "f", "lr": 1e-3}
     args = run_arguments(arguments(**typed), typed)
-    assert (args.device, args.batch_tokens, args.merge, args.feature_cache) == ("cpu", 64, "m", "f")
+    assert (args.device, args.batch_tokens, args.export, args.feature_cache) == (
+        "cpu",
+        64,
+        "m",
+        "f",
+    )
     assert args.lr == 1e-3
     # A directory may have been moved since.
     moved = str(run.rename(tmp_path / "moved"))

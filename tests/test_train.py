@@ -785,7 +785,7 @@ def test_a_moved_model_and_a_copy_of_the_data_go_on(runs, base, data, tmp_path, 
 BAD = {
     "no method": ([], "--method is missing"),
     "nothing to train": (["--method", "lora_label_scoring", "--lora-targets", "none"], "none"),
-    "merge of a head": (["--method", "lora_head", "--merge", "x"], "--merge"),
+    "export of a bias": (["--method", "head_only", "--export", "x"], "--export: head_only's head"),
     "system without chat": (["--method", "lora_head", "--system", "x"], "--chat"),
     "chat and its markup": (
         ["--method", "lora_head", "--chat", "--template", "<|im_start|>{text}"],

@@ -2,7 +2,8 @@
 
 A run directory, and each of its checkpoints, holds what its method trains:
 
-    adapter/                 LoRA in PEFT's format; of lora_head with its head inside
+    adapter/                 LoRA in PEFT's format; of lora_head with its head inside; and
+                             prompt.json: how another program makes the input (not read here)
     head.safetensors         the head of head_only, and of lora_head without LoRA
     embeddings.safetensors   the token vectors, with --train-embeddings
 """
@@ -23,7 +24,7 @@ import lora
 from lora.adapter import CONFIG_FILE, TENSOR_FILE
 from qwen_min.command.task import Task
 from qwen_min.errors import UserError
-from qwen_min.files.disk import read_regular, write_atomically
+from qwen_min.files.disk import read_regular, write_atomically, write_json
 from qwen_min.files.probe import load_head, save_head
 from qwen_min.files.run import ADAPTER, HEAD, VECTORS, check_same, checkpoints, publish
 from qwen_min.files.weights import checkpoint_fingerprint
@@ -34,6 +35,14 @@ from qwen_min.tokenizer import Tokenizer
 
 TARGETS = {"attention": lora.ATTENTION, "all": (*lora.ATTENTION, *lora.MLP), "none": ()}
 GIVE_BASE = "give the checkpoint that it was trained on by --model"
+PROMPT_FILE = "prompt.json"
+PROMPT_INPUT = (
+    "Cut the text to its first max_text_tokens tokens (not the whole: a tokenizer's truncation "
+    "removes the template's end), put it in the place of {text} in template, and encode this "
+    "without adding special tokens. Remove markup such as <|im_end|> from a text: it was trained "
+    "on as plain text. A head gives one score for each of labels; without a head, the score of a "
+    "class is the log-probability of all tokens of its word in words, as the continuation."
+)
 KEPT = ("base_fingerprint", "tokenizer_hash")  # of a run's identity: also in its adapter
 
 
@@ -68,6 +77,19 @@ def identity(task: Task, adapter: str | Path | None) -> dict:
         "tokenizer_hash": hashlib.sha256(task.tokenizer.to_json().encode()).hexdigest(),
         "template": task.whole_template(),
         "adapter_hash": hashlib.sha256(b"".join(parts)).hexdigest() if adapter else None,
+    }
+
+
+def prompt_fields(record: Mapping) -> dict:
+    """For other programs: how the input of the model trained in this run is made of a text."""
+    labels = record["labels"]
+    words = record.get("scored", labels if record["method"] == "lora_label_scoring" else [])
+    return {
+        "input": PROMPT_INPUT,
+        "template": record.get("template"),  # older runs lack it
+        "max_text_tokens": record["arguments"]["max_text_tokens"],
+        "labels": labels,
+        "words": words,
     }
 
 
@@ -156,6 +178,7 @@ class Trainable:
         found = checkpoints(run)
         self.checkpoint = checkpoint = found[-1][1] if found else None
         self.model, self.base_hash = model, record["base_fingerprint"]
+        self.prompt = prompt_fields(record)
         self.kept = {key: record[key] for key in KEPT if key in record}  # an older run has less
         self.parts = parts_of(record["method"], record["arguments"])
         torch.manual_seed(args.seed)
@@ -202,6 +225,7 @@ class Trainable:
             metadata = self.kept | ({"token_vectors": VECTORS} if self.vectors else {})
             head = self.weight if self.parts.head == "adapter" else None
             lora.save_adapter(directory / ADAPTER, self.model, self.config, head, metadata)
+            write_json(directory / ADAPTER / PROMPT_FILE, self.prompt)
         if self.parts.head == "file":
             save_head(directory / HEAD, self.head)
         if self.vectors:

@@ -49,7 +49,7 @@ def read_run(directory: str | Path, **fields: object) -> dict:
 # What may differ when a run is resumed: paths, because what they name is compared by `check_same`;
 # the device, because the first may be gone (dropout draws other numbers on another); and, without
 # dropout, --batch-tokens, which then changes only the rounding of sums.
-FREE = ("output", "resume", "merge", "model", "data", "encoding", "feature_cache")
+FREE = ("output", "resume", "export", "model", "data", "encoding", "feature_cache")
 FREE += ("device", "batch_tokens")
 # What a run depends on beside its arguments, by key of run.json, and what an error calls it. The
 # template is the whole one, with the chat template's markup.
@@ -117,8 +117,8 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
         if name not in free and before.get(name) != value:
             found = f"--{name.replace('_', '-')} is {value!r} but the run has {before.get(name)!r}"
             raise UserError(f"--resume: {found}; leave it out, or start another run")
-    # --merge applies to one command only. --output is where the run was found: it may have moved.
-    before |= {"merge": None} | {name: given[name] for name in free if name in given}
+    # --export applies to one command only. --output is where the run was found: it may have moved.
+    before |= {"export": None} | {name: given[name] for name in free if name in given}
     before["output"] = args.output
     return argparse.Namespace(**(vars(args) | before))
 

@@ -4,7 +4,7 @@ an error. The one exception is an lm_head in a tied checkpoint: a copy of the em
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import chain
@@ -96,11 +96,18 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor], directory: P
             raise UserError(f"{directory}: {len(names)} tensor(s) {problem} ({first}); {FIT}")
 
 
-def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
-    """Write `model` as a plain checkpoint; what else the directory `source` has is copied.
+def save_model(
+    model: Qwen,
+    source: str | Path,
+    out: str | Path,
+    changes: Mapping[str, dict],
+    head: Tensor | None = None,
+) -> None:
+    """Write `model` as a checkpoint; what else the directory `source` has is copied.
 
-    `out` must not exist; it appears complete or not at all. Raises UserError if it cannot be
-    written.
+    changes: by name of a JSON file, the fields to set in it. head: the weight (C, D) of a
+    classifier, which takes the LM head's place. `out` must not exist; it appears complete or not at
+    all. Raises UserError if it cannot be written.
     """
     source, out = Path(source), Path(out)
     with new_directory(out, "name another, or make room") as directory:
@@ -109,11 +116,19 @@ def save_model(model: Qwen, source: str | Path, out: str | Path) -> None:
             copy = directory / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(read_regular(path, "a file of a checkpoint", AGAIN))
-        config = read_json(source / "config.json", "a model's config", AGAIN)
-        config["torch_dtype"] = str(model.lm_head_weight.dtype).removeprefix("torch.")
-        config.pop("dtype", None)
-        write_json(directory / "config.json", config)
+        dtype = str(model.lm_head_weight.dtype).removeprefix("torch.")
+        for name, fields in ({"config.json": {}} | changes).items():
+            found = {}
+            if (directory / name).exists():
+                found = read_json(directory / name, "a file of a checkpoint", AGAIN)
+            if name == "config.json":
+                fields = fields | {"torch_dtype": dtype}
+                found.pop("dtype", None)
+            write_json(directory / name, found | fields)
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        if head is not None:
+            tensors.pop(HEAD, None)
+            tensors["score.weight"] = head
         save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
 
 

@@ -34,8 +34,8 @@ NEEDED |= dict.fromkeys(("base_fingerprint", "tokenizer_hash"), (str, None))
 NEEDED["arguments"] = dict.fromkeys(("run", "predictions", "model", "template"), (str, None))
 KIND = "results of evaluate.py"
 # Arguments that change no prediction: names of outputs, and what is measured besides.
-NEUTRAL = {"method", "seed", "run", "output", "predictions", "changed", "resume", "merge"}
-NEUTRAL |= {"feature_cache", "train_data", "calibrate", "explain", "label_sets"}
+NEUTRAL = {"method", "seed", "run", "output", "predictions", "changed", "resume", "export"}
+NEUTRAL |= {"merge", "feature_cache", "train_data", "calibrate", "explain", "label_sets"}
 ROWS = {"data", "limit", "encoding"}  # which rows are read: these have a hash
 
 

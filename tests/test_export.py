@@ -1,0 +1,190 @@
+"""train.py --export: what transformers and PEFT, without this project, make of a finished run."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_reference
+from safetensors.torch import load_file
+from test_train import WORDS, arguments, base, data, one_line, record, scores_of
+from transformers import AutoModelForSequenceClassification, pipeline
+
+import evaluate
+import train
+
+__all__ = ["base", "data"]  # fixtures
+THREE = ["负面", "中 性", "Positive"]
+CASES = {
+    "qwen2": ("qwen2", []),
+    "qwen2, vectors": ("qwen2", ["--train-embeddings"]),
+    "qwen2, head only": ("qwen2", ["--lora-targets", "none"]),
+    "qwen3, untied": ("qwen3", ["--lora-targets", "all"]),
+    "qwen3, untied, vectors": ("qwen3", ["--train-embeddings", "--rslora"]),
+    "markup": ("qwen2", ["--template", "<|im_start|>评：{text}<|im_end|>\\n<|endoftext|>"]),
+    "no frame": ("qwen2", ["--template", "{text}"]),
+}
+
+
+def probabilities(scores: np.ndarray) -> np.ndarray:
+    return torch.tensor(scores).softmax(-1).numpy()
+
+
+def classified(out: Path, texts: list[str], labels: list[str], batch: int, **how) -> np.ndarray:
+    """The pipeline's probability (n, C) of each class, on inputs made as prompt.json says."""
+    prompt = json.loads((out / "prompt.json").read_text(encoding="utf-8"))
+    classify = pipeline("text-classification", model=str(out), device="cpu", **how)
+    assert classify.tokenizer.pad_token_id == classify.model.config.pad_token_id
+    inputs = []
+    for text in texts:
+        offsets = classify.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        most = prompt["max_text_tokens"]
+        cut = text[: offsets[most][0]] if len(offsets) > most else text
+        inputs.append(prompt["template"].replace("{text}", cut))
+    rows = classify(inputs, top_k=None, batch_size=batch)
+    found = [{entry["label"]: entry["score"] for entry in row} for row in rows]
+    return np.array([[row[label] for label in labels] for row in found])
+
+
+@pytest.fixture(scope="module")
+def three(data, tmp_path_factory) -> tuple[Path, list[str]]:
+    """Rows of three classes and of very different lengths; the texts."""
+    texts = [row.split("\t")[1] for row in data.read_text(encoding="utf-8").split("\n")[1:-1]]
+    texts = [text[: 3 + 5 * (i % 9)] for i, text in enumerate(texts)]
+    path = tmp_path_factory.mktemp("three") / "three.tsv"
+    rows = [f"{i % 3}\t{text}" for i, text in enumerate(texts)]
+    path.write_text("\n".join(["label\ttext", *rows, ""]), encoding="utf-8")
+    return path, texts
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_classifier_gives_transformers_the_probabilities_of_evaluate(
+    case, three, tmp_path, capsys
+):
+    (kind, more), (path, texts) = CASES[case], three
+    make_reference(tmp_path / "base", kind, tied=kind == "qwen2")
+    run, out = tmp_path / "run", tmp_path / "out"
+    args = arguments("lora_head", tmp_path / "base", path, run, "--labels", ",".join(THREE))
+    args += ["--max-text-tokens", "20", "--epochs", "1", *more]
+    assert train.main([*args, "--export", str(out)]) == 0
+    capsys.readouterr()
+    expected = probabilities(scores_of(capsys, "--run", run, "--data", path))
+    assert len({tuple(row) for row in expected.round(3)}) > 10
+    for batch in (1, 8):
+        found = classified(out, texts, THREE, batch)
+        np.testing.assert_allclose(found, expected, atol=1e-5)  # fp32
+    model, info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(model).__name__ == f"{kind.capitalize()}ForSequenceClassification"
+    assert model.config.label2id == {label: y for y, label in enumerate(THREE)}
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")
+
+
+def test_a_bf16_classifier(base, three, tmp_path, capsys):
+    """transformers applies the head in bf16, evaluate.py in fp32."""
+    run, out, (path, texts) = tmp_path / "run", tmp_path / "out", three
+    args = arguments("lora_head", base, path, run, "--labels", ",".join(THREE))
+    assert train.main([*args, "--dtype", "bfloat16", "--export", str(out)]) == 0
+    capsys.readouterr()
+    expected = probabilities(scores_of(capsys, "--run", run, "--data", path))
+    found = classified(out, texts, THREE, 8)
+    # bf16 has 8 bits: states, and scores of about 1, are off by some hundredths.
+    np.testing.assert_allclose(found, expected, atol=0.1)
+    assert np.abs(found - expected).mean() < 0.02
+    assert load_file(out / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", ["lora_head", "lora_label_scoring"])
+def test_a_finished_run_is_exported_without_its_data(method, base, data, tmp_path, capsys):
+    for path in (base, data):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    own, rows, run = tmp_path / base.name, tmp_path / data.name, tmp_path / "run"
+    args = arguments(method, own, rows, run, "--epochs", 1)
+    assert train.main([*args, "--merge", str(tmp_path / "one")]) == 0  # its older name
+    rows.unlink()
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    later = ["--resume", "--output", run, "--export", tmp_path / "two"]
+    assert train.main([str(a) for a in later]) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
+    assert [p.name for p in one] == [p.name for p in two]
+    assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
+    capsys.readouterr()
+    assert "exists already" in one_line(capsys, 2, *later)
+    later[-1] = tmp_path / "three"
+    weights = load_file(own / "model.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({k: t * 1.01 for k, t in weights.items()}, own / "model.safetensors")
+    assert "weights" in one_line(capsys, 2, *later)
+    shutil.rmtree(own)
+    assert str(own) in one_line(capsys, 2, *later)
+    assert not (tmp_path / "three").exists()
+
+
+def test_the_printed_lines_run_elsewhere(base, data, tmp_path, capsys):
+    args = arguments("lora_head", base, data, tmp_path / "run", "--epochs", 1, "--chat")
+    assert train.main([*args, "--export", str(tmp_path / "out")]) == 0
+    said, *code = capsys.readouterr().out.splitlines()[-3:]
+    assert said.startswith(f"{tmp_path}/out: Qwen2ForSequenceClassification")
+    code = "\n".join(["import transformers", "text = '很好'", *(line.strip() for line in code)])
+    code = code.replace("classify('", "print(*classify('").replace("text))", "text)))")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "'label': " in done.stdout, done.stderr
+    assert done.stdout.split("'")[3] in WORDS.split(",")
+
+
+def test_an_adapter_says_how_its_input_is_made(base, data, tmp_path, capsys):
+    """PEFT's own loader ignores prompt.json; an evaluation does not need it."""
+    from peft import AutoPeftModelForSequenceClassification
+
+    run = tmp_path / "run"
+    assert train.main(arguments("lora_head", base, data, run, "--chat", "--epochs", 1)) == 0
+    (prompt,) = run.glob("adapter/prompt.json")
+    kept = [path.read_bytes() for path in run.glob("checkpoints/*/adapter/prompt.json")]
+    assert kept and set(kept) == {prompt.read_bytes()}
+    found = json.loads(prompt.read_text(encoding="utf-8"))
+    assert found["template"] == record(run)["template"] and "<|im_start|>" in found["template"]
+    assert (found["labels"], found["words"]) == (WORDS.split(","), [])
+    expected = scores_of(capsys, "--run", run, "--data", data, "--limit", 3)
+    model = AutoPeftModelForSequenceClassification.from_pretrained(run / "adapter").eval()
+    prompt.unlink()
+    assert evaluate.main(["--run", str(run), "--data", str(data)]) == 0
+    from transformers import AutoTokenizer
+
+    texts = [row.split("\t")[1] for row in data.read_text(encoding="utf-8").split("\n")[1:4]]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for text, scores in zip(texts, expected, strict=True):
+        ids = tokenizer(found["template"].replace("{text}", text), return_tensors="pt").input_ids
+        with torch.no_grad():
+            np.testing.assert_allclose(model(ids).logits[0], scores, atol=1e-4)
+
+
+def test_words_are_written_where_they_are_scored(base, data, tmp_path):
+    args = arguments("lora_label_scoring", base, data, tmp_path / "run", "--epochs", 1)
+    assert train.main([*args, "--export", str(tmp_path / "out")]) == 0
+    for place in ("run/adapter", "out"):
+        found = json.loads((tmp_path / place / "prompt.json").read_text(encoding="utf-8"))
+        assert found["words"] == WORDS.split(",")
+        assert found["template"] == "评论：{text}\n情感倾向："
+
+
+def test_without_a_token_to_fill_a_batch_nothing_is_trained(base, data, tmp_path, capsys):
+    shutil.copytree(base, tmp_path / "base")
+    path = tmp_path / "base/tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for token in content["added_tokens"]:
+        if token["content"] != "<|endoftext|>":
+            token["content"] = f"[{token['id']}]"
+            token["special"] = False
+    path.write_text(json.dumps(content), encoding="utf-8")
+    args = arguments("lora_head", tmp_path / "base", data, tmp_path / "run")
+    args += ["--template", "{text}<|endoftext|>", "--export", tmp_path / "out"]
+    assert "can fill a batch" in one_line(capsys, 2, *args)
+    assert not (tmp_path / "run").exists()
