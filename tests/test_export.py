@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_reference
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import WORDS, arguments, base, data, one_line, record, scores_of
-from transformers import AutoModelForSequenceClassification, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import evaluate
 import train
@@ -117,8 +117,6 @@ def test_a_finished_run_is_exported_without_its_data(method, base, data, tmp_pat
     assert "exists already" in one_line(capsys, 2, *later)
     later[-1] = tmp_path / "three"
     weights = load_file(own / "model.safetensors")
-    from safetensors.torch import save_file
-
     save_file({k: t * 1.01 for k, t in weights.items()}, own / "model.safetensors")
     assert "weights" in one_line(capsys, 2, *later)
     shutil.rmtree(own)
@@ -156,8 +154,6 @@ def test_an_adapter_says_how_its_input_is_made(base, data, tmp_path, capsys):
     model = AutoPeftModelForSequenceClassification.from_pretrained(run / "adapter").eval()
     prompt.unlink()
     assert evaluate.main(["--run", str(run), "--data", str(data)]) == 0
-    from transformers import AutoTokenizer
-
     texts = [row.split("\t")[1] for row in data.read_text(encoding="utf-8").split("\n")[1:4]]
     tokenizer = AutoTokenizer.from_pretrained(base)
     for text, scores in zip(texts, expected, strict=True):
@@ -178,11 +174,11 @@ def test_words_are_written_where_they_are_scored(base, data, tmp_path):
 def test_without_a_token_to_fill_a_batch_nothing_is_trained(base, data, tmp_path, capsys):
     shutil.copytree(base, tmp_path / "base")
     path = tmp_path / "base/tokenizer.json"
+    (tmp_path / "base/tokenizer_config.json").unlink()
     content = json.loads(path.read_text(encoding="utf-8"))
     for token in content["added_tokens"]:
         if token["content"] != "<|endoftext|>":
-            token["content"] = f"[{token['id']}]"
-            token["special"] = False
+            token |= {"content": f"[{token['id']}]", "special": False}
     path.write_text(json.dumps(content), encoding="utf-8")
     args = arguments("lora_head", tmp_path / "base", data, tmp_path / "run")
     args += ["--template", "{text}<|endoftext|>", "--export", tmp_path / "out"]
