@@ -28,7 +28,7 @@ from torch import Tensor
 from lora import lora_modules, lora_parameters
 from qwen_min.command import arguments, cli
 from qwen_min.command.classifier import Source, forms
-from qwen_min.command.export import check_export, export
+from qwen_min.command.export import export, padding
 from qwen_min.command.finite import NotFinite, check_finite, dtype_name
 from qwen_min.command.fit import Job, Stopped, Training, fit, why_failed
 from qwen_min.command.summary import format_layers
@@ -202,11 +202,11 @@ def train(args: argparse.Namespace) -> int:
     before = arguments.check_training(args)
     device, task, run = cli.choose_device(args.device), read_task(args, before), Path(args.output)
     refuse_inputs([args.export], [task.directory, run])
-    if args.export:
-        check_export(args.method, task)
-        if before and before["finished"]:  # trains nothing: needs no data
-            record = start_record(run, identity(task, args.adapter), args.resume)
-            return export(Source(args, task, device, record), run)
+    if args.export and args.method == "lora_head":
+        padding(task)  # there must be one
+    if args.export and before and before["finished"]:  # trains nothing: needs no data
+        record = start_record(run, identity(task, args.adapter), args.resume)
+        return export(Source(args, task, device, record), run)
     refuse_inputs([args.feature_cache], [task.directory, args.adapter])
     examples = read_rows(args, task, before)
     training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)

@@ -127,9 +127,9 @@ def test_a_finished_run_is_exported_without_its_data(method, base, data, tmp_pat
 def test_the_printed_lines_run_elsewhere(base, data, tmp_path, capsys):
     args = arguments("lora_head", base, data, tmp_path / "run", "--epochs", 1, "--chat")
     assert train.main([*args, "--export", str(tmp_path / "out")]) == 0
-    said, *code = capsys.readouterr().out.splitlines()[-3:]
+    said, *code = capsys.readouterr().out.splitlines()[-4:]
     assert said.startswith(f"{tmp_path}/out: Qwen2ForSequenceClassification")
-    code = "\n".join(["import transformers", "text = '很好'", *(line.strip() for line in code)])
+    code = "\n".join(["text = '很好'", *(line.strip() for line in code)])
     code = code.replace("classify('", "print(*classify('").replace("text))", "text)))")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True

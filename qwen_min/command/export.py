@@ -11,14 +11,11 @@ from qwen_min.files.run import ADAPTER
 from qwen_min.files.weights import save_model
 
 
-def check_export(method: str, task: Task) -> None:
-    """Raise UserError if transformers could not find the end of a prompt (see `padding`)."""
-    if method == "lora_head":
-        padding(task)
-
-
 def padding(task: Task) -> str:
-    """The token that fills a batch: transformers pools at the last token that is another one."""
+    """The token that fills a batch: transformers pools at the last token that is another one.
+
+    Raises UserError if every such token could be the last one of a prompt.
+    """
     template = task.whole_template()
     for token in ("<|endoftext|>", *task.tokenizer.markup):
         if token in task.tokenizer.markup and not template.endswith(token):
@@ -40,6 +37,7 @@ def export(source: Source, run: Path) -> int:
     if head is None:
         save_model(model, task.directory, out, changes)
         print(f"{out}: base and LoRA, merged; use it with --model {out}")
+        print(f"elsewhere it is a causal language model; {PROMPT_FILE} says how to make its input")
         return 0
     architecture = f"{task.config.model_type.capitalize()}ForSequenceClassification"
     pad, names = padding(task), dict(enumerate(task.labels))
@@ -53,7 +51,8 @@ def export(source: Source, run: Path) -> int:
     changes["tokenizer_config.json"] = {"pad_token": pad, "padding_side": "right"}
     save_model(model, task.directory, out, changes, head.weight)
     plain = ", add_special_tokens=False" * bool(task.tokenizer.required)  # the template has them
-    print(f"{out}: {architecture}; its {PROMPT_FILE} says how to make the input. To use it:")
-    print(f'    classify = transformers.pipeline("text-classification", model={str(out)!r})')
+    print(f"{out}: {architecture}; {PROMPT_FILE} says how to make its input")
+    print("    from transformers import pipeline")
+    print(f'    classify = pipeline("text-classification", model={str(out)!r})')
     print(f'    classify({task.whole_template()!r}.replace("{{text}}", text){plain})')
     return 0

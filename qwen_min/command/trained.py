@@ -39,8 +39,8 @@ PROMPT_FILE = "prompt.json"
 PROMPT_INPUT = (
     "Cut the text to its first max_text_tokens tokens (not the whole: a tokenizer's truncation "
     "removes the template's end), put it in the place of {text} in template, and encode this "
-    "without adding special tokens. Remove markup such as <|im_end|> from a text: it was trained "
-    "on as plain text. A head gives one score for each of labels; without a head, the score of a "
+    "without adding special tokens. Remove markup such as <|im_end|> from a text: in training it "
+    "was plain text. A head gives one score for each of labels; without a head, the score of a "
     "class is the log-probability of all tokens of its word in words, as the continuation."
 )
 KEPT = ("base_fingerprint", "tokenizer_hash")  # of a run's identity: also in its adapter

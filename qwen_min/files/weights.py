@@ -100,7 +100,7 @@ def save_model(
     model: Qwen,
     source: str | Path,
     out: str | Path,
-    changes: Mapping[str, dict],
+    changes: Mapping[str, dict] = {},
     head: Tensor | None = None,
 ) -> None:
     """Write `model` as a checkpoint; what else the directory `source` has is copied.
@@ -116,15 +116,14 @@ def save_model(
             copy = directory / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(read_regular(path, "a file of a checkpoint", AGAIN))
-        dtype = str(model.lm_head_weight.dtype).removeprefix("torch.")
-        for name, fields in ({"config.json": {}} | changes).items():
-            found = {}
-            if (directory / name).exists():
-                found = read_json(directory / name, "a file of a checkpoint", AGAIN)
-            if name == "config.json":
-                fields = fields | {"torch_dtype": dtype}
-                found.pop("dtype", None)
-            write_json(directory / name, found | fields)
+        dtype = {"torch_dtype": str(model.lm_head_weight.dtype).removeprefix("torch.")}
+        config = dtype | changes.get("config.json", {})
+        for name, fields in (changes | {"config.json": config}).items():
+            path, found = directory / name, {}
+            if path.exists():
+                found = read_json(path, "a file of a checkpoint", AGAIN)
+            found.pop("dtype", None)  # the newer name of torch_dtype
+            write_json(path, found | fields)
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         if head is not None:
             tensors.pop(HEAD, None)
