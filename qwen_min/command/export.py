@@ -41,13 +41,9 @@ def export(source: Source, run: Path) -> int:
         return 0
     architecture = f"{task.config.model_type.capitalize()}ForSequenceClassification"
     pad, names = padding(task), dict(enumerate(task.labels))
-    changes["config.json"] = {
-        "architectures": [architecture],
-        "problem_type": "single_label_classification",
-        "id2label": names,
-        "label2id": {name: y for y, name in names.items()},
-        "pad_token_id": task.tokenizer.markup[pad],
-    }
+    config = {"architectures": [architecture], "problem_type": "single_label_classification"}
+    config |= {"id2label": names, "label2id": {name: y for y, name in names.items()}}
+    changes["config.json"] = config | {"pad_token_id": task.tokenizer.markup[pad]}
     changes["tokenizer_config.json"] = {"pad_token": pad, "padding_side": "right"}
     save_model(model, task.directory, out, changes, head.weight)
     plain = ", add_special_tokens=False" * bool(task.tokenizer.required)  # the template has them

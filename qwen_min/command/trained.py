@@ -37,11 +37,10 @@ TARGETS = {"attention": lora.ATTENTION, "all": (*lora.ATTENTION, *lora.MLP), "no
 GIVE_BASE = "give the checkpoint that it was trained on by --model"
 PROMPT_FILE = "prompt.json"
 PROMPT_INPUT = (
-    "Cut the text to its first max_text_tokens tokens (not the whole: a tokenizer's truncation "
-    "removes the template's end), put it in the place of {text} in template, and encode this "
-    "without adding special tokens. Remove markup such as <|im_end|> from a text: in training it "
-    "was plain text. A head gives one score for each of labels; without a head, the score of a "
-    "class is the log-probability of all tokens of its word in words, as the continuation."
+    "Cut the text (never the whole, as a tokenizer's truncation does) to its first max_text_tokens "
+    "tokens, put it in the place of {text} in template, and encode this without adding special "
+    "tokens. Remove markup such as <|im_end|> from a text: in training it was plain text. The "
+    "score of a class is the head's or, with words, its word's log-probability, over all tokens."
 )
 KEPT = ("base_fingerprint", "tokenizer_hash")  # of a run's identity: also in its adapter
 
@@ -82,15 +81,10 @@ def identity(task: Task, adapter: str | Path | None) -> dict:
 
 def prompt_fields(record: Mapping) -> dict:
     """For other programs: how the input of the model trained in this run is made of a text."""
-    labels = record["labels"]
-    words = record.get("scored", labels if record["method"] == "lora_label_scoring" else [])
-    return {
-        "input": PROMPT_INPUT,
-        "template": record.get("template"),  # older runs lack it
-        "max_text_tokens": record["arguments"]["max_text_tokens"],
-        "labels": labels,
-        "words": words,
-    }
+    labels, words = record["labels"], record["method"] == "lora_label_scoring"
+    fields = {"input": PROMPT_INPUT, "template": record.get("template")}  # older runs lack it,
+    fields["max_text_tokens"] = record["arguments"]["max_text_tokens"]
+    return fields | {"labels": labels, "words": record.get("scored", labels * words)}  # and this
 
 
 def result_hash(run: Path) -> str:
