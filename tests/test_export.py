@@ -67,6 +67,8 @@ def test_a_classifier_gives_transformers_the_probabilities_of_evaluate(
 ):
     (kind, more), (path, texts) = CASES[case], three
     make_reference(tmp_path / "base", kind, tied=kind == "qwen2")
+    if case == "markup":  # of older versions of transformers; newer ones obey it
+        (tmp_path / "base/special_tokens_map.json").write_text('{"pad_token": "<|im_end|>"}')
     run, out = tmp_path / "run", tmp_path / "out"
     args = arguments("lora_head", tmp_path / "base", path, run, "--labels", ",".join(THREE))
     args += ["--max-text-tokens", "20", "--epochs", "1", *more]

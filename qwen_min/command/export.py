@@ -45,6 +45,7 @@ def export(source: Source, run: Path) -> int:
     config |= {"id2label": names, "label2id": {name: y for y, name in names.items()}}
     changes["config.json"] = config | {"pad_token_id": task.tokenizer.markup[pad]}
     changes["tokenizer_config.json"] = {"pad_token": pad, "padding_side": "right"}
+    changes["special_tokens_map.json"] = {"pad_token": pad}  # goes before tokenizer_config.json
     save_model(model, task.directory, out, changes, head.weight)
     plain = ", add_special_tokens=False" * bool(task.tokenizer.required)  # the template has them
     print(f"{out}: {architecture}; {PROMPT_FILE} says how to make its input")
