@@ -100,11 +100,12 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_prompt_arguments(parser)
     arguments.add_machine_arguments(parser)
     parser.add_argument("--seed", type=seed, default=0, help="of whatever is drawn at random")
-    add = parser.add_argument_group("see inside").add_argument
+    group = parser.add_argument_group("see inside")
+    add, one = group.add_argument, group.add_mutually_exclusive_group().add_argument
     steps = "one text's whole computation, step by step; with --run base and adapted side by side"
-    add("--explain", metavar="TEXT", help=steps)
+    one("--explain", metavar="TEXT", help=steps)
     row = "the same for the row that starts in this line of --data"
-    add("--explain-row", metavar="LINE", type=arguments.positive_int, help=row)
+    one("--explain-row", metavar="LINE", type=arguments.positive_int, help=row)
     worst = "print the N most confident mistakes; of answers the first N"
     add("--errors", metavar="N", type=arguments.positive_int, help=worst)
     sets = "compare label words, all scored in one pass: 消极,积极;差,好 (a ; between two sets)"
