@@ -168,7 +168,7 @@ def test_what_is_shown_for_a_head(bias, models, tokenizer):
     for i in range(2):
         product, b = (float(said[k][i]) for k in said if "w(decision)" in k or "b(decision)" in k)
         assert product + b == pytest.approx(float(said["margin"][i]), abs=1.6e-4)
-        norms = numbers(said["d·h = |d| |h| cos"][i])
+        norms = [float(said[k][i]) for k in ("d·h = |d|", "* |h|", "* cos(d, h)")]
         # The cosine has four digits after the point.
         assert np.prod(norms) == pytest.approx(product, abs=1e-4 * norms[0] * norms[1])
     assert shown.count("<- decision") == 2 and "cosine between both" in shown
@@ -206,7 +206,7 @@ def test_a_tie_is_called_one():
 def test_what_the_second_model_changes(after, best):
     shown = decision("score", ("a", "b"), {"x": [1.0, 0.0], "y": after}, {}, {"x": {}, "y": {}})
     old, new, second = (1.0, 1.5, "b") if best == "a" else (-1.0, 0.5, "a")
-    said = f"x to y: the margin of {best} over {second} goes from"
+    said = f"x to y: the margin of {best} over {second}\n  goes from"
     assert f"{said} {old:+.4f} to {new:+.4f} ({new - old:+.4f})" in shown
     assert why(shown)["decision"] == ["a", best]
 

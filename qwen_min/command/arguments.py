@@ -149,8 +149,8 @@ def check_evaluation(args: argparse.Namespace, given: dict) -> None:
         raise UserError(f"--explain {args.explain!r}: no text; give the one to be explained")
     if args.method == "zero_shot_generate":
         raise UserError("--explain shows scores, which zero_shot_generate has not; use zero_shot")
-    unused = ["train_data", "output", "predictions", "label_sets", "calibrate", "errors"]
-    unused += ["data", "limit"] if row is None else []
+    unused = ["data", "limit"] * (row is None)
+    unused += ["train_data", "output", "predictions", "label_sets", "calibrate", "errors"]
     if found := [option(name) for name in unused if name in given]:
         raise UserError(f"--explain looks at one text and prints; leave out {', '.join(found)}")
 

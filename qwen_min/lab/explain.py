@@ -4,7 +4,7 @@ Everything is computed by the definitions, one full forward per candidate. The p
 the ones that were added, so a reader can check every line by hand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -89,11 +89,10 @@ def explain_labels(
     places = {ids[:t]: (y, t) for y, ids in enumerate(prompt.labels) for t in range(len(ids))}
     for beginning, (y, t) in places.items():
         after = " + ".join(["the prompt", *map(piece, beginning)])
-        rows = []
-        for name in models:
-            pairs = [(clipped(piece(i)), np.exp(log_p)) for i, log_p in found[name][y][t].likeliest]
-            rows.append([name, *(f"{text} {p:.4f}" for text, p in pairs)])
-        table = text_table(rows[0], rows[1:], words=1 + LIKELIEST)
+        likeliest = {name: of[y][t].likeliest for name, of in found.items()}
+        table = likeliest_table(likeliest, piece, 9)
+        if max(map(columns, table.split("\n"))) > WIDTH:
+            table = likeliest_table(likeliest, piece, 5)
         parts.append(f"the {LIKELIEST} most likely tokens after {after}\n{table}")
 
     # 3. Sums, softmax, decision.
@@ -124,11 +123,11 @@ def explain_head(
             rows.append([name, word, *digits(w.norm(), w @ h, bias[y], scores[name][y])])
         best, second = ranked(scores[name])
         d = weight[best] - weight[second]
-        cosine = torch.cosine_similarity(d, h, dim=0)
+        factors = digits(d.norm(), h.norm(), torch.cosine_similarity(d, h, dim=0))
         reasons[name] = {
             "= d·h, d = w(decision) - w(second)": f"{d @ h:.4f}",
             "+ b(decision) - b(second)": f"{bias[best] - bias[second]:.4f}",
-            "d·h = |d| |h| cos": " · ".join(digits(d.norm(), h.norm(), cosine)),
+            **dict(zip(("d·h = |d|", "* |h|", "* cos(d, h)"), factors, strict=True)),
         }
 
     # 1. The state h.
@@ -158,6 +157,17 @@ def prompt_part(tokenizer: Tokenizer, prompt: Prompt) -> str:
     cut = ", the text cut to its first tokens" * prompt.truncated
     shown = f"prompt: {len(prompt.ids)} tokens{cut}\n" + "\n\n".join(tables)
     return shown + "\n\n\ufffd: a part of a character" * ("\ufffd" in shown)
+
+
+def likeliest_table(
+    found: Mapping[str, list[tuple[int, float]]], piece: Callable[[int], str], width: int
+) -> str:
+    """A line for each model: its most likely tokens, each clipped to `width`, and their p."""
+    rows = [
+        [name, *(f"{clipped(piece(token), width)} {np.exp(log_p):.4f}" for token, log_p in pairs)]
+        for name, pairs in found.items()
+    ]
+    return text_table(rows[0], rows[1:], words=1 + LIKELIEST)
 
 
 def digits(*numbers: float) -> list[str]:
@@ -199,8 +209,10 @@ def decision(
         (base, before), (adapted, after) = scores.items()
         best, second = ranked(after)
         old, new = before[best] - before[second], after[best] - after[second]
-        moves = f"{words[best]} over {words[second]} goes from {old:+.4f} to {new:+.4f}"
-        sentences.append(f"{base} to {adapted}: the margin of {moves} ({new - old:+.4f}).")
+        sentences.append(
+            f"{base} to {adapted}: the margin of {words[best]} over {words[second]}\n"
+            f"  goes from {old:+.4f} to {new:+.4f} ({new - old:+.4f})."
+        )
     table = text_table(["model", "class", quantity, "softmax", ""], rows, words=2)
     facts = [[fact, *(of[fact] for of in why.values())] for fact in next(iter(why.values()))]
     why_table = text_table(["why", *why], facts, words=1 + len(why))
