@@ -12,6 +12,7 @@ from qwen_min.fast.features import pooled_features
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.weights import load_model
 from qwen_min.head import LinearHead, pooled_state
+from qwen_min.lab.clauses import format_clauses, margins, split_clauses
 from qwen_min.lab.explain import (
     decision,
     explain_head,
@@ -235,3 +236,39 @@ def test_what_takes_no_column_is_written_out():
 def test_a_long_token_is_clipped():
     assert clipped("情感倾向") == "情感倾向" and clipped("very long token") == "very lon…"
     assert clipped("情感倾向。") == "情感倾向…" and columns(clipped("a情感倾向")) == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "clauses"),
+    [
+        ("房间小，但是很干净。", ["房间小，", "但是很干净。"]),
+        ("好吃！！！就是贵；、下次", ["好吃！！！", "就是贵；、", "下次"]),
+        ("3.5分，5,000元。10分钟", ["3.5分，", "5,000元。", "10分钟"]),
+        ("“好吃。”他说：差\n\n真的?", ["“好吃。”", "他说：差\n\n", "真的?"]),
+        ("Good food, but cold. www.a.com", ["Good food, ", "but cold. ", "www.a.com"]),
+        ("小,但是", ["小,", "但是"]),
+        ("！好", ["！", "好"]),
+        ("很好", ["很好"]),
+    ],
+)
+def test_clauses(text, clauses):
+    assert split_clauses(text) == clauses and "".join(clauses) == text
+
+
+def test_a_long_text_is_split_in_linear_time():
+    text = "1.2,a" * 20_000 + "，" * 50_000 + " \n" * 20_000
+    assert "".join(split_clauses(text)) == text
+
+
+def test_a_margin_is_that_over_the_highest_other_class():
+    scores = np.array([[1.0, 3.0, 2.5], [0.0, 1.0, 4.0], [5.0, 1.0, 0.0]])
+    assert margins(scores).tolist() == [0.5, -3.0, -4.0]
+    shown = format_clauses(["a,", "b"], {"x": scores})
+    assert "x: without clause 2 the margin would be -4.0000, another decision.\n" in shown
+
+
+def test_clauses_fit_the_terminal():
+    clauses, scores = ["宽" * 500 + "\n", "\u200b" * 500] * 6, np.full((13, 2), -1000.0)
+    scores[:, 1] = np.arange(13) * -150
+    shown = format_clauses(clauses, {"base": scores, "adapted": scores})
+    assert max(map(columns, shown.split("\n"))) <= WIDTH

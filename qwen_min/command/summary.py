@@ -6,7 +6,7 @@ import numpy as np
 
 from qwen_min.command.terminal import text_table
 
-NAMED = 5  # classes that a line lists, at most
+NAMED = 3  # classes that a line lists, at most
 
 
 def format_results(results: Mapping) -> str:
@@ -28,7 +28,7 @@ def format_results(results: Mapping) -> str:
     if never := [row["name"] for row, count in zip(rows, predicted, strict=False) if not count]:
         facts["predictions"] = f"never predicts {listed(never)}"
     if absent := [row["name"] for row in rows if not row["support"]]:
-        facts["classes"] = f"no examples of {listed(absent)}: precision, recall and F1 count as 0"
+        facts["classes"] = f"no examples of {listed(absent)} (0 in the macro mean)"
     if results["brier"] is None:  # generated text: there are no scores
         count, answers = results["off_track"], results["off_track_examples"]
         facts["off track"] = f"{count / n:.4f}   {count} of {n} answers hold no label word"

@@ -49,7 +49,7 @@ def format_clauses(clauses: Sequence[str], scores: Mapping[str, np.ndarray]) -> 
     order = np.argsort(-np.abs(by_clause[1:] - by_clause[0]), kind="stable")[:SHOWN] + 1
     rows = []
     for i in (0, *order):  # row 0 is the whole text
-        clause = clipped(one_line(clauses[i - 1].strip())[:WIDTH], 30) if i else "(none)"
+        clause = clipped(one_line(clauses[i - 1].strip())[:WIDTH], 26) if i else "(none)"
         pairs = ((f"{m[i]:+.4f}", f"{m[i] - m[0]:+.4f}" if i else "") for m in found.values())
         rows.append([str(i) if i else "", clause, *chain(*pairs)])
     heads = ["", "left out", *chain(*((name, "change") for name in found))]
