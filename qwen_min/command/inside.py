@@ -108,13 +108,13 @@ def format_errors(evaluation: Evaluation, outcome: Outcome, most: int) -> str:
 
 def row_of_line(args: argparse.Namespace, rows: Sequence[Example]) -> Example:
     """The row that starts in line --explain-row. Raises UserError if none does."""
-    wanted = args.explain_row
-    if (row := next((row for row in rows if row.line == wanted), None)) is None:
-        near = sorted(sorted(row.line for row in rows), key=lambda line: abs(line - wanted))[:2]
-        limit = f" among the first {args.limit} (--limit)" * (args.limit is not None)
-        starts = f"rows near it start in {' and '.join(f'line {line}' for line in sorted(near))}"
-        raise UserError(f"{args.data}: no row{limit} starts in line {wanted}; {starts}")
-    return row
+    near = sorted(rows, key=lambda row: abs(row.line - args.explain_row))[:2]
+    if near[0].line != args.explain_row:
+        limit = f" among the first {args.limit} (--limit)" * bool(args.limit)
+        starts = " and ".join(f"line {row.line}" for row in near)
+        found = f"no row{limit} starts in line {args.explain_row}"
+        raise UserError(f"{args.data}: {found}; rows near it start in {starts}")
+    return near[0]
 
 
 def explain(source: Source, load: Callable[[Source], Scorer]) -> int:

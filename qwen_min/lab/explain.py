@@ -4,7 +4,7 @@ Everything is computed by the definitions, one full forward per candidate. The p
 the ones that were added, so a reader can check every line by hand.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -89,10 +89,17 @@ def explain_labels(
     places = {ids[:t]: (y, t) for y, ids in enumerate(prompt.labels) for t in range(len(ids))}
     for beginning, (y, t) in places.items():
         after = " + ".join(["the prompt", *map(piece, beginning)])
-        likeliest = {name: of[y][t].likeliest for name, of in found.items()}
-        table = likeliest_table(likeliest, piece, 9)
-        if max(map(columns, table.split("\n"))) > WIDTH:
-            table = likeliest_table(likeliest, piece, 5)
+        for width in (9, 5):  # of a token; 5 always fits
+            rows = [
+                [
+                    name,
+                    *(f"{clipped(piece(i), width)} {np.exp(p):.4f}" for i, p in of[y][t].likeliest),
+                ]
+                for name, of in found.items()
+            ]
+            table = text_table(rows[0], rows[1:], words=1 + LIKELIEST)
+            if max(map(columns, table.split("\n"))) <= WIDTH:
+                break
         parts.append(f"the {LIKELIEST} most likely tokens after {after}\n{table}")
 
     # 3. Sums, softmax, decision.
@@ -157,17 +164,6 @@ def prompt_part(tokenizer: Tokenizer, prompt: Prompt) -> str:
     cut = ", the text cut to its first tokens" * prompt.truncated
     shown = f"prompt: {len(prompt.ids)} tokens{cut}\n" + "\n\n".join(tables)
     return shown + "\n\n\ufffd: a part of a character" * ("\ufffd" in shown)
-
-
-def likeliest_table(
-    found: Mapping[str, list[tuple[int, float]]], piece: Callable[[int], str], width: int
-) -> str:
-    """A line for each model: its most likely tokens, each clipped to `width`, and their p."""
-    rows = [
-        [name, *(f"{clipped(piece(token), width)} {np.exp(log_p):.4f}" for token, log_p in pairs)]
-        for name, pairs in found.items()
-    ]
-    return text_table(rows[0], rows[1:], words=1 + LIKELIEST)
 
 
 def digits(*numbers: float) -> list[str]:
