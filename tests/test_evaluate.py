@@ -26,7 +26,8 @@ from qwen_min.command.summary import format_results, majority
 from qwen_min.command.task import warn_about_labels
 from qwen_min.command.terminal import columns
 from qwen_min.fast import forms
-from qwen_min.files.data import read_examples
+from qwen_min.files.data import Example, read_examples
+from qwen_min.files.results import prediction_lines
 from qwen_min.files.weights import load_model
 from qwen_min.metrics import evaluate_predictions
 from qwen_min.prompt import build_prompts, parse_template
@@ -206,6 +207,18 @@ def test_a_row_of_the_predictions_can_be_read_alone(finished):
         assert row["predicted_word"] == names[row["prediction"]]
         p = np.exp(row["scores"]) / np.exp(row["scores"]).sum()
         assert row["probability"] == pytest.approx(p.max(), abs=1e-12)
+
+
+def test_rows_without_a_prediction_have_none():
+    examples = [Example("差", 0, 2), Example("好", 1, 3)]
+    rows = (examples, ["负面", "正面"], np.array([-1, 1]))
+    # Answers: the first one is off track, the second was not finished.
+    off, lost = map(json.loads, prediction_lines(*rows, None, ["嗯", None], [1]))
+    unknown = dict.fromkeys(("predicted_word", "probability", "scores"))
+    first = {"index": 0, "line": 2, "text": "差", "label": 0, "label_word": "负面"}
+    assert off == first | unknown | {"prediction": -1, "answer": "嗯"}
+    second = {"index": 1, "line": 3, "text": "好", "label": 1, "label_word": "正面"}
+    assert lost == second | unknown | {"prediction": None, "answer": None}
 
 
 def test_the_files_that_were_written_are_printed_last(two, reference):
