@@ -115,11 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     files = "output (with --run, default: files in the run directory)"
     add = parser.add_argument_group(files).add_argument
     add("--output", metavar="FILE", help="all results, as JSON")
-    add(
-        "--predictions",
-        metavar="FILE",
-        help="every row's text, prediction and scores, as JSON lines",
-    )
+    add("--predictions", metavar="FILE", help="every row's text and scores, as JSON lines")
     return parser
 
 

@@ -137,14 +137,11 @@ def explain(source: Source, load: Callable[[Source], Scorer]) -> int:
     unadapted = args.method in (*UNTRAINED, "transplanted_head")
     if not unadapted and (source.parts.lora or source.parts.vectors):
         models = {"base": source.base(), "adapted": scorer.model}
-    empty = task.empty_prompt()
-    for model in models.values():  # raises NotFinite
+    empty, of_clauses = task.empty_prompt(), {}
+    for name, model in models.items():  # raises NotFinite
         plain = replace(scorer, model=model, forms=forms(plain=True))
         plain.scores([prompt, empty] if empty else [prompt])
-    of_clauses = {
-        name: replace(scorer, model=model).scores([prompt, *others])
-        for name, model in models.items()
-    }
+        of_clauses[name] = replace(scorer, model=model).scores([prompt, *others])
     print(f"{args.method}, {args.run or args.model}, {dtype_name(scorer.model)}{true}\n")
     shown = (task.tokenizer, prompt, empty, task.labels, models)
     by_head = scorer.by == "head"
