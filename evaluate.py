@@ -7,6 +7,8 @@
     python evaluate.py --run runs/lora --data test.tsv
     python evaluate.py --method transplanted_head --run runs/lora_head --data test.tsv
     python evaluate.py --run runs/lora --explain 房间小，但是很干净。
+    python evaluate.py --run runs/lora --data test.tsv --errors 10
+    python evaluate.py --run runs/lora --data test.tsv --explain-row 12
 
 zero_shot           each label word's log-probability as the continuation of the prompt
 zero_shot_generate  greedy text, and the first label word in it
@@ -33,7 +35,7 @@ from qwen_min.command.cli import choose_device, make_parser, parse_with_given, r
 from qwen_min.command.finite import NotFinite
 from qwen_min.command.inside import explain, look_inside, neutral_prompts, print_inside
 from qwen_min.command.outcome import circumstances, raise_failures, try_parts
-from qwen_min.command.summary import format_results
+from qwen_min.command.summary import format_results, majority
 from qwen_min.command.task import read_rows, read_task, row_prompts, warn_about_labels
 from qwen_min.command.terminal import progress_bar
 from qwen_min.errors import UserError
@@ -98,9 +100,14 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_prompt_arguments(parser)
     arguments.add_machine_arguments(parser)
     parser.add_argument("--seed", type=seed, default=0, help="of whatever is drawn at random")
-    add = parser.add_argument_group("see inside").add_argument
+    group = parser.add_argument_group("see inside")
+    add, one = group.add_argument, group.add_mutually_exclusive_group().add_argument
     steps = "one text's whole computation, step by step; with --run base and adapted side by side"
-    add("--explain", metavar="TEXT", help=steps)
+    one("--explain", metavar="TEXT", help=steps)
+    row = "the same for the row that starts in this line of --data"
+    one("--explain-row", metavar="LINE", type=arguments.positive_int, help=row)
+    worst = "print the N most confident mistakes; of answers the first N"
+    add("--errors", metavar="N", type=arguments.positive_int, help=worst)
     sets = "compare label words, all scored in one pass: 消极,积极;差,好 (a ; between two sets)"
     add("--label-sets", metavar="SETS", help=sets)
     priors = "compare corrections for a label word's probability before any text is read"
@@ -108,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     files = "output (with --run, default: files in the run directory)"
     add = parser.add_argument_group(files).add_argument
     add("--output", metavar="FILE", help="all results, as JSON")
-    add("--predictions", metavar="FILE", help="every row's scores, as JSON lines")
+    add("--predictions", metavar="FILE", help="every row's text and scores, as JSON lines")
     return parser
 
 
@@ -122,7 +129,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     """Read, load, classify, measure, write; prints the table."""
     task, device = read_task(args, record), choose_device(args.device)
     source = Source(args, task, device, record)
-    if args.explain is not None:
+    if args.explain is not None or args.explain_row is not None:
         return explain(source, METHODS[args.method])
     examples = read_rows(args, task, record)
     inputs = [task.directory, args.data, args.train_data, args.adapter, args.run]
@@ -161,15 +168,17 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     }
     said = (outcome.predictions, outcome.scores, outcome.answers)
     failed = outcome.error.rows if outcome.error else ()
-    rows = partial(prediction_lines, examples, *said, failed)
+    rows = partial(prediction_lines, examples, task.labels, *said, failed)
     texts = [json.dumps(results, ensure_ascii=False, indent=2) + "\n", rows]
     try:
         commit_outputs(list(zip(files, texts, strict=True)))
     finally:
         if "accuracy" in results:
             print(format_results(results))
-            print_inside(task, results)
+            print_inside(evaluation, outcome, results)
     raise_failures(args, failures)
+    if written := [str(file.path) for file in files if file]:
+        print("\nwritten       " + f"\n{'':14}".join(written))
     return 0
 
 
@@ -229,6 +238,10 @@ def measure(evaluation: Evaluation, outcome: Outcome) -> dict:
         mass = float(label_mass(outcome.scores, evaluation.label_ids).mean())
     true, predictions = evaluation.true_classes, outcome.predictions
     found = evaluate_predictions(true, predictions, outcome.scores, names) | {"label_mass": mass}
+    found |= majority(found["per_class"])
+    if found["majority_share"] == 1 and (limit := evaluation.source.args.limit):
+        said = f"--limit {limit} leaves only rows of class {found['majority_class']}"
+        print(f"warning: {said}; shuffle the file, or leave --limit out", file=sys.stderr)
     if outcome.answers is not None:
         rows = zip(evaluation.examples, predictions, outcome.answers, strict=True)
         off = [{"line": e.line, "answer": text} for e, y, text in rows if y == OFF_TRACK]

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,12 +19,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sklearn import metrics as sk
+from sklearn.dummy import DummyClassifier
 
 import evaluate
+from qwen_min.command.summary import format_results, majority
 from qwen_min.command.task import warn_about_labels
+from qwen_min.command.terminal import columns
 from qwen_min.fast import forms
-from qwen_min.files.data import read_examples
+from qwen_min.files.data import Example, read_examples
+from qwen_min.files.results import prediction_lines
 from qwen_min.files.weights import load_model
+from qwen_min.metrics import evaluate_predictions
 from qwen_min.prompt import build_prompts, parse_template
 from qwen_min.scoring import score_label
 from qwen_min.tokenizer import Tokenizer
@@ -117,6 +123,9 @@ def test_the_table_shows_every_figure(finished):
         return f"{value:.4f}"
 
     low, high = results["accuracy_interval"]
+    words = [row["name"] for row in results["per_class"]]
+    assert by_name["majority"][1] == shown(results["majority_share"])
+    assert by_name["majority"][-1] in words
     assert by_name["method"] == ["method", "zero_shot"]
     assert by_name["examples"][:2] == ["examples", str(N)]
     assert f"({results['truncated_rows']} of {N} texts shortened)" in finished.out
@@ -177,6 +186,49 @@ def test_the_results_follow_from_the_predictions(finished):
     assert 0 <= low < results["accuracy"] < high <= 1
 
 
+def test_the_majority_share_is_that_of_a_dummy_classifier(finished):
+    y = finished.labels
+    dummy = DummyClassifier(strategy="most_frequent").fit(y[:, None], y)
+    assert finished.results["majority_share"] == pytest.approx(dummy.score(y[:, None], y))
+    names = finished.results["arguments"]["labels"].split(",")
+    assert finished.results["majority_class"] == names[dummy.predict([[0]])[0]]
+
+
+def test_a_row_of_the_predictions_can_be_read_alone(finished):
+    arguments = finished.results["arguments"]
+    names = arguments["labels"].split(",")
+    rows = [json.loads(line) for line in finished.bytes.decode().splitlines()]
+    path = Path(arguments["data"])
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for row in rows:
+        line = lines[row["line"] - 1]
+        text = json.loads(line)["text"] if path.suffix == ".jsonl" else line.split("\t")[1]
+        assert row["text"] == text and row["label_word"] == names[row["label"]]
+        assert row["predicted_word"] == names[row["prediction"]]
+        p = np.exp(row["scores"]) / np.exp(row["scores"]).sum()
+        assert row["probability"] == pytest.approx(p.max(), abs=1e-12)
+
+
+def test_rows_without_a_prediction_have_none():
+    examples = [Example("差", 0, 2), Example("好", 1, 3)]
+    rows = (examples, ["负面", "正面"], np.array([-1, 1]))
+    # Answers: the first one is off track, the second was not finished.
+    off, lost = map(json.loads, prediction_lines(*rows, None, ["嗯", None], [1]))
+    unknown = dict.fromkeys(("predicted_word", "probability", "scores"))
+    first = {"index": 0, "line": 2, "text": "差", "label": 0, "label_word": "负面"}
+    assert off == first | unknown | {"prediction": -1, "answer": "嗯"}
+    second = {"index": 1, "line": 3, "text": "好", "label": 1, "label_word": "正面"}
+    assert lost == second | unknown | {"prediction": None, "answer": None}
+
+
+def test_the_files_that_were_written_are_printed_last(two, reference):
+    arguments = two.results["arguments"]
+    *_, first, second = two.out.splitlines()
+    assert first.split() == ["written", arguments["output"]]
+    assert second.split() == [arguments["predictions"]]
+    assert "written" not in command(*defaults(model=reference[0], limit=2))[1]
+
+
 def test_the_scores_are_the_definition(finished, reference):
     """Each score is `score_label`, one forward, of the prompt that the arguments describe."""
     results, arguments = finished.results, finished.results["arguments"]
@@ -215,10 +267,12 @@ def test_a_process(reference):
         capture_output=True,
     )
     assert (ended.returncode, ended.stderr) == (0, b"")
-    lines = ended.stdout.decode("ascii").splitlines()
-    assert [json.loads(line)["index"] for line in lines[:3]] == [0, 1, 2]
-    assert lines[3].split() == ["method", "zero_shot"]
-    assert lines[-1].startswith(r"\u6b63\u9762")
+    lines = ended.stdout.split(b"\n")
+    assert [json.loads(line)["index"] for line in lines[:3]] == [0, 1, 2]  # the file is UTF-8
+    lines = b"\n".join(lines[3:]).decode("ascii").splitlines()
+    assert lines[0].split() == ["method", "zero_shot"]
+    assert lines[-3].startswith(r"\u6b63\u9762")
+    assert lines[-1].split() == ["written", "/dev/stdout"]
 
 
 def test_many_label_words_make_few_warnings(capsys):
@@ -249,6 +303,41 @@ def test_a_class_that_is_absent_leaves_what_is_undefined_undefined(reference, tm
     assert run.results["auc_roc"] is None
     assert "AUC-ROC       undefined" in run.out
     assert run.results["per_class"][2]["support"] == 0
+    said = "classes       no examples of 正向 (0 in the macro mean)"
+    assert said in run.out.splitlines()
+
+
+def measured(true: list[int], said: list[int], names: list[str]) -> str:
+    """The table for these classes, made without a model."""
+    found = evaluate_predictions(true, said, None, names)
+    speed = {"examples_per_second": 1.0, "seconds": 1.0, "dtype": "float32", "device": "cpu"}
+    found |= speed | majority(found["per_class"]) | {"method": "x", "truncated_rows": 0}
+    return format_results(found | {"label_mass": None, "off_track_examples": []})
+
+
+def test_classes_that_are_never_predicted_are_said():
+    out = measured([0, 0, 0, 1], [0, 0, 0, 0], ["正面", "负面"]).splitlines()
+    assert "accuracy      0.7500   95 % interval 0.3006 to 0.9544" in out
+    assert "majority      0.7500   share of the most frequent class, 正面" in out
+    assert "predictions   never predicts 负面" in out
+    assert not [line for line in out if line.startswith("classes ")]
+    out = measured([0, 1], [1, 0], ["正面", "负面"])
+    assert "never predicts" not in out and "no examples" not in out
+    # The column of answers off track is no class.
+    assert "never predicts 正面\n" in measured([0, 1], [-1, 1], ["正面", "负面"])
+    out = measured([0, 1], [0, 0], [f"c{i}" for i in range(20)])
+    assert "predictions   never predicts 19 classes: c1, c2, c3, …\n" in out
+    assert "classes       no examples of 18 classes: c2, c3, c4, … (0 in the macro mean)\n" in out
+    assert max(map(columns, out.split("\n\n")[0].splitlines())) <= 80
+
+
+def test_a_limit_that_leaves_one_class_is_warned_of(reference, tmp_path):
+    data = tmp_path / "sorted.tsv"
+    data.write_text("label\ttext\n" + "0\t差\n" * 3 + "1\t好\n", encoding="utf-8")
+    status, _, err = command(*defaults(model=reference[0], data=data, limit=3))
+    assert status == 0 and err.count("\n") == 1
+    assert err.startswith("warning: --limit 3 leaves only rows of class 负面")
+    assert command(*defaults(model=reference[0], data=data, limit=4))[2] == ""
 
 
 # What may and what may not change the numbers
@@ -298,7 +387,11 @@ def test_the_file_format_changes_nothing(reference, tmp_path):
         data.write_bytes(content.encode())
         directory.mkdir()
         runs.append(Run(directory, model=reference[0], data=data, limit=100))
-    assert runs[0].bytes == runs[1].bytes == runs[2].bytes
+    # A table's header is a line.
+    lines = [[json.loads(x).pop("line") for x in run.bytes.splitlines()] for run in runs]
+    assert lines[0] == lines[1] == [line + 1 for line in lines[2]]
+    same = [re.sub(rb'"line": \d+', b"", run.bytes) for run in runs]
+    assert same[0] == same[1] == same[2]
     assert runs[0].results["n"] == len(rows)
     assert len({run.results["examples_hash"] for run in runs}) == 1
 

@@ -12,6 +12,7 @@ from qwen_min.fast.features import pooled_features
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.weights import load_model
 from qwen_min.head import LinearHead, pooled_state
+from qwen_min.lab.clauses import format_clauses, margins, split_clauses
 from qwen_min.lab.explain import (
     decision,
     explain_head,
@@ -168,7 +169,7 @@ def test_what_is_shown_for_a_head(bias, models, tokenizer):
     for i in range(2):
         product, b = (float(said[k][i]) for k in said if "w(decision)" in k or "b(decision)" in k)
         assert product + b == pytest.approx(float(said["margin"][i]), abs=1.6e-4)
-        norms = numbers(said["d·h = |d| |h| cos"][i])
+        norms = [float(said[k][i]) for k in ("d·h = |d|", "* |h|", "* cos(d, h)")]
         # The cosine has four digits after the point.
         assert np.prod(norms) == pytest.approx(product, abs=1e-4 * norms[0] * norms[1])
     assert shown.count("<- decision") == 2 and "cosine between both" in shown
@@ -206,7 +207,7 @@ def test_a_tie_is_called_one():
 def test_what_the_second_model_changes(after, best):
     shown = decision("score", ("a", "b"), {"x": [1.0, 0.0], "y": after}, {}, {"x": {}, "y": {}})
     old, new, second = (1.0, 1.5, "b") if best == "a" else (-1.0, 0.5, "a")
-    said = f"x to y: the margin of {best} over {second} goes from"
+    said = f"x to y: the margin of {best} over {second}\n  goes from"
     assert f"{said} {old:+.4f} to {new:+.4f} ({new - old:+.4f})" in shown
     assert why(shown)["decision"] == ["a", best]
 
@@ -235,3 +236,39 @@ def test_what_takes_no_column_is_written_out():
 def test_a_long_token_is_clipped():
     assert clipped("情感倾向") == "情感倾向" and clipped("very long token") == "very lon…"
     assert clipped("情感倾向。") == "情感倾向…" and columns(clipped("a情感倾向")) == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "clauses"),
+    [
+        ("房间小，但是很干净。", ["房间小，", "但是很干净。"]),
+        ("好吃！！！就是贵；、下次", ["好吃！！！", "就是贵；、", "下次"]),
+        ("3.5分，5,000元。10分钟", ["3.5分，", "5,000元。", "10分钟"]),
+        ("“好吃。”他说：差\n\n真的?", ["“好吃。”", "他说：差\n\n", "真的?"]),
+        ("Good food, but cold. www.a.com", ["Good food, ", "but cold. ", "www.a.com"]),
+        ("小,但是", ["小,", "但是"]),
+        ("！好", ["！", "好"]),
+        ("很好", ["很好"]),
+    ],
+)
+def test_clauses(text, clauses):
+    assert split_clauses(text) == clauses and "".join(clauses) == text
+
+
+def test_a_long_text_is_split_in_linear_time():
+    text = "1.2,a" * 20_000 + "，" * 50_000 + " \n" * 20_000
+    assert "".join(split_clauses(text)) == text
+
+
+def test_a_margin_is_that_over_the_highest_other_class():
+    scores = np.array([[1.0, 3.0, 2.5], [0.0, 1.0, 4.0], [5.0, 1.0, 0.0]])
+    assert margins(scores).tolist() == [0.5, -3.0, -4.0]
+    shown = format_clauses(["a,", "b"], {"x": scores})
+    assert "x: without clause 2 the margin would be -4.0000, another decision.\n" in shown
+
+
+def test_clauses_fit_the_terminal():
+    clauses, scores = ["宽" * 500 + "\n", "\u200b" * 500] * 6, np.full((13, 2), -1000.0)
+    scores[:, 1] = np.arange(13) * -150
+    shown = format_clauses(clauses, {"base": scores, "adapted": scores})
+    assert max(map(columns, shown.split("\n"))) <= WIDTH

@@ -164,6 +164,9 @@ def test_generation_is_greedy_and_its_first_label_word_the_class(reference, tmp_
         assert (row["answer"], row["label"], row["scores"]) == (answer, example.label, None)
         assert row["prediction"] == first_label(answer, ("评", "书"))
     astray = [row for row in rows if row["prediction"] == -1]
+    assert {row["predicted_word"] for row in astray} == {None}
+    assert {row["probability"] for row in rows} == {None}
+    assert {row["predicted_word"] for row in rows} <= {None, "评", "书"}
     assert results["off_track"] == len(astray) > 0
     right = sum(row["prediction"] == row["label"] for row in rows)
     assert results["accuracy"] == right / N
@@ -210,6 +213,58 @@ def test_chat_reaches_the_model_and_a_run_brings_it_along(reference, tmp_path):
     shutil.rmtree(run / "checkpoints")
 
 
+# Mistakes
+
+
+def mistakes(out: str) -> tuple[str, list[list[str]]]:
+    """The line above the table of mistakes, and its rows' cells without the heads."""
+    title, heads, *rows = out.split("mistakes: ")[1].split("\n\n")[0].strip().split("\n")
+    assert max(map(columns, [heads, *rows])) <= 80
+    return title, [re.split(" {2,}", row, maxsplit=4) for row in rows]
+
+
+def test_the_most_confident_mistakes_come_first(reference, tmp_path):
+    data = tmp_path / "data.jsonl"
+    texts = [e.text for e in read_examples(SAMPLE / "test.tsv", ["0", "1"], limit=N)]
+    texts[0] += "\n第二行\t\u200b" + "很长" * 5000
+    lines = [json.dumps({"label": i % 2, "text": text}) for i, text in enumerate(texts)]
+    data.write_text("\n".join(lines), encoding="utf-8")
+    arguments = given("zero_shot", reference[0], "--data", data)
+    _, rows, out = results_of(tmp_path, *arguments, "--errors", N)
+    wrong = [row for row in rows if row["label"] != row["prediction"]]
+    wrong.sort(key=lambda row: -row["probability"])
+    title, shown = mistakes(out)
+    assert 3 < len(wrong) < N and title == f"the most confident {len(wrong)} of {len(wrong)}"
+    for (line, true, said, p, text), row in zip(shown, wrong, strict=True):
+        assert (int(line), true, said) == (row["line"], row["label_word"], row["predicted_word"])
+        assert float(p) == pytest.approx(row["probability"], abs=5.1e-5)
+        begins = text.removesuffix("…")
+        assert row["text"].startswith(begins) and (begins != text) == (row["text"] != begins)
+    _, first = mistakes(results_of(tmp_path, *arguments, "--errors", 2)[2])
+    assert first == shown[:2]
+    # Nothing that was predicted moves.
+    assert results_of(tmp_path, *arguments)[1] == rows
+    # With the predicted labels there is no mistake.
+    rows = [{"label": row["predicted_word"], "text": row["text"]} for row in rows]
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    out = results_of(tmp_path, *arguments, "--errors", 2)[2]
+    assert f"\n\nno mistakes: all {N} predictions are right\n" in out
+
+
+def test_mistakes_of_answers_are_the_first(reference, tmp_path):
+    arguments = given("zero_shot_generate", reference[0], "--limit", N, "--labels", "评,书")
+    _, rows, out = results_of(tmp_path, *arguments, "--errors", 3)
+    wrong = [row for row in rows if row["label"] != row["prediction"]]
+    title, shown = mistakes(out)
+    assert title == f"the first 3 of {len(wrong)}"
+    for (line, true, said, answer, _), row in zip(shown, wrong, strict=False):
+        assert (int(line), true) == (row["line"], row["label_word"])
+        assert said == (row["predicted_word"] or "(none)")
+        # How a table writes what is not printable is not this test's matter.
+        begins = re.split(r"[\\…]", answer)[0].strip()
+        assert row["answer"].strip().startswith(begins)
+
+
 # Explain
 
 
@@ -234,7 +289,7 @@ def test_explain_shows_the_decision_that_an_evaluation_makes(method, runs, tmp_p
     before = sorted(run.rglob("*"))
     status, out, err = command(*common, "--explain", "房间很干净。")
     assert (status, err) == (0, "") and sorted(run.rglob("*")) == before
-    assert max(map(columns, out.split("\n"))) <= 100
+    assert max(map(columns, out.split("\n")[1:])) <= 80  # the first line names the run
     assert all(shows(out, score) for score in row["scores"])
     several = method.startswith("lora")
     assert out.split("\nwhy ")[1].split("\n")[0].split() == (
@@ -261,6 +316,97 @@ def test_explain_shows_trained_vectors_side_by_side(reference, tmp_path):
     assert status == 0 and re.search("^why +base +adapted$", out, re.MULTILINE)
 
 
+def clause_table(out: str) -> dict[str, list[float]]:
+    """Of each clause that is left out, by its number ("" for none): the numbers of its row."""
+    table = out.split("\nmargin of the decision")[1].split("\n\n")[0].split("\n")
+    assert max(map(columns, table)) <= 80
+    rows = table[[row.strip().startswith("left out") for row in table].index(True) + 1 :]
+    found = [re.match(r"(\d*) +.*?((?: +[-+]\d+\.\d{4})+)$", row) for row in rows]
+    return {row[1]: [*map(float, row[2].split())] for row in found}
+
+
+CLAUSES = ["房间小，", "但是很干净。", "早餐 3.5 分！！", "差"]
+WITHOUT = ["".join(CLAUSES[:i] + CLAUSES[i + 1 :]) for i in range(4)]
+
+
+@pytest.mark.parametrize("plain", [[], ["--plain"]])
+def test_the_margins_without_each_clause_are_the_definitions(plain, reference):
+    status, out, err = command(
+        *given("zero_shot", reference[0], "--explain", "".join(CLAUSES), *plain)
+    )
+    assert (status, err) == (0, "")
+    scores = by_definition(reference[0], ["".join(CLAUSES), *WITHOUT])
+    best = scores[0].argmax()
+    margins = scores[:, best] - scores[:, 1 - best]
+    found = clause_table(out)
+    assert found.pop("") == pytest.approx([margins[0]], abs=1e-4)
+    for i, (margin, change) in found.items():
+        assert margin == pytest.approx(margins[int(i)], abs=1e-4)  # of four printed digits
+        assert change == pytest.approx(margins[int(i)] - margins[0], abs=1e-4)
+    order = sorted("1234", key=lambda i: -abs(margins[int(i)] - margins[0]))
+    assert list(found) == order
+    said = f"without clause {order[0]} the margin would be {found[order[0]][0]:+.4f}"
+    assert said + ", another decision" * int(found[order[0]][0] < 0) + ".\n" in out
+    assert "counterfactual, not a cause" in out and "float32 agrees" not in out
+
+
+@pytest.mark.parametrize("method", ["head_only", "lora_head"])
+def test_clauses_of_a_run_are_left_out_for_base_and_adapted(method, runs, tmp_path):
+    text = "小，很好。还行！"
+    data = tmp_path / "rows.jsonl"
+    variants = [text, "很好。还行！", "小，还行！", "小，很好。"]
+    rows = [{"label": i % 2, "text": x} for i, x in enumerate(variants)]
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = {}
+    for model in ["transplanted_head", method] if method == "lora_head" else [method]:
+        run = ["--run", runs[method], "--method", model, "--data", data]
+        scores = np.array([row["scores"] for row in results_of(tmp_path, *run)[1]])
+        best = scores[0].argmax()
+        found[model] = scores[:, best] - scores[:, 1 - best]
+    shown = clause_table(command("--run", runs[method], "--explain", text)[1])
+    for i in range(1, 4):
+        expected = [x for m in found.values() for x in (m[i], m[i] - m[0])]
+        assert shown[str(i)] == pytest.approx(expected, abs=1.1e-4)
+
+
+def test_of_many_clauses_the_ten_with_the_largest_change_are_shown(reference):
+    text = "".join(f"第{i}句很好，" for i in range(12))
+    more = ["--max-text-tokens", 400]
+    _, out, _ = command(*given("zero_shot", reference[0], "--explain", text, *more))
+    found = clause_table(out)
+    assert "without each of 12 clauses\nthe 10 with the largest change\n" in out
+    changes = [abs(change) for _, change in list(found.values())[1:]]
+    assert len(changes) == 10 and changes == sorted(changes, reverse=True)
+
+
+def test_one_clause_is_left_in(reference):
+    _, out, _ = command(*given("zero_shot", reference[0], "--explain", "书不错。"))
+    assert out.endswith("\n\nthe text is one clause: none can be left out\n")
+    # Of a text that is cut, what the model does not read is no clause.
+    cut = ["--max-text-tokens", 1]
+    _, out, _ = command(*given("zero_shot", reference[0], "--explain", "书，不错。", *cut))
+    assert out.endswith("\n\nthe text is one clause: none can be left out\n")
+
+
+def test_a_row_is_explained_as_its_text_would_be(reference, tmp_path):
+    data = tmp_path / "rows.csv"
+    data.write_text('label,text\n1,"很好，\n不错"\n0,差，很差\n1,好\n', encoding="utf-8")
+    for line, text, word in ((2, "很好，\n不错", "正面"), (4, "差，很差", "负面")):
+        row = given("zero_shot", reference[0], "--data", data, "--explain-row", line, "--limit", 2)
+        status, out, err = command(*row)
+        assert (status, err) == (0, "")
+        first, said, rest = out.split("\n", 2)
+        assert said == f"the row that starts in line {line}, true label {word}"
+        alone = command(*given("zero_shot", reference[0], "--explain", text))[1]
+        assert f"{first}\n{rest}" == alone
+    for line, limit, near in ((3, [], "line 2 and line 4"), (5, ["--limit", 1], "line 2")):
+        row = given("zero_shot", reference[0], "--data", data, "--explain-row", line, *limit)
+        status, out, err = command(*row)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"starts in line {line}; rows near it start in {near}\n" in err
+        assert ("among the first 1 (--limit)" in err) == bool(limit)
+
+
 # One line for each mistake
 
 
@@ -277,6 +423,14 @@ MISTAKES = {
     "data beside a text": (
         ["--method", "zero_shot", "--explain", "x", "--limit", "3", "--output", "r.json"],
         "leave out --limit, --output",
+    ),
+    "files beside a row": (
+        ["--method", "zero_shot", "--explain-row", "3", "--limit", "3", "--errors", "1"],
+        "leave out --errors",
+    ),
+    "a text and a row": (
+        ["--method", "zero_shot", "--explain", "x", "--explain-row", "3"],
+        "--explain-row: not allowed with argument --explain",
     ),
     "a set too long": (
         ["--method", "zero_shot", "--label-sets", "差,好,中"],

@@ -73,7 +73,9 @@ def test_predictions(tmp_path):
     examples = [Example("a", 0, i) for i in range(ROWS[1])]
 
     def write(rows: int) -> None:
-        lines = partial(prediction_lines, examples[:rows], np.zeros(rows, int), scores[:rows])
+        lines = partial(
+            prediction_lines, examples[:rows], ["a"], np.zeros(rows, int), scores[:rows]
+        )
         Output(tmp_path / "rows.jsonl").commit(lines)
 
     assert growth(write) < 100

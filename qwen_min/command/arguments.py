@@ -142,13 +142,15 @@ def check_evaluation(args: argparse.Namespace, given: dict) -> None:
         if getattr(args, name) and args.method not in SCORE_LABELS:
             expected = f"expected --method {' or '.join(SCORE_LABELS)}"
             raise UserError(f"{option(name)} is about scores of label words; {expected}")
-    if args.explain is None:
+    text, row = (getattr(args, name, None) for name in ("explain", "explain_row"))
+    if text is None and row is None:
         return
-    if not args.explain.strip():
+    if row is None and not text.strip():
         raise UserError(f"--explain {args.explain!r}: no text; give the one to be explained")
     if args.method == "zero_shot_generate":
         raise UserError("--explain shows scores, which zero_shot_generate has not; use zero_shot")
-    unused = ("data", "limit", "train_data", "output", "predictions", "label_sets", "calibrate")
+    unused = ["data", "limit"] * (row is None)
+    unused += ["train_data", "output", "predictions", "label_sets", "calibrate", "errors"]
     if found := [option(name) for name in unused if name in given]:
         raise UserError(f"--explain looks at one text and prints; leave out {', '.join(found)}")
 

@@ -1,5 +1,6 @@
-"""What --label-sets, --calibrate and --explain show: qwen_min.lab, put to one evaluation."""
+"""What --label-sets, --calibrate, --errors and --explain show of an evaluation, or of a text."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,10 +10,12 @@ import numpy as np
 from qwen_min.command.arguments import UNTRAINED
 from qwen_min.command.classifier import Evaluation, Outcome, Scorer, Source, forms
 from qwen_min.command.finite import dtype_name
-from qwen_min.command.task import Task
-from qwen_min.command.terminal import progress_bar
+from qwen_min.command.task import read_rows
+from qwen_min.command.terminal import WIDTH, clipped, one_line, progress_bar, text_table
+from qwen_min.errors import UserError
 from qwen_min.files.data import Example
-from qwen_min.prompt import Prompt
+from qwen_min.metrics import OFF_TRACK, softmax
+from qwen_min.prompt import Prompt, shorten
 
 
 def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict[str, Callable[[], object]]:
@@ -63,8 +66,9 @@ def calibrate(evaluation: Evaluation, scores: np.ndarray) -> dict[str, dict]:
     return calibrations(evaluation.true_classes, scores, lengths, neutral)
 
 
-def print_inside(task: Task, results: dict) -> None:
-    """The tables of --label-sets and --calibrate."""
+def print_inside(evaluation: Evaluation, outcome: Outcome, results: dict) -> None:
+    """The tables of --label-sets, --calibrate and --errors."""
+    task, most = evaluation.source.task, evaluation.source.args.errors
     if "failed" not in results.get("label_sets", ["failed"]):
         from qwen_min.lab.label_sets import format_sets
 
@@ -73,25 +77,76 @@ def print_inside(task: Task, results: dict) -> None:
         from qwen_min.lab.calibration import format_calibrations
 
         print("\n" + format_calibrations(results["calibration"], task.labels))
+    if most:
+        print("\n" + format_errors(evaluation, outcome, most))
+
+
+def format_errors(evaluation: Evaluation, outcome: Outcome, most: int) -> str:
+    """The mistakes whose wrong class has the highest probability, falling: `most` of them.
+
+    Answers have no probability: the first mistakes, each with its answer.
+    """
+    names, true, said = evaluation.source.task.labels, evaluation.true_classes, outcome.predictions
+    if not (wrong := np.flatnonzero(said != true)).size:
+        return f"no mistakes: all {len(said)} predictions are right"
+    if outcome.scores is None:
+        kind, head, why = "the first", "answer", outcome.answers
+    else:
+        p = softmax(outcome.scores)[np.arange(len(said)), said]
+        wrong = wrong[np.argsort(-p[wrong], kind="stable")]
+        kind, head, why = "the most confident", "probability", [f"{x:.4f}" for x in p]
+    rows = []
+    for i in wrong[:most]:
+        example, guess = evaluation.examples[i], said[i]
+        words = names[true[i]], "(none)" if guess == OFF_TRACK else names[guess], why[i]
+        cells = [clipped(one_line(word), 16) for word in words]
+        rows.append([str(example.line), *cells, one_line(example.text)[:WIDTH]])
+    table = text_table(["line", "true", "predicted", head, "text"], rows, words=5)
+    lines = [f"mistakes: {kind} {len(rows)} of {len(wrong)}", *table.split("\n")]
+    return "\n".join(clipped(line, WIDTH) for line in lines)
+
+
+def row_of_line(args: argparse.Namespace, rows: Sequence[Example]) -> Example:
+    """The row that starts in line --explain-row. Raises UserError if none does."""
+    near = sorted(rows, key=lambda row: abs(row.line - args.explain_row))[:2]
+    if near[0].line != args.explain_row:
+        limit = f" among the first {args.limit} (--limit)" * bool(args.limit)
+        starts = " and ".join(f"line {row.line}" for row in near)
+        found = f"no row{limit} starts in line {args.explain_row}"
+        raise UserError(f"{args.data}: {found}; rows near it start in {starts}")
+    return near[0]
 
 
 def explain(source: Source, load: Callable[[Source], Scorer]) -> int:
     """--explain: one text's computation, on the base and on what was trained from it."""
+    from qwen_min.lab.clauses import format_clauses, split_clauses, without_each
     from qwen_min.lab.explain import explain_head, explain_labels
 
     args, task = source.args, source.task
-    (prompt,) = task.prompts([args.explain], ["--explain"])
+    text, place, true = args.explain, "--explain", ""
+    if args.explain_row is not None:
+        row = row_of_line(args, read_rows(args, task, source.record))
+        text, place = row.text, f"{args.data}, line {row.line}"
+        true = f"\nthe row that starts in line {row.line}, true label {task.labels[row.label]}"
+    clauses = split_clauses(shorten(task.tokenizer, text, args.max_text_tokens))
+    shorter = without_each(clauses)
+    places = [place, *(f"{place}, without clause {i + 1}" for i in range(len(shorter)))]
+    prompt, *others = task.prompts([text, *shorter], places)
     scorer = load(source)
     models = {"the model": scorer.model}
     unadapted = args.method in (*UNTRAINED, "transplanted_head")
     if not unadapted and (source.parts.lora or source.parts.vectors):
         models = {"base": source.base(), "adapted": scorer.model}
-    empty = task.empty_prompt()
-    for model in models.values():  # raises NotFinite
+    empty, of_clauses = task.empty_prompt(), {}
+    for name, model in models.items():  # raises NotFinite
         plain = replace(scorer, model=model, forms=forms(plain=True))
         plain.scores([prompt, empty] if empty else [prompt])
-    print(f"{args.method}, {args.run or args.model}, {dtype_name(scorer.model)}\n")
+        of_clauses[name] = replace(scorer, model=model).scores([prompt, *others])
+    print(f"{args.method}, {args.run or args.model}, {dtype_name(scorer.model)}{true}\n")
     shown = (task.tokenizer, prompt, empty, task.labels, models)
     by_head = scorer.by == "head"
     print(explain_head(*shown, scorer.head) if by_head else explain_labels(*shown))
+    print("\n" + format_clauses(clauses, of_clauses))
+    if others and not args.plain and (dtype := dtype_name(scorer.model)) != "float32":
+        print(f"  In {dtype} rounding can differ from the steps above; --dtype float32 agrees.")
     return 0

@@ -1,8 +1,12 @@
 """The results of an evaluation, and of the layers that a probe tried, as text for a terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from qwen_min.command.terminal import text_table
+
+NAMED = 3  # classes that a line lists, at most
 
 
 def format_results(results: Mapping) -> str:
@@ -18,6 +22,13 @@ def format_results(results: Mapping) -> str:
         if clean["n"]:
             others = f"{clean['n']} texts that are not in {clean['train_data']}"
             facts["  clean part"] = f"{accuracy(clean)}   {others}"
+    share = number(results["majority_share"])
+    facts["majority"] = f"{share}   share of the most frequent class, {results['majority_class']}"
+    predicted = np.sum(results["confusion_matrix"], axis=0)
+    if never := [row["name"] for row, count in zip(rows, predicted, strict=False) if not count]:
+        facts["predictions"] = f"never predicts {listed(never)}"
+    if absent := [row["name"] for row in rows if not row["support"]]:
+        facts["classes"] = f"no examples of {listed(absent)} (0 in the macro mean)"
     if results["brier"] is None:  # generated text: there are no scores
         count, answers = results["off_track"], results["off_track_examples"]
         facts["off track"] = f"{count / n:.4f}   {count} of {n} answers hold no label word"
@@ -47,6 +58,23 @@ def accuracy(measured: Mapping) -> str:
     """Accuracy with its interval."""
     low, high = measured["accuracy_interval"]
     return f"{number(measured['accuracy'])}   95 % interval {low:.4f} to {high:.4f}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names; of many their number and the first few."""
+    if len(names) <= NAMED:
+        return ", ".join(names)
+    return f"{len(names)} classes: {', '.join(names[:NAMED])}, …"
+
+
+def majority(per_class: Sequence[Mapping]) -> dict:
+    """The most frequent class, of equal ones the first, and its share of the examples.
+
+    The share is the accuracy of a method that always says this class.
+    """
+    top = max(per_class, key=lambda row: row["support"])
+    share = top["support"] / sum(row["support"] for row in per_class)
+    return {"majority_class": top["name"], "majority_share": share}
 
 
 def number(value: float | None) -> str:

@@ -10,7 +10,7 @@ from unicodedata import category, east_asian_width
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-WIDTH = 100  # of a terminal, in columns
+WIDTH = 80  # of a terminal, in columns
 LINE = 500  # characters of an error or a warning, at most
 
 

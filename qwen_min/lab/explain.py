@@ -89,11 +89,17 @@ def explain_labels(
     places = {ids[:t]: (y, t) for y, ids in enumerate(prompt.labels) for t in range(len(ids))}
     for beginning, (y, t) in places.items():
         after = " + ".join(["the prompt", *map(piece, beginning)])
-        rows = []
-        for name in models:
-            pairs = [(clipped(piece(i)), np.exp(log_p)) for i, log_p in found[name][y][t].likeliest]
-            rows.append([name, *(f"{text} {p:.4f}" for text, p in pairs)])
-        table = text_table(rows[0], rows[1:], words=1 + LIKELIEST)
+        for width in (9, 5):  # of a token; 5 always fits
+            rows = [
+                [
+                    name,
+                    *(f"{clipped(piece(i), width)} {np.exp(p):.4f}" for i, p in of[y][t].likeliest),
+                ]
+                for name, of in found.items()
+            ]
+            table = text_table(rows[0], rows[1:], words=1 + LIKELIEST)
+            if max(map(columns, table.split("\n"))) <= WIDTH:
+                break
         parts.append(f"the {LIKELIEST} most likely tokens after {after}\n{table}")
 
     # 3. Sums, softmax, decision.
@@ -124,11 +130,11 @@ def explain_head(
             rows.append([name, word, *digits(w.norm(), w @ h, bias[y], scores[name][y])])
         best, second = ranked(scores[name])
         d = weight[best] - weight[second]
-        cosine = torch.cosine_similarity(d, h, dim=0)
+        factors = digits(d.norm(), h.norm(), torch.cosine_similarity(d, h, dim=0))
         reasons[name] = {
             "= d·h, d = w(decision) - w(second)": f"{d @ h:.4f}",
             "+ b(decision) - b(second)": f"{bias[best] - bias[second]:.4f}",
-            "d·h = |d| |h| cos": " · ".join(digits(d.norm(), h.norm(), cosine)),
+            **dict(zip(("d·h = |d|", "* |h|", "* cos(d, h)"), factors, strict=True)),
         }
 
     # 1. The state h.
@@ -199,8 +205,10 @@ def decision(
         (base, before), (adapted, after) = scores.items()
         best, second = ranked(after)
         old, new = before[best] - before[second], after[best] - after[second]
-        moves = f"{words[best]} over {words[second]} goes from {old:+.4f} to {new:+.4f}"
-        sentences.append(f"{base} to {adapted}: the margin of {moves} ({new - old:+.4f}).")
+        sentences.append(
+            f"{base} to {adapted}: the margin of {words[best]} over {words[second]}\n"
+            f"  goes from {old:+.4f} to {new:+.4f} ({new - old:+.4f})."
+        )
     table = text_table(["model", "class", quantity, "softmax", ""], rows, words=2)
     facts = [[fact, *(of[fact] for of in why.values())] for fact in next(iter(why.values()))]
     why_table = text_table(["why", *why], facts, words=1 + len(why))

@@ -37,6 +37,7 @@ KIND = "results of evaluate.py"
 NEUTRAL = {"method", "seed", "run", "output", "predictions", "changed", "resume", "export"}
 NEUTRAL |= {"merge", "feature_cache", "train_data", "calibrate", "explain", "label_sets"}
 ROWS = {"data", "limit", "encoding"}  # which rows are read: these have a hash
+NEUTRAL |= {"errors", "explain_row"}
 
 
 class Predictions(NamedTuple):

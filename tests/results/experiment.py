@@ -249,8 +249,8 @@ def contaminated() -> set[int]:
 def keep(row: Row, size: str) -> None:
     """Keep the results, the commits, and the score differences that decisions and ranks need.
 
-    Differences are rounded, not the scores: equal bf16 differences must stay equal. Generated text
-    is left out, because it repeats reviews that do not belong to this project.
+    Differences are rounded, not the scores: equal bf16 differences must stay equal. Texts and
+    generated text are left out, because the reviews do not belong to this project.
     """
     made, kept = REPO / "runs" / size / f"{row.name}.json", KEPT / size / f"{row.name}.json"
     kept.parent.mkdir(exist_ok=True)
@@ -262,7 +262,9 @@ def keep(row: Row, size: str) -> None:
         open(kept.with_suffix(".jsonl"), "w", encoding="utf-8") as out,
     ):
         for line in lines:
-            prediction = json.loads(line)
+            row = json.loads(line)
+            names = ("index", "label", "prediction", "scores", "answer")
+            prediction = {name: row[name] for name in names if name in row}
             if (scores := prediction["scores"]) is not None:
                 prediction["scores"] = [round(score - max(scores), 5) for score in scores]
             answer = prediction.pop("answer", None)
