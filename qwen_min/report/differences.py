@@ -1,0 +1,135 @@
+"""Names for the rows of a report, and everything besides the method in which the rows differ.
+
+A name is short: the method, with a number where several rows have it, or with the one argument in
+which these rows differ. `rows_apart` returns the names and what they do not say.
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qwen_min.command.terminal import columns
+
+if TYPE_CHECKING:
+    from qwen_min.report.compare import Result
+
+NAME = 30  # columns of a name with an argument, at most
+UNKNOWN = "not known"  # about a field that older results lack
+# Arguments that a method ignores.
+UNUSED = {"head_only": {"lora_targets", "train_embeddings", "r", "alpha", "rslora", "dropout"}}
+UNUSED["head_only"] |= {"epochs", "lr", "warmup", "batch_size", "clip", "eval_every"}
+UNUSED["head_only"] |= {"save_every", "checkpointing"}
+TITLES = {"train_data": "trained on"}
+
+Groups = Sequence[Sequence["Result"]]  # the seeds of each row
+Texts = dict[str, list[str | None]]  # what differs → a text for each row, None if it has no such
+
+
+def rows_apart(groups: Groups) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """A unique name for each row, and what differs between the rows: {what: {name: text}}."""
+    firsts = [group[0] for group in groups]
+    settings, methods = settings_apart(firsts), [r.results["method"] for r in firsts]
+    names = row_names(methods, settings)
+    # What the names say needs no line.
+    said = {
+        key
+        for key, texts in settings.items()
+        if all(not t or name.endswith(f" {key}={t}") for name, t in zip(names, texts, strict=True))
+    }
+    found = {TITLES.get(key, key): texts for key, texts in settings.items() if key not in said}
+    alike = list(zip(methods, *settings.values(), strict=True))
+    if any(alike.count(row) > 1 for row in alike):
+        found["file"] = [str(r.path) for r in firsts]
+    found |= consequences(groups)
+    return names, {
+        what: {name: text for name, text in zip(names, texts, strict=True) if text}
+        for what, texts in found.items()
+    }
+
+
+def row_names(methods: Sequence[str], settings: Texts) -> list[str]:
+    """The method; of several rows with it: with the one short argument that differs, or numbers."""
+    names = []
+    for i, method in enumerate(methods):
+        same = [j for j, other in enumerate(methods) if other == method]
+        keys = [key for key, texts in settings.items() if len({texts[j] for j in same}) > 1]
+        named = [f"{method} {keys[0]}={settings[keys[0]][j]}" for j in same] if keys else []
+        place = same.index(i)
+        if len(keys) == 1 and len({*named}) == len(same) and max(map(columns, named)) <= NAME:
+            names.append(named[place])
+        else:
+            names.append(f"{method} {place + 1}" if place else method)
+    return names
+
+
+def settings_apart(results: Sequence["Result"]) -> Texts:
+    """The settings whose values differ. One that is not known does not count as different."""
+    evaluated = {key for r in results for key in (*r.results["arguments"], "dtype", "device")}
+    evaluated |= {"tokenizer_hash", "examples"}
+    keys = dict.fromkeys(key for r in results for key in r.identity if key != "method")
+    found = {}
+    for key in keys:
+        values = [setting(r, key, evaluated) for r in results]
+        known = {json.dumps(v) for v, text in values if text not in (None, UNKNOWN)}
+        if len(known) > 1:
+            found[key] = [distinct(value, values) for value in values]
+    return found
+
+
+def setting(result: "Result", key: str, evaluated: set[str]) -> tuple[object, str | None]:
+    """(what is compared, its text) of a setting; the text is None if the result has no such."""
+    if key in result.identity:
+        return result.identity[key], str(result.shown.get(key)).replace("\n", "\\n")
+    unused = UNUSED.get(result.results["method"], set())
+    base, training = key.removeprefix("train_"), result.results.get("training_arguments") or {}
+    unknown = key == "train_dtype" and not result.results.get("training_dtype")
+    if base != key and result.trained and base in result.shown and not unknown:
+        return setting(result, base, evaluated)  # trained as it is evaluated
+    if base != key and not result.trained:
+        return None, None
+    if key in result.results["arguments"] or (base in training and key not in unused):
+        return None, "no"  # an option that was not given
+    return None, UNKNOWN if key in evaluated else None
+
+
+def distinct(value: tuple, values: Sequence[tuple]) -> str | None:
+    """A value's text, shortened; with its hash, or whole, where others would look the same."""
+    own, text = value
+    others = [t for v, t in values if t and v != own]
+    if text in others:
+        return f"{text} ({str(own)[:8]})"
+    return short(text) if text and short(text) not in map(short, others) else text
+
+
+def short(text: str, characters: int = 40) -> str:
+    """A long text keeps its end, where paths and templates differ."""
+    return text if len(text) <= characters else "…" + text[1 - characters :]
+
+
+def consequences(groups: Groups) -> Texts:
+    """What the settings led to: texts that were shortened, and test rows seen in training."""
+    cut = [group[0].results.get("truncated_rows") for group in groups]
+    n = [group[0].results["n"] for group in groups]
+    found = {}
+    if len({*cut} - {None}) > 1:
+        said = [f"{c} of {m}" for c, m in zip(cut, n, strict=True)]
+        texts = [UNKNOWN if c is None else text for c, text in zip(cut, said, strict=True)]
+        found["texts shortened"] = texts
+    seen = [contamination(group) for group in groups]
+    if any(text not in (UNKNOWN, "0") for text in seen):
+        found["rows that stand in training data"] = seen
+    return found
+
+
+def contamination(group: Sequence["Result"]) -> str:
+    """How many rows stand in training data, and the accuracy on the others (mean over seeds)."""
+    parts = [result.results.get("clean") for result in group]
+    if not all(parts) or any("n" not in part for part in parts):  # not measured, or failed
+        free = not group[0].trained and group[0].results.get("fed_rows") == 0
+        return "0" if free else UNKNOWN
+    n, rest = group[0].results["n"], parts[0]["n"]
+    if not rest or rest == n:
+        return f"all {n}" if not rest else "0"
+    accuracy = statistics.fmean(part["accuracy"] for part in parts)
+    return f"{n - rest} of {n}, accuracy on the other {rest}: {accuracy:.4f}"
