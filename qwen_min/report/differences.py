@@ -1,7 +1,6 @@
 """Names for the rows of a report, and everything besides the method in which the rows differ.
 
-A name is short: the method, with a number where several rows have it, or with the one argument in
-which these rows differ. `rows_apart` returns the names and what they do not say.
+A name is the method, with a number from the second row of the method on.
 """
 
 import json
@@ -9,12 +8,9 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qwen_min.command.terminal import columns
-
 if TYPE_CHECKING:
     from qwen_min.report.compare import Result
 
-NAME = 30  # columns of a name with an argument, at most
 UNKNOWN = "not known"  # about a field that older results lack
 # Arguments that a method ignores.
 UNUSED = {"head_only": {"lora_targets", "train_embeddings", "r", "alpha", "rslora", "dropout"}}
@@ -29,38 +25,17 @@ Texts = dict[str, list[str | None]]  # what differs → a text for each row, Non
 def rows_apart(groups: Groups) -> tuple[list[str], dict[str, dict[str, str]]]:
     """A unique name for each row, and what differs between the rows: {what: {name: text}}."""
     firsts = [group[0] for group in groups]
-    settings, methods = settings_apart(firsts), [r.results["method"] for r in firsts]
-    names = row_names(methods, settings)
-    # What the names say needs no line.
-    said = {
-        key
-        for key, texts in settings.items()
-        if all(not t or name.endswith(f" {key}={t}") for name, t in zip(names, texts, strict=True))
-    }
-    found = {TITLES.get(key, key): texts for key, texts in settings.items() if key not in said}
-    alike = list(zip(methods, *settings.values(), strict=True))
+    found, methods = settings_apart(firsts), [r.results["method"] for r in firsts]
+    nth = [methods[: i + 1].count(method) for i, method in enumerate(methods)]
+    names = [f"{m} {n}" if n > 1 else m for m, n in zip(methods, nth, strict=True)]
+    alike = list(zip(methods, *found.values(), strict=True))
     if any(alike.count(row) > 1 for row in alike):
         found["file"] = [str(r.path) for r in firsts]
     found |= consequences(groups)
     return names, {
-        what: {name: text for name, text in zip(names, texts, strict=True) if text}
+        TITLES.get(what, what): {n: text for n, text in zip(names, texts, strict=True) if text}
         for what, texts in found.items()
     }
-
-
-def row_names(methods: Sequence[str], settings: Texts) -> list[str]:
-    """The method; of several rows with it: with the one short argument that differs, or numbers."""
-    names = []
-    for i, method in enumerate(methods):
-        same = [j for j, other in enumerate(methods) if other == method]
-        keys = [key for key, texts in settings.items() if len({texts[j] for j in same}) > 1]
-        named = [f"{method} {keys[0]}={settings[keys[0]][j]}" for j in same] if keys else []
-        place = same.index(i)
-        if len(keys) == 1 and len({*named}) == len(same) and max(map(columns, named)) <= NAME:
-            names.append(named[place])
-        else:
-            names.append(f"{method} {place + 1}" if place else method)
-    return names
 
 
 def settings_apart(results: Sequence["Result"]) -> Texts:

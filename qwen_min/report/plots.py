@@ -29,7 +29,10 @@ LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DPI = 150
 FONTS = "their code points are drawn. Fonts with Chinese: fonts-noto-cjk (a package of Debian and "
-FONTS += "Ubuntu), PingFang or Heiti (part of macOS), Microsoft YaHei (part of Windows)"
+FONTS += (
+    "Ubuntu), PingFang (part of macOS), Microsoft YaHei (part of Windows). Afterwards "
+)
+FONTS += f"remove {matplotlib.get_cachedir()}, its list of fonts"
 BINS = 15  # as in metrics.expected_calibration_error
 
 Scored = Sequence[tuple[str, dict[int, Predictions]]]  # name and predictions by seed of each method
@@ -39,8 +42,9 @@ Logs = list[tuple[str, str, list[list], list[dict]]]  # as `training_logs` retur
 def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -> list[Path]:
     """Draw all pictures for which there is data; return their files.
 
-    ROC curves and reliability diagrams need scores, training curves a run with log.jsonl. Names of
-    all others have the examples' hash. Characters that cannot be drawn are named on stderr. inputs: the files read, which no picture replaces.
+    ROC curves and reliability diagrams need scores, training curves a run with log.jsonl. The names
+    of all other files have the examples' hash. stderr names characters that cannot be drawn.
+    inputs: the files read, which no picture replaces.
     """
     directory, logs = Path(directory), training_logs(methods)
     words = [word for method in methods for word in (method.name, *method.classes)]
