@@ -27,11 +27,10 @@ from qwen_min.report.intervals import accuracy_interval, majority
 
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+SMALL = {"fontsize": "small", "handlelength": 3.5}  # of a legend
 DPI = 150
 FONTS = "their code points are drawn. Fonts with Chinese: fonts-noto-cjk (a package of Debian and "
-FONTS += (
-    "Ubuntu), PingFang (part of macOS), Microsoft YaHei (part of Windows). Afterwards "
-)
+FONTS += "Ubuntu), PingFang (part of macOS), Microsoft YaHei (part of Windows). Afterwards "
 FONTS += f"remove {matplotlib.get_cachedir()}, its list of fonts"
 BINS = 15  # as in metrics.expected_calibration_error
 
@@ -149,14 +148,11 @@ def curve_style(i: int) -> dict:
     return line | {"marker": MARKERS[i % len(MARKERS)], "markersize": 5, "markevery": spacing}
 
 
-def finish(axes: Axes, legend: bool = True, **properties: object) -> None:
-    """Set labels and limits, draw a grid, and below the axes a legend if there are named curves."""
+def finish(axes: Axes, **properties: object) -> None:
+    """Set labels and limits, and draw a grid."""
     axes.set(**properties)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
-    if legend and axes.get_legend_handles_labels()[1]:
-        place = {"loc": "upper left", "bbox_to_anchor": (0, -0.14)}
-        axes.legend(fontsize="small", handlelength=3.5, **place)
 
 
 def roc_curve(positive: np.ndarray, ranking: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -182,7 +178,9 @@ def plot_roc(scored: Scored, classes: Sequence[str]) -> Figure:
     shown = [1] if two else range(len(classes))
     size = (5.6 * len(shown), 6 + 0.2 * len(scored))
     figure = Figure(figsize=size, layout="constrained")
-    for c, axes in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
+    parts = figure.subfigures(1, len(shown), squeeze=False)[0]
+    for c, part in zip(shown, parts, strict=True):
+        axes = part.subplots()
         for i, (name, seeds) in enumerate(scored):
             found = [roc_curve(p.labels == c, log_odds(p.scores)[:, c]) for p in seeds.values()]
             curves = [curve for curve in found if curve]
@@ -194,9 +192,10 @@ def plot_roc(scored: Scored, classes: Sequence[str]) -> Figure:
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, label="chance (AUC 0.5)")
         name, rest = classes[c], classes[0] if two else "the others"
         title = fill(f"ROC: {name} against {rest}", 44)
-        x_label = fill(f"false positive rate: share of {rest} taken for {name}", 66)
-        y_label = fill(f"true positive rate: share of {name} found", 66)
+        x_label = fill(f"false positive rate: share of {rest} taken for {name}", 48)
+        y_label = fill(f"true positive rate: share of {name} found", 48)
         finish(axes, title=title, xlabel=x_label, ylabel=y_label, aspect="equal")
+        part.legend(loc="outside lower center", **SMALL)
     return figure
 
 
@@ -236,10 +235,10 @@ def plot_bins(upper: Axes, lower: Axes, name: str, predictions: Predictions) -> 
     lower.bar((bins + 0.5) / BINS, n, 1 / BINS, facecolor="0.75", edgecolor="black")
     ece = expected_calibration_error(labels, scores)
     title = f"{fill(name, 34)}\nECE {ece:.4f}, n = {len(scores)}"
-    finish(upper, False, title=title, ylabel="accuracy (share right)", ylim=(-0.02, 1.02))
+    finish(upper, title=title, ylabel="accuracy (share right)", ylim=(-0.02, 1.02))
     left = np.floor(low * BINS) / BINS - 0.02
     axis = "confidence (probability of the class taken)"
-    finish(lower, False, xlabel=axis, ylabel="rows", xlim=(left, 1.02))
+    finish(lower, xlabel=axis, ylabel="rows", xlim=(left, 1.02))
 
 
 def plot_training(runs: Logs) -> Figure:
@@ -266,10 +265,10 @@ def plot_training(runs: Logs) -> Figure:
             held_out.plot(x, y, **style | {"markevery": None})
         rate.plot(steps, rates, **style | {"marker": ""})
     for axes, kind in zip(losses, kinds, strict=True):
-        finish(axes, False, ylabel=f"training loss over the\n{kind} (nats per row)")
-    finish(held_out, False, ylabel="held-out log-loss over\nthe classes (nats per row)")
-    finish(rate, False, ylabel="learning rate (no unit)", xlabel="step (batches trained on)")
-    figure.legend(loc="outside lower center", fontsize="small", handlelength=3.5)
+        finish(axes, ylabel=f"training loss over the\n{kind} (nats per row)")
+    finish(held_out, ylabel="held-out log-loss over\nthe classes (nats per row)")
+    finish(rate, ylabel="learning rate (no unit)", xlabel="step (batches trained on)")
+    figure.legend(loc="outside lower center", **SMALL)
     return figure
 
 
@@ -302,7 +301,7 @@ def plot_accuracies(names: Sequence[str], rows: Sequence[Method], words: Sequenc
     draw_accuracies(axes, groups, range(len(rows)), "", {"fmt": "o"})
     axes.set_yticks(range(len(rows)), [fill(name, 40) for name in names])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    finish(axes, False, xlabel=f"accuracy ({base['n']} examples)")
+    finish(axes, xlabel=f"accuracy ({base['n']} examples)")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     return figure
 
@@ -315,7 +314,7 @@ def plot_confusion(
     The shade is the share. words: of each row, its classes.
     """
     across, C = min(3, len(rows)), len(words[0])
-    side, down = max(3.4, 0.75 * C + 1.6), -(-len(rows) // across)
+    side, down = max(3.6, 0.75 * C + 2), -(-len(rows) // across)
     figure = Figure(figsize=(side * across, side * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).flat
     for axes, name, row, own in zip(panels, names, rows, words, strict=False):
@@ -327,9 +326,10 @@ def plot_confusion(
             color = "white" if share > 0.5 else "black"
             text = f"{counts[i, j]}\n{share:.1%}"
             axes.text(j, i, text, ha="center", va="center", color=color, fontsize="small")
-        heads = [fill(word, 12) for word in own]
+        heads = [fill(word, 8) for word in own]
         more = ["off track"] * (counts.shape[1] > len(own))
-        axes.set_xticks(range(counts.shape[1]), heads + more, rotation=45 if C > 3 else 0)
+        turned = 45 if C * max(map(len, heads)) > 20 else 0
+        axes.set_xticks(range(counts.shape[1]), heads + more, rotation=turned)
         axes.set_yticks(range(len(own)), heads)
         several = f"\n{len(row.seeds)} seeds added" if len(row.seeds) > 1 else ""
         axes.set(title=fill(name, 30) + several, xlabel="predicted", ylabel="true")
