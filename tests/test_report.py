@@ -152,8 +152,7 @@ def test_mcnemar_and_difference_on_a_worked_example(tmp_path):
     assert test["interval"] == pytest.approx([found.low, found.high], abs=1.01 / N)
     row = next(line for line in command(*paths)[1].splitlines() if "+0.0750" in line).split()
     assert row[:3] == ["A", "B", "+0.0750"]
-    assert row[-1] == "0.0352"
-    assert re.search("^A +B +12 +3$", command(*paths)[1], re.MULTILINE)
+    assert row[-3:] == ["0.0352", "12", "3"]
 
 
 @pytest.mark.parametrize("case", range(5))
@@ -193,7 +192,7 @@ def test_without_predictions_there_is_a_row_and_no_test(tmp_path):
     a.with_name("predictions.jsonl").unlink()
     status, out, _ = command(a, b)
     assert status == 0
-    assert f"A and B: not compared, no predictions beside {a}" in out
+    assert f"A and B: not compared, no predictions beside\n  {a}" in out
     assert [line.split()[0] for line in out.splitlines()[1:3]] == ["A", "B"]
 
 
@@ -300,7 +299,7 @@ def test_every_number_is_in_the_table(tmp_path):
         assert f"recall {entry['name']}" in head
         assert f"{entry['recall']:.4f}" in row
     assert f"{results['macro']['f1']:.4f}" in row and "macro F1" in head
-    assert row.split()[-3:] == ["0", "0.0", "2.5"]
+    assert row.replace("zero_shot", "").split()[-3:] == ["0", "0.0", "2.5"]
 
 
 def test_chinese_words_stand_in_columns(tmp_path):
@@ -464,7 +463,12 @@ def test_rows_trained_on(tmp_path):
     hashes = ("a" * 64, "b" * 64, "c" * 64)
     limits, files = (None, 60, None), ("x/train.tsv", "x/train.tsv", "y/train.tsv")
     runs = [
-        run_of(tmp_path / str(i), results={"training_data_hash": h}, data=file, limit=limit)
+        run_of(
+            tmp_path / str(i),
+            results={"training_data_hash": h, "base_fingerprint": None},
+            data=file,
+            limit=limit,
+        )
         for i, (h, file, limit) in enumerate(zip(hashes, files, limits, strict=True))
     ]
     expected = ("train.tsv (aaaaaaaa)", "train.tsv, first 60 rows", "train.tsv (cccccccc)")
@@ -848,7 +852,7 @@ def test_characters_without_a_font_are_named_with_a_package(tmp_path, monkeypatc
     (line,) = [line for line in err.splitlines() if not line.endswith(".png")]
     assert status == 0 and "no installed font has 负面正" in line and "fonts-noto-cjk" in line
     path = evaluated(tmp_path, "zero_shot", words=["neg", "pos"])
-    assert "font" not in command(path, "--plots", tmp_path / "plots")[2]
+    assert "warning" not in command(path, "--plots", tmp_path / "plots")[2]
 
 
 def test_pictures_replace_nothing_that_is_read(tmp_path, seeds, no_boxes):
