@@ -476,6 +476,15 @@ def test_rows_trained_on(tmp_path):
     assert differing(*runs) == {"trained on": dict(zip(names, expected, strict=True))}
 
 
+def test_a_hash_that_is_not_known_is_no_difference(tmp_path):
+    hashes = ("a" * 64, "b" * 64, None)
+    given = [{"tokenizer_hash": h, "base_fingerprint": h} for h in hashes]
+    paths = [changed(evaluated(tmp_path / str(i), f"m{i}"), **g) for i, g in enumerate(given)]
+    assert differing(paths[0], paths[2]) == {}
+    found = differing(*paths[:2])
+    assert found["model"] == {"m0": "tiny (aaaaaaaa)", "m1": "tiny (bbbbbbbb)"}
+
+
 def test_words_that_are_scored_under_the_same_names(tmp_path):
     words, typed = ["negative", "positive"], "negative= negative,positive= positive"
     a, b = (evaluated(tmp_path / i, "zero_shot", words=words) for i in "ab")
@@ -490,6 +499,7 @@ def test_shortened_texts_and_rows_seen_in_training(tmp_path):
 
     plain = changed(evaluated(tmp_path / "z", "zero_shot"), truncated_rows=3, fed_rows=0)
     old = changed(evaluated(tmp_path / "old", "zero_shot_generate"))
+    peft = evaluated(tmp_path / "p", "lora_label_scoring", adapter="peft")  # trained elsewhere
     runs = [
         run_of(tmp_path / "a", results={"truncated_rows": 3, "clean": clean(100, 0.75)}),
         run_of(tmp_path / "b", lr=1, results={"truncated_rows": 9, "clean": clean(N, 0.5)}),
@@ -497,10 +507,12 @@ def test_shortened_texts_and_rows_seen_in_training(tmp_path):
     ]
     found = differing(plain, old, *runs)
     names = ("zero_shot", "zero_shot_generate", "lora_head", "lora_head 2", "lora_head 3")
-    texts = ("3 of 120", "not known", "3 of 120", "9 of 120", "3 of 120")
+    texts = ("3", "not known", "3", "9", "3")
     assert found["texts shortened"] == dict(zip(names, texts, strict=True))
-    texts = ("0", "not known", "20 of 120, accuracy on the other 100: 0.7500", "0", "all 120")
+    texts = ("not trained", "not trained", "20, accuracy on the other 100: 0.7500", "0", "120")
     assert found["rows that stand in training data"] == dict(zip(names, texts, strict=True))
+    seen = differing(peft, runs[0])["rows that stand in training data"]
+    assert seen["lora_label_scoring"] == "not known"
     # Without a row that was seen there is nothing to say.
     assert "rows that stand in training data" not in differing(plain, runs[1])
 

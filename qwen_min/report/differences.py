@@ -46,8 +46,9 @@ def settings_apart(results: Sequence["Result"]) -> Texts:
     found = {}
     for key in keys:
         values = [setting(r, key, evaluated) for r in results]
-        known = {json.dumps(v) for v, text in values if text not in (None, UNKNOWN)}
-        if len(known) > 1:
+        if any(value == text != UNKNOWN for value, text in values):  # without a hash: by its name
+            values = [(text if text else None, text) for _, text in values]
+        if len({json.dumps(v) for v, text in values if text not in (None, UNKNOWN)}) > 1:
             found[key] = [distinct(value, values) for value in values]
     return found
 
@@ -84,27 +85,24 @@ def short(text: str, characters: int = 40) -> str:
 
 def consequences(groups: Groups) -> Texts:
     """What the settings led to: texts that were shortened, and test rows seen in training."""
-    cut = [group[0].results.get("truncated_rows") for group in groups]
-    n = [group[0].results["n"] for group in groups]
+    firsts = [group[0].results for group in groups]
+    cut = [first.get("truncated_rows", UNKNOWN) for first in firsts]
     found = {}
-    if len({*cut} - {None}) > 1:
-        said = [f"{c} of {m}" for c, m in zip(cut, n, strict=True)]
-        texts = [UNKNOWN if c is None else text for c, text in zip(cut, said, strict=True)]
-        found["texts shortened"] = texts
+    if len({*cut} - {UNKNOWN}) > 1:
+        found["texts shortened"] = list(map(str, cut))
     seen = [contamination(group) for group in groups]
-    if any(text not in (UNKNOWN, "0") for text in seen):
+    if any(text[0].isdigit() and text != "0" for text in seen):
         found["rows that stand in training data"] = seen
     return found
 
 
 def contamination(group: Sequence["Result"]) -> str:
     """How many rows stand in training data, and the accuracy on the others (mean over seeds)."""
-    parts = [result.results.get("clean") for result in group]
-    if not all(parts) or any("n" not in part for part in parts):  # not measured, or failed
-        free = not group[0].trained and group[0].results.get("fed_rows") == 0
-        return "0" if free else UNKNOWN
+    parts = [result.results.get("clean") or {} for result in group]
+    if any("n" not in part for part in parts):  # not measured, or failed
+        return "not trained" if group[0].results["method"].startswith("zero_shot") else UNKNOWN
     n, rest = group[0].results["n"], parts[0]["n"]
-    if not rest or rest == n:
-        return f"all {n}" if not rest else "0"
+    if rest in (0, n):
+        return f"{n - rest}"
     accuracy = statistics.fmean(part["accuracy"] for part in parts)
-    return f"{n - rest} of {n}, accuracy on the other {rest}: {accuracy:.4f}"
+    return f"{n - rest}, accuracy on the other {rest}: {accuracy:.4f}"
