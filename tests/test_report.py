@@ -793,7 +793,7 @@ def overlaps(figure) -> list[str]:
     boxes = [legend.get_window_extent() for legend in legends]
     assert all(figure.bbox.x0 <= b.x0 and b.x1 <= figure.bbox.x1 for b in boxes)
     assert all(figure.bbox.y0 <= b.y0 for b in boxes)
-    axes = [axes.get_window_extent() for axes in figure.axes]
+    axes = [axes.get_tightbbox(for_layout_only=True) for axes in figure.axes]  # with its labels
     return [str(box) for box in boxes if any(box.overlaps(other) for other in axes)]
 
 

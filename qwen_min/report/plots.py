@@ -176,7 +176,7 @@ def plot_roc(scored: Scored, classes: Sequence[str]) -> Figure:
     """
     two = len(classes) == 2
     shown = [1] if two else range(len(classes))
-    size = (5.6 * len(shown), 6 + 0.2 * len(scored))
+    size = (5.6 * len(shown), 6.6 + 0.3 * len(scored))
     figure = Figure(figsize=size, layout="constrained")
     parts = figure.subfigures(1, len(shown), squeeze=False)[0]
     for c, part in zip(shown, parts, strict=True):
