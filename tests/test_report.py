@@ -18,7 +18,7 @@ from sklearn import metrics as sk
 from qwen_min.command.terminal import columns
 from qwen_min.files.data import Example, examples_hash
 from qwen_min.metrics import auc_roc, evaluate_predictions
-from qwen_min.report import plots
+from qwen_min.report import fonts, plots
 from qwen_min.report import tables as report
 from qwen_min.report.compare import compare, gather, read_all
 
@@ -421,7 +421,7 @@ def test_nothing_differs_but_the_method(tmp_path):
         ("template", ("{text}：", "评论：{text}\n"), ("{text}：", "评论：{text}\\n")),
         ("dtype", ("float32", "bfloat16"), ("float32", "bfloat16")),
         ("device", ("cpu", "cuda"), ("cpu", "cuda")),
-        ("chat", (False, True), ("no", "True")),
+        ("chat", (False, True), ("no", "yes")),
         ("calibration", (None, "contextual"), ("no", "contextual")),
     ],
 )
@@ -438,6 +438,7 @@ def test_an_argument_that_differs_has_a_line(method, name, values, shown, tmp_pa
         ("lr", (1e-4, 1e-3), ("0.0001", "0.001")),
         ("class_weights", (None, "balanced"), ("no", "balanced")),
         ("dev", (None, "dev.tsv"), ("no", "dev.tsv")),
+        ("train_embeddings", (False, True), ("no", "yes")),
     ],
 )
 def test_training_that_differs_has_a_line_without_the_untrained(name, values, shown, tmp_path):
@@ -714,21 +715,21 @@ def make_font(path: Path, family: str, characters: str) -> None:
 
 
 def test_words_are_drawn_with_a_font_that_has_them(tmp_path, monkeypatch, no_boxes):
-    manager = plots.font_manager.fontManager
+    manager = fonts.font_manager.fontManager
     dejavu = [font for font in manager.ttflist if "dejavu" in font.name.lower()]
     monkeypatch.setattr(manager, "ttflist", dejavu)
-    font, drawable = plots.find_font("ROC 正面")
+    font, drawable = fonts.find_font("ROC 正面")
     assert font is None
-    assert plots.readable("ROC 正面\n", drawable) == "ROC \\u6b63\\u9762\\n"
+    assert fonts.readable("ROC 正面\n", drawable) == "ROC \\u6b63\\u9762\\n"
 
     fonts = {"Half": "正", "Whole": "正面", ".LastResort": "正面负", "Last Resort HE": "正面负"}
     for family, characters in fonts.items():
         make_font(tmp_path / f"{family}.ttf", family, characters)
         manager.addfont(tmp_path / f"{family}.ttf")
-    font, drawable = plots.find_font("ROC 正面负")
+    font, drawable = fonts.find_font("ROC 正面负")
     assert font == "Whole"
-    assert plots.readable("正面 负面", drawable) == "正面 \\u8d1f面"
-    assert plots.find_font("ROC")[0] is None
+    assert fonts.readable("正面 负面", drawable) == "正面 \\u8d1f面"
+    assert fonts.find_font("ROC")[0] is None
     path = evaluated(tmp_path, "zero_shot")
     assert command(path, "--plots", tmp_path / "plots")[0] == 0
 
@@ -856,7 +857,7 @@ def test_a_run_is_named_as_its_row(tmp_path, seeds):
 
 
 def test_characters_without_a_font_are_named_with_a_package(tmp_path, monkeypatch, no_boxes):
-    manager = plots.font_manager.fontManager
+    manager = fonts.font_manager.fontManager
     dejavu = [font for font in manager.ttflist if "dejavu" in font.name.lower()]
     monkeypatch.setattr(manager, "ttflist", dejavu)
     path = evaluated(tmp_path, "zero_shot")

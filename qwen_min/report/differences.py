@@ -56,15 +56,17 @@ def settings_apart(results: Sequence["Result"]) -> Texts:
 def setting(result: "Result", key: str, evaluated: set[str]) -> tuple[object, str | None]:
     """(what is compared, its text) of a setting; the text is None if the result has no such."""
     if key in result.identity:
-        return result.identity[key], str(result.shown.get(key)).replace("\n", "\\n")
+        text = "yes" if result.shown.get(key) is True else str(result.shown.get(key))
+        return result.identity[key], text.replace("\n", "\\n")
     unused = UNUSED.get(result.results["method"], set())
     base, training = key.removeprefix("train_"), result.results.get("training_arguments") or {}
-    unknown = key == "train_dtype" and not result.results.get("training_dtype")
-    if base != key and result.trained and base in result.shown and not unknown:
-        return setting(result, base, evaluated)  # trained as it is evaluated
     if base != key and not result.trained:
         return None, None
-    if key in result.results["arguments"] or (base in training and key not in unused):
+    if key == "train_dtype" and not result.results.get("training_dtype"):
+        return None, UNKNOWN
+    if base != key and base in result.shown:
+        return setting(result, base, evaluated)  # trained as it is evaluated
+    if {key, base} & ({*result.results["arguments"], *training} - unused):
         return None, "no"  # an option that was not given
     return None, UNKNOWN if key in evaluated else None
 

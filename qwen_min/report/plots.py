@@ -7,14 +7,12 @@ as in \\u6b63; no empty boxes are drawn.
 """
 
 import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
 import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -23,15 +21,13 @@ from qwen_min.files.output import Paths, open_outputs
 from qwen_min.files.run import read_run
 from qwen_min.metrics import expected_calibration_error, log_odds, softmax, wilson_interval
 from qwen_min.report.compare import Method, Predictions, Result, read_columns
+from qwen_min.report.fonts import find_font, readable, warn_of_missing
 from qwen_min.report.intervals import accuracy_interval, majority
 
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SMALL = {"fontsize": "small", "handlelength": 3.5}  # of a legend
 DPI = 150
-FONTS = "their code points are drawn. Fonts with Chinese: fonts-noto-cjk (a package of Debian and "
-FONTS += "Ubuntu), PingFang (part of macOS), Microsoft YaHei (part of Windows). Afterwards "
-FONTS += f"remove {matplotlib.get_cachedir()}, its list of fonts"
 BINS = 15  # as in metrics.expected_calibration_error
 
 Scored = Sequence[tuple[str, dict[int, Predictions]]]  # name and predictions by seed of each method
@@ -48,8 +44,7 @@ def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -
     directory, logs = Path(directory), training_logs(methods)
     words = [word for method in methods for word in (method.name, *method.classes)]
     font, drawable = find_font("".join(words))
-    if missing := "".join(dict.fromkeys(c for c in "".join(words) if ord(c) not in drawable)):
-        print(f"warning: no installed font has {missing}; {FONTS}", file=sys.stderr)
+    warn_of_missing("".join(words), drawable)
     style = {"font.family": ["DejaVu Sans", *filter(None, [font])]}
     style |= {"text.parse_math": False, "text.usetex": False}
 
@@ -107,38 +102,6 @@ def training_logs(methods: Sequence[Method]) -> Logs:
             over = "vocabulary" if record.get("method") == "lora_label_scoring" else "classes"
             found.append((name, over, log, record.get("history", [])))  # unfinished: none
     return found
-
-
-def find_font(words: str) -> tuple[str | None, frozenset[int]]:
-    """(font to use beside DejaVu Sans, code points that the two can draw).
-
-    The font is the installed one with most of the characters that DejaVu Sans lacks. It is None if
-    DejaVu Sans lacks no character, or if no font has any of them.
-    """
-    base = charmap(font_manager.findfont("DejaVu Sans"))
-    missing = frozenset(map(ord, words)) - base
-    best, covered = None, frozenset()
-    fonts = font_manager.fontManager.ttflist if missing else []
-    for font in sorted(fonts, key=lambda f: (f.style != "normal", str(f.weight), f.name)):
-        found = missing & charmap(font.fname)
-        # Last Resort claims all characters, and draws each as a box.
-        if len(found) > len(covered) and "lastresort" not in font.name.lower().replace(" ", ""):
-            best, covered = font.name, found
-    return best, base | covered
-
-
-def charmap(file: str) -> frozenset[int]:
-    """The code points for which a font file has a glyph; none if it cannot be read."""
-    try:
-        return frozenset(font_manager.get_font(file).get_charmap())
-    except (OSError, RuntimeError):  # FreeType cannot read every file in a font directory
-        return frozenset()
-
-
-def readable(text: str, drawable: frozenset[int]) -> str:
-    """`text` with code points in place of characters that cannot be drawn: 正 becomes \\u6b63."""
-    hidden = [char for char in text if ord(char) not in drawable or not char.isprintable()]
-    return text.translate({ord(char): char.encode("unicode_escape").decode() for char in hidden})
 
 
 def curve_style(i: int) -> dict:

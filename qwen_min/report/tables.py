@@ -6,7 +6,8 @@
 
 Each argument is a results file of evaluate.py, with its predictions beside it (`predictions` for
 `results` in the name), or a run directory with such files. Methods on the same examples are tested
-in pairs. Runs that differ only in --seed form one row.
+in pairs. Runs that differ only in --seed form one row; runs without results are skipped. Below the
+table stand the majority baseline, and everything besides the method in which the rows differ.
 """
 
 import argparse

@@ -12,16 +12,10 @@ from experiment import CURVE, KEPT, REPO, SETS, TRAINING_ROWS
 from kept import METHODS, TRAINED, find, first, with_rows
 from matplotlib.figure import Figure
 
-from qwen_min.report.plots import (
-    LINES,
-    MARKERS,
-    draw_accuracies,
-    find_font,
-    plot_reliability,
-    plot_roc,
-    readable,
-)
+from qwen_min.report.fonts import find_font, readable
+from qwen_min.report.plots import LINES, MARKERS, draw_accuracies, plot_reliability, plot_roc
 
+DRAWING = ("plots.py", "fonts.py", "intervals.py")  # of qwen_min.report
 RANKED = ("zero_shot", "head_only", "transplanted_head", "lora_head", "lora_label_scoring")
 CALIBRATED = ("zero_shot", "head_only", "lora_head", "lora_label_scoring")
 CALIBRATED += ("probe-of-lora_head", "probe-of-lora_label_scoring")
@@ -108,7 +102,7 @@ def digest() -> str:
     """SHA-256 over every kept file, its name, and the drawing code."""
     whole = hashlib.sha256()
     code = [KEPT / "pictures.py", KEPT / "kept.py"]
-    code += [REPO / "qwen_min" / "report" / name for name in ("plots.py", "intervals.py")]
+    code += [REPO / "qwen_min" / "report" / name for name in DRAWING]
     for path in [*sorted(KEPT.glob("*/*.json*")), *code]:
         whole.update(f"{path.relative_to(REPO).as_posix()} {path.stat().st_size}\n".encode())
         whole.update(path.read_bytes())
