@@ -722,8 +722,8 @@ def test_words_are_drawn_with_a_font_that_has_them(tmp_path, monkeypatch, no_box
     assert font is None
     assert fonts.readable("ROC 正面\n", drawable) == "ROC \\u6b63\\u9762\\n"
 
-    fonts = {"Half": "正", "Whole": "正面", ".LastResort": "正面负", "Last Resort HE": "正面负"}
-    for family, characters in fonts.items():
+    families = {"Half": "正", "Whole": "正面", ".LastResort": "正面负", "Last Resort HE": "正面负"}
+    for family, characters in families.items():
         make_font(tmp_path / f"{family}.ttf", family, characters)
         manager.addfont(tmp_path / f"{family}.ttf")
     font, drawable = fonts.find_font("ROC 正面负")
