@@ -111,10 +111,14 @@ def test_resume_reads_the_words_that_the_run_began_with(capsys):
     assert [row["name"] for row in results()["per_class"]] == ["负面", " 正面"]
 
 
-def rows_of_report(capsys, *files: str) -> list[dict]:
+def json_of_report(capsys, *files: str) -> dict:
     capsys.readouterr()
     assert report([*files, "--format", "json"]) == 0
-    return json.loads(capsys.readouterr().out)["methods"]
+    return json.loads(capsys.readouterr().out)
+
+
+def rows_of_report(capsys, *files: str) -> list[dict]:
+    return json_of_report(capsys, *files)["methods"]
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -132,7 +136,8 @@ def test_the_dtype_that_was_trained_in_tells_methods_apart(same, capsys):
         assert results(f"results{seed}.json")["training_dtype"] == dtype
     found = rows_of_report(capsys, "results0.json", "results1.json")
     assert [len(row["seeds"]) for row in found] == ([2] if same else [1, 1])
-    assert same or any("bfloat16" in row["name"] for row in found)
+    apart = json_of_report(capsys, "results0.json", "results1.json")["differences"]
+    assert same or set(apart["train_dtype"].values()) == {"bfloat16", "float32"}
 
 
 def test_words_are_compared_as_they_count(capsys):

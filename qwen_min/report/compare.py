@@ -7,6 +7,7 @@ belong to one method (`identify`).
 import json
 import os
 import statistics
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import product
@@ -20,6 +21,7 @@ from qwen_min.files.disk import parse_json, read_json, read_regular, refuse_malf
 from qwen_min.files.run import WRITTEN, read_run
 from qwen_min.metrics import confusion_matrix, mcnemar_exact, paired_bootstrap
 from qwen_min.prompt import parse_labels
+from qwen_min.report.differences import UNUSED, rows_apart, short
 
 # Numbers of a row, and their headings. The recall of each class stands between the two.
 HEADLINE = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
@@ -36,8 +38,9 @@ KIND = "results of evaluate.py"
 # Arguments that change no prediction: names of outputs, and what is measured besides.
 NEUTRAL = {"method", "seed", "run", "output", "predictions", "changed", "resume", "export"}
 NEUTRAL |= {"merge", "feature_cache", "train_data", "calibrate", "explain", "label_sets"}
-ROWS = {"data", "limit", "encoding"}  # which rows are read: these have a hash
 NEUTRAL |= {"errors", "explain_row"}
+# Which rows are read: these have a hash.
+ROWS = {"data", "limit", "encoding", "text_column", "label_column"}
 
 
 class Predictions(NamedTuple):
@@ -64,9 +67,10 @@ class Result(NamedTuple):
     def row(self) -> dict[str, float | list[float] | None]:
         """The numbers of one row of the table; None if undefined."""
         classes = self.results["per_class"]
-        recalls = {f"recall_{c}": row["recall"] for c, row in enumerate(classes)}
-        values = self.results | recalls | (self.results["macro"] if len(classes) > 2 else {})
-        return {key: values.get(key) for key in (*HEADLINE, *recalls, *OTHERS, "accuracy_interval")}
+        more = {"macro_f1": self.results["macro"]["f1"]}
+        more |= {f"recall_{c}": row["recall"] for c, row in enumerate(classes)}
+        values = self.results | more | (self.results["macro"] if len(classes) > 2 else {})
+        return {key: values.get(key) for key in (*HEADLINE, *more, *OTHERS, "accuracy_interval")}
 
 
 class Method(NamedTuple):
@@ -110,11 +114,15 @@ def read_all(arguments: Sequence[str]) -> list[Result]:
     paths: dict[str, Path] = {}
     for argument in map(Path, arguments):
         found = sorted(argument.glob("results-*.json")) if argument.is_dir() else [argument]
-        if not found:
-            make = f"python evaluate.py --run {argument} --data FILE"
+        make = f"python evaluate.py --run {argument} --data FILE"
+        if not found and not (argument / "run.json").exists():
             raise UserError(f"{argument}: holds no results-*.json; make one with: {make}")
+        if not found:
+            print(f"{argument}: not evaluated yet, skipped; {make}", file=sys.stderr)
         for path in found:
             paths.setdefault(os.path.realpath(path), path)
+    if not paths:
+        raise UserError(f"found no results, expected those of one run or more; make one: {make}")
     return [read_result(path) for path in paths.values()]
 
 
@@ -145,7 +153,7 @@ def read_result(path: Path) -> Result:
         if len(results["accuracy_interval"]) != 2 or len(results["per_class"]) < 2:
             raise ValueError("accuracy_interval has not two numbers, or per_class not two")
         if type(seed) is not int:
-            raise ValueError(f"seed is {short(seed)}, expected a whole number")
+            raise ValueError(f"seed is {short(str(seed), 24)}, expected a whole number")
     depends_on, predictions = identify(results, training or {}), read_predictions(path, results)
     return Result(path, results, *depends_on, seed, training is not None, predictions, run)
 
@@ -158,8 +166,9 @@ def identify(results: dict, training: dict) -> tuple[dict, dict]:
     training: the arguments of the run, if there is one.
     """
     arguments, data_hash = results["arguments"], results.get("training_data_hash")
-    # Label words as they were used, however they were typed.
+    # Label words as they were used, however they were typed; "name=word" scores another word.
     words = ",".join(row["name"] for row in results["per_class"])
+    words = typed if "=" in (typed := str(arguments.get("labels"))) else words
     if own := training.get("labels"):
         same = own == arguments.get("labels")
         training = training | {"labels": words if same else ",".join(parse_labels(str(own)))}
@@ -167,8 +176,9 @@ def identify(results: dict, training: dict) -> tuple[dict, dict]:
     shown = {name: v for name, v in arguments.items() if name not in NEUTRAL | ROWS}
     # The model of an evaluation is always that of the training. Other equal values: listed once.
     known = {"model", "template"} | (ROWS - {"data"} if data_hash else set())
+    unused = UNUSED.get(results["method"], set())
     for name, value in training.items():
-        if name not in NEUTRAL | known and (name, value) not in shown.items():
+        if name not in NEUTRAL | known | unused and (name, value) not in shown.items():
             shown[f"train_{name}" if name in arguments else name] = value
     shown["template"] = whole_template(results.get("template"), arguments)
     trained_on = whole_template(results.get("training_template"), training)
@@ -179,9 +189,15 @@ def identify(results: dict, training: dict) -> tuple[dict, dict]:
     if trained_in := results.get("training_dtype"):  # older runs recorded none
         shown["train_dtype"] = trained_in if trained_in != shown.get("dtype") else None
     shown = {name: v for name, v in shown.items() if v is not None and v is not False}
-    shown = {"examples": results["examples_hash"][:8], **shown, "method": results["method"]}
+    file = Path(str(arguments.get("data"))).name
+    shown = {"examples": f"{results['n']} of {file}", **shown, "method": results["method"]}
+    if data_hash and "train_data" in shown:
+        limit = training.get("limit")
+        part = f", first {limit} rows" if limit else ""
+        shown["train_data"] = Path(str(shown["train_data"])).name + part
     hashes = {"model": results.get("base_fingerprint"), "train_data": data_hash}
     hashes |= dict.fromkeys(("adapter", "train_adapter"), results.get("adapter_hash"))
+    hashes["examples"] = results["examples_hash"]
     return {name: hashes.get(name) or value for name, value in shown.items()}, shown
 
 
@@ -230,8 +246,8 @@ def files_read(results: Sequence[Result]) -> list[Path]:
     return [place for place in places if place.exists()]
 
 
-def gather(results: Sequence[Result]) -> list[Method]:
-    """Group the seeds of each method, in the order given, and give each method a unique name."""
+def gather(results: Sequence[Result]) -> tuple[list[Method], dict[str, dict[str, str]]]:
+    """Group the seeds of each method, in the order given; returns what `rows_apart` finds, too."""
     groups, seen, tokenizers = defaultdict(list), Counter(), defaultdict(set)
     for identity in (result.identity for result in results):
         tokenizers[identity.get("model")].add(identity.get("tokenizer_hash"))
@@ -243,35 +259,9 @@ def gather(results: Sequence[Result]) -> list[Method]:
         # A method with a seed that occurs twice becomes two rows.
         seen[same, result.seed] += 1
         groups[same, seen[same, result.seed]].append(result)
-    firsts = [group[0] for group in groups.values()]
-    names = [method_name(first, firsts) for first in firsts]
-    methods = []
-    for name, group in zip(names, groups.values(), strict=True):
-        # Equal names: the same evaluation twice, or values that look alike once shortened.
-        path = f" ({group[0].path})" if names.count(name) > 1 else ""
-        methods.append(Method(name + path, dict(sorted((r.seed, r) for r in group))))
-    return methods
-
-
-def method_name(result: Result, among: Sequence[Result]) -> str:
-    """The method, and the arguments in which it differs from results of the same method."""
-    own = result.identity
-    others = [r for r in among if r.identity["method"] == own["method"]]
-    keys = dict.fromkeys([*own, *sorted(key for other in others for key in other.identity)])
-    parts = [own["method"]]
-    for key in keys:
-        if differing := [o for o in others if o.identity.get(key) != own.get(key)]:
-            text = short(result.shown.get(key))
-            alike = text in [short(other.shown.get(key)) for other in differing]
-            is_hash = own.get(key) != result.shown.get(key)
-            parts.append(f"{key}={text}" + f" ({str(own.get(key))[:8]})" * (alike and is_hash))
-    return " ".join(parts)
-
-
-def short(value: object, characters: int = 24) -> str:
-    """A value as part of a name. A long value keeps its end, where paths and templates differ."""
-    text = str(value).replace("\n", "\\n")
-    return text if len(text) <= characters else "…" + text[1 - characters :]
+    rows = [dict(sorted((r.seed, r) for r in group)) for group in groups.values()]
+    names, apart = rows_apart([list(row.values()) for row in rows])
+    return [Method(name, row) for name, row in zip(names, rows, strict=True)], apart
 
 
 def compare(a: Method, b: Method) -> dict:

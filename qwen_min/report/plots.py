@@ -1,4 +1,5 @@
-"""ROC curves, reliability diagrams and training curves as PNG files (needs matplotlib).
+"""Accuracies, confusion matrices, ROC, reliability and training curves as PNG files (needs
+matplotlib). Rows are named as in the table; legends stand below the axes.
 
 Curves differ in line style and marker, so they can be told apart without colour. Text is drawn in a
 font that has its characters. A character that no installed font has is written as its code point,
@@ -12,7 +13,6 @@ from textwrap import fill
 
 import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -20,26 +20,31 @@ from qwen_min.files.disk import one_line_error, refuse_malformed, write_atomical
 from qwen_min.files.output import Paths, open_outputs
 from qwen_min.files.run import read_run
 from qwen_min.metrics import expected_calibration_error, log_odds, softmax, wilson_interval
-from qwen_min.report.compare import Method, Predictions, read_columns
+from qwen_min.report.compare import Method, Predictions, Result, read_columns
+from qwen_min.report.fonts import find_font, readable, warn_of_missing
+from qwen_min.report.intervals import accuracy_interval, majority
 
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+SMALL = {"fontsize": "small", "handlelength": 3.5}  # of a legend
 DPI = 150
 BINS = 15  # as in metrics.expected_calibration_error
 
 Scored = Sequence[tuple[str, dict[int, Predictions]]]  # name and predictions by seed of each method
-Logs = list[tuple[str, list[list], list[dict]]]  # as `training_logs` returns
+Logs = list[tuple[str, str, list[list], list[dict]]]  # as `training_logs` returns
 
 
 def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -> list[Path]:
     """Draw all pictures for which there is data; return their files.
 
-    ROC curves and reliability diagrams need scores; their file names have the examples' hash.
-    Training curves need a run with log.jsonl. inputs: the files read, which no picture replaces.
+    ROC curves and reliability diagrams need scores, training curves a run with log.jsonl. The names
+    of all other files have the examples' hash. stderr names characters that cannot be drawn.
+    inputs: the files read, which no picture replaces.
     """
     directory, logs = Path(directory), training_logs(methods)
     words = [word for method in methods for word in (method.name, *method.classes)]
-    font, drawable = find_font("".join([*words, *(name for name, *_ in logs)]))
+    font, drawable = find_font("".join(words))
+    warn_of_missing("".join(words), drawable)
     style = {"font.family": ["DejaVu Sans", *filter(None, [font])]}
     style |= {"text.parse_math": False, "text.usetex": False}
 
@@ -47,10 +52,13 @@ def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -
     with matplotlib.rc_context(style):
         for examples in dict.fromkeys(m.first.results["examples_hash"] for m in methods):
             same = [m for m in methods if m.first.results["examples_hash"] == examples]
-            scored = [(readable(m.name, drawable), p) for m in same if (p := scored_seeds(m))]
-            if scored:
-                classes = [readable(word, drawable) for word in same[0].classes]
-                pictures[f"roc-{examples[:12]}.png"] = plot_roc(scored, classes)
+            names = [readable(m.name, drawable) for m in same]
+            words = [[readable(word, drawable) for word in m.classes] for m in same]
+            pictures[f"accuracy-{examples[:12]}.png"] = plot_accuracies(names, same, words[0])
+            pictures[f"confusion-{examples[:12]}.png"] = plot_confusion(names, same, words)
+            seeds = zip(names, map(scored_seeds, same), strict=True)
+            if scored := [(name, found) for name, found in seeds if found]:
+                pictures[f"roc-{examples[:12]}.png"] = plot_roc(scored, words[0])
                 pictures[f"reliability-{examples[:12]}.png"] = plot_reliability(scored)
         if logs:
             logs = [(readable(name, drawable), *rest) for name, *rest in logs]
@@ -71,55 +79,29 @@ def scored_seeds(method: Method) -> dict[int, Predictions]:
 
 
 def training_logs(methods: Sequence[Method]) -> Logs:
-    """(name, [steps, losses, learning rates], history of the held-out loss) of each run with a log.
+    """(row, kind of loss, [steps, losses, learning rates], history) of each run with a log.
 
-    A run is named by its path if two directories have the same name.
+    history: the held-out losses. A run is named by its first row, preferably of a method that was
+    trained in it; of several seeds also with its seed.
     """
-    logs = {}
-    for run in dict.fromkeys(r.run for m in methods for r in m.seeds.values() if r.run):
-        path = run / "log.jsonl"
+    rows: dict[Path, str] = {}
+    trained = [m for m in methods if m.first.results["method"] != "transplanted_head"]
+    for method in [*trained, *methods]:
+        for seed, result in method.seeds.items():
+            if result.run:
+                name = method.name + (f", seed {seed}" if len(method.seeds) > 1 else "")
+                rows.setdefault(result.run, name)
+    found = []
+    for run, name in rows.items():
+        path, record = run / "log.jsonl", read_run(run)
         if path.exists() and path.stat().st_size:  # head_only has no steps
             with refuse_malformed(path, "a log with step, loss, lr", "move it away to do without"):
-                columns = read_columns(path, "step", "loss", "lr")
-                logs[run] = [list(map(float, column)) for column in columns]
-    names = [run.resolve().name for run in logs]
-    names = names if len(set(names)) == len(names) else map(str, logs)
-    schema = {"history": [{"step": int, "held_out_log_loss": float}]}
-    found = [read_run(run, **schema if "history" in read_run(run) else {}) for run in logs]
-    histories = [record.get("history", []) for record in found]  # an unfinished run has none
-    return list(zip(names, logs.values(), histories, strict=True))
-
-
-def find_font(words: str) -> tuple[str | None, frozenset[int]]:
-    """(font to use beside DejaVu Sans, code points that the two can draw).
-
-    The font is the installed one with most of the characters that DejaVu Sans lacks. It is None if
-    DejaVu Sans lacks no character, or if no font has any of them.
-    """
-    base = charmap(font_manager.findfont("DejaVu Sans"))
-    missing = frozenset(map(ord, words)) - base
-    best, covered = None, frozenset()
-    fonts = font_manager.fontManager.ttflist if missing else []
-    for font in sorted(fonts, key=lambda f: (f.style != "normal", str(f.weight), f.name)):
-        found = missing & charmap(font.fname)
-        # Last Resort claims all characters, and draws each as a box.
-        if len(found) > len(covered) and "lastresort" not in font.name.lower().replace(" ", ""):
-            best, covered = font.name, found
-    return best, base | covered
-
-
-def charmap(file: str) -> frozenset[int]:
-    """The code points for which a font file has a glyph; none if it cannot be read."""
-    try:
-        return frozenset(font_manager.get_font(file).get_charmap())
-    except (OSError, RuntimeError):  # FreeType cannot read every file in a font directory
-        return frozenset()
-
-
-def readable(text: str, drawable: frozenset[int]) -> str:
-    """`text` with code points in place of characters that cannot be drawn: 正 becomes \\u6b63."""
-    hidden = [char for char in text if ord(char) not in drawable or not char.isprintable()]
-    return text.translate({ord(char): char.encode("unicode_escape").decode() for char in hidden})
+                log = [list(map(float, c)) for c in read_columns(path, "step", "loss", "lr")]
+            schema = {"history": [{"step": int, "held_out_log_loss": float}]}
+            record = read_run(run, **schema if "history" in record else {})
+            over = "vocabulary" if record.get("method") == "lora_label_scoring" else "classes"
+            found.append((name, over, log, record.get("history", [])))  # unfinished: none
+    return found
 
 
 def curve_style(i: int) -> dict:
@@ -129,13 +111,11 @@ def curve_style(i: int) -> dict:
     return line | {"marker": MARKERS[i % len(MARKERS)], "markersize": 5, "markevery": spacing}
 
 
-def finish(axes: Axes, legend: bool = True, **properties: object) -> None:
-    """Set labels and limits, draw a grid, and a legend if there are named curves."""
+def finish(axes: Axes, **properties: object) -> None:
+    """Set labels and limits, and draw a grid."""
     axes.set(**properties)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
-    if legend and axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize="small", handlelength=3.5)
 
 
 def roc_curve(positive: np.ndarray, ranking: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -159,8 +139,11 @@ def plot_roc(scored: Scored, classes: Sequence[str]) -> Figure:
     """
     two = len(classes) == 2
     shown = [1] if two else range(len(classes))
-    figure = Figure(figsize=(5.6 * len(shown), 5.6), layout="constrained")
-    for c, axes in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
+    size = (5.6 * len(shown), 6.6 + 0.3 * len(scored))
+    figure = Figure(figsize=size, layout="constrained")
+    parts = figure.subfigures(1, len(shown), squeeze=False)[0]
+    for c, part in zip(shown, parts, strict=True):
+        axes = part.subplots()
         for i, (name, seeds) in enumerate(scored):
             found = [roc_curve(p.labels == c, log_odds(p.scores)[:, c]) for p in seeds.values()]
             curves = [curve for curve in found if curve]
@@ -172,9 +155,10 @@ def plot_roc(scored: Scored, classes: Sequence[str]) -> Figure:
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, label="chance (AUC 0.5)")
         name, rest = classes[c], classes[0] if two else "the others"
         title = fill(f"ROC: {name} against {rest}", 44)
-        x_label = fill(f"false positive rate: share of {rest} taken for {name}", 66)
-        y_label = fill(f"true positive rate: share of {name} found", 66)
+        x_label = fill(f"false positive rate: share of {rest} taken for {name}", 48)
+        y_label = fill(f"true positive rate: share of {name} found", 48)
         finish(axes, title=title, xlabel=x_label, ylabel=y_label, aspect="equal")
+        part.legend(loc="outside lower center", **SMALL)
     return figure
 
 
@@ -186,11 +170,12 @@ def plot_reliability(scored: Scored) -> Figure:
         panels |= {name if single else f"{name}, seed {s}": p for s, p in seeds.items()}
     across = min(3, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(3.9 * across, 4.9 * down), layout="constrained")
+    figure = Figure(figsize=(max(3.9 * across, 5), 4.9 * down + 0.3), layout="constrained")
     parts = figure.subfigures(down, across, squeeze=False).flat
     for part, (name, predictions) in zip(parts, panels.items(), strict=False):
         plot_bins(*part.subplots(2, 1, sharex=True, height_ratios=[3, 1]), name, predictions)
-    figure.axes[0].legend(fontsize="small")
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize="small")
     return figure
 
 
@@ -213,33 +198,104 @@ def plot_bins(upper: Axes, lower: Axes, name: str, predictions: Predictions) -> 
     lower.bar((bins + 0.5) / BINS, n, 1 / BINS, facecolor="0.75", edgecolor="black")
     ece = expected_calibration_error(labels, scores)
     title = f"{fill(name, 34)}\nECE {ece:.4f}, n = {len(scores)}"
-    finish(upper, False, title=title, ylabel="accuracy (share right)", ylim=(-0.02, 1.02))
+    finish(upper, title=title, ylabel="accuracy (share right)", ylim=(-0.02, 1.02))
     left = np.floor(low * BINS) / BINS - 0.02
     axis = "confidence (probability of the class taken)"
-    finish(lower, False, xlabel=axis, ylabel="rows", xlim=(left, 1.02))
+    finish(lower, xlabel=axis, ylabel="rows", xlim=(left, 1.02))
 
 
 def plot_training(runs: Logs) -> Figure:
     """Training loss, held-out log-loss and learning rate of each run over its steps.
 
-    The two losses have a panel each: lora_label_scoring trains over the whole vocabulary, but its
-    held-out log-loss is over the label words alone.
+    Each kind of training loss has a panel: lora_label_scoring trains over the whole vocabulary,
+    lora_head over the classes. The held-out log-loss is over the classes in both.
     """
-    figure = Figure(figsize=(8, 9), layout="constrained")
-    loss, held_out, rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1.5])
-    for i, (name, (steps, losses, rates), history) in enumerate(runs):
-        style = curve_style(i)
+    kinds = [kind for kind in ("classes", "vocabulary") if kind in [run[1] for run in runs]]
+    heights = [3] * len(kinds) + [3, 1.5]
+    figure = Figure(figsize=(8, sum(heights) + 1.5 + 0.2 * len(runs)), layout="constrained")
+    *losses, held_out, rate = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    for i, (name, kind, (steps, values, rates), history) in enumerate(runs):
+        style, axes = curve_style(i), losses[kinds.index(kind)]
         if len(runs) == 1:
-            loss.plot(steps, losses, color="0.7", linewidth=0.7, label="single batches")
+            axes.plot(steps, values, color="0.7", linewidth=0.7, label="single batches")
         # The loss of one batch is noisy: draw the mean over a twentieth of the run.
         width = max(1, len(steps) // 20)
-        mean = np.convolve(losses, np.full(width, 1 / width), "valid")
-        loss.plot(steps[width - 1 :], mean, label=f"{name} (mean of {width} steps)", **style)
+        mean = np.convolve(values, np.full(width, 1 / width), "valid")
+        several = f" (training loss: mean of {width} steps)" if width > 1 else ""
+        axes.plot(steps[width - 1 :], mean, label=fill(name + several, 90), **style)
         if history:
             x, y = zip(*((h["step"], h["held_out_log_loss"]) for h in history), strict=True)
-            held_out.plot(x, y, label=name, **style | {"markevery": None})
+            held_out.plot(x, y, **style | {"markevery": None})
         rate.plot(steps, rates, **style | {"marker": ""})
-    finish(loss, ylabel="training loss (nats per row)")
-    finish(held_out, ylabel="held-out log-loss (nats per row)")
+    for axes, kind in zip(losses, kinds, strict=True):
+        finish(axes, ylabel=f"training loss over the\n{kind} (nats per row)")
+    finish(held_out, ylabel="held-out log-loss over\nthe classes (nats per row)")
     finish(rate, ylabel="learning rate (no unit)", xlabel="step (batches trained on)")
+    figure.legend(loc="outside lower center", **SMALL)
+    return figure
+
+
+def draw_accuracies(
+    axes: Axes, rows: Sequence[Sequence[Result]], y: Sequence[float], name: str, style: dict
+) -> None:
+    """A dot with the 95 % interval for each row's seeds, at the heights y; below it, each seed."""
+    mean = np.array([np.mean([r.results["accuracy"] for r in row]) for row in rows])
+    low, high = np.transpose([accuracy_interval(row) for row in rows])
+    bars, black = [mean - low, high - mean], {"color": "black", "markersize": 4.5, "capsize": 2}
+    axes.errorbar(mean, y, xerr=bars, label=f"{name}95 % interval", **black | style)
+    seeds = [
+        (result.results["accuracy"], place + 0.25)
+        for row, place in zip(rows, y, strict=True)
+        for result in row
+        if len(row) > 1
+    ]
+    if seeds:
+        axes.plot(*np.transpose(seeds), "|", color="0.4", label=f"{name}single seeds")
+
+
+def plot_accuracies(names: Sequence[str], rows: Sequence[Method], words: Sequence[str]) -> Figure:
+    """Accuracy of each row with its interval, and the majority baseline as a line."""
+    figure = Figure(figsize=(7.5, 0.4 * len(rows) + 1.7), layout="constrained")
+    axes, base = figure.subplots(), majority(rows[0].first)
+    always = words[rows[0].classes.index(base["class"])]
+    label = fill(f"majority baseline: always {always}", 60)
+    axes.axvline(base["accuracy"], color="0.4", linestyle="--", label=label)
+    groups = [list(row.seeds.values()) for row in rows]
+    draw_accuracies(axes, groups, range(len(rows)), "", {"fmt": "o"})
+    axes.set_yticks(range(len(rows)), [fill(name, 40) for name in names])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    finish(axes, xlabel=f"accuracy ({base['n']} examples)")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    return figure
+
+
+def plot_confusion(
+    names: Sequence[str], rows: Sequence[Method], words: Sequence[Sequence[str]]
+) -> Figure:
+    """A confusion matrix for each row: counts, added over its seeds, and shares of the true class.
+
+    The shade is the share. words: of each row, its classes.
+    """
+    across, C = min(3, len(rows)), len(words[0])
+    side, down = max(3.6, 0.75 * C + 2), -(-len(rows) // across)
+    figure = Figure(figsize=(side * across, side * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flat
+    for axes, name, row, own in zip(panels, names, rows, words, strict=False):
+        counts = sum(np.array(r.results["confusion_matrix"]) for r in row.seeds.values())
+        total = counts.sum(axis=1, keepdims=True)
+        shares = counts / np.maximum(total, 1)
+        axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
+        for (i, j), share in np.ndenumerate(shares):
+            color = "white" if share > 0.5 else "black"
+            text = f"{counts[i, j]}\n{share:.1%}"
+            axes.text(j, i, text, ha="center", va="center", color=color, fontsize="small")
+        heads = [fill(word, 8) for word in own]
+        more = ["off track"] * (counts.shape[1] > len(own))
+        turned = 45 if C * max(map(len, heads)) > 20 else 0
+        axes.set_xticks(range(counts.shape[1]), heads + more, rotation=turned)
+        axes.set_yticks(range(len(own)), heads)
+        several = f"\n{len(row.seeds)} seeds added" if len(row.seeds) > 1 else ""
+        axes.set(title=fill(name, 30) + several, xlabel="predicted", ylabel="true")
+    for axes in list(figure.axes)[len(rows) :]:
+        axes.remove()
     return figure

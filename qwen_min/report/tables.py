@@ -6,7 +6,8 @@
 
 Each argument is a results file of evaluate.py, with its predictions beside it (`predictions` for
 `results` in the name), or a run directory with such files. Methods on the same examples are tested
-in pairs. Runs that differ only in --seed form one row.
+in pairs. Runs that differ only in --seed form one row; runs without results are skipped. Below the
+table stand the majority baseline, and everything besides the method in which the rows differ.
 """
 
 import argparse
@@ -17,15 +18,16 @@ from importlib.util import find_spec
 from itertools import combinations, zip_longest
 
 from qwen_min.command.cli import make_parser, run_command
-from qwen_min.command.terminal import text_table
+from qwen_min.command.terminal import columns, text_table
 from qwen_min.errors import UserError
 from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.report.compare import HEADLINE, OTHERS, Method, compare, files_read, gather, read_all
+from qwen_min.report.intervals import majority
 
 DECIMALS = {"trained_parameters": 0, "training_seconds": 1, "seconds": 1}  # others: 4
-PAIRS = """\
-Pairs on the same examples (A - B: accuracy of A minus that of B, with a paired bootstrap interval;
-McNemar p: exact, two-sided):"""
+WIDTH = 80  # columns of a terminal
+PAIRS = "Pairs on the same examples (A - B: accuracy of A minus that of B, with a paired "
+PAIRS += "bootstrap interval; McNemar p: exact, two-sided):"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("results", nargs="+", metavar="RESULTS", help="a results file or a run directory")
     add("--format", choices=("text", "markdown", "json"), default="text", help="of the report")
     add("--output", metavar="FILE", help="write the report to FILE instead of the terminal")
-    drawn = "ROC curves, reliability diagrams and training curves"
+    drawn = "accuracies, confusion matrices, ROC, reliability and training curves"
     add("--plots", metavar="DIR", help=f"also draw {drawn} (needs matplotlib)")
     return run_command(report, parser.parse_args(argv))
 
@@ -46,12 +48,12 @@ def report(args: argparse.Namespace) -> int:
         raise UserError("--plots needs matplotlib, which is not installed: pip install matplotlib")
     results = read_all(args.results)
     (output,) = open_outputs([args.output], files_read(results))
-    methods = gather(results)
+    methods, apart = gather(results)
     pairs = [compare(a, b) for a, b in combinations(methods, 2)]
     if args.format == "json":
-        text = json.dumps(as_json(methods, pairs), ensure_ascii=False, indent=2)
+        text = json.dumps(as_json(methods, pairs, apart), ensure_ascii=False, indent=2)
     else:
-        text = format_report(methods, pairs, args.format == "markdown")
+        text = format_report(methods, pairs, apart, args.format == "markdown")
     commit_outputs([(output, text + "\n")])
     if not args.output:
         print(text)
@@ -63,7 +65,7 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
-def as_json(methods: Sequence[Method], pairs: Sequence[dict]) -> dict:
+def as_json(methods: Sequence[Method], pairs: Sequence[dict], apart: dict) -> dict:
     """The report for a program: all numbers, not rounded."""
     rows = []
     for method in methods:
@@ -72,13 +74,23 @@ def as_json(methods: Sequence[Method], pairs: Sequence[dict]) -> dict:
         seeds = [{"seed": seed, "file": str(r.path), **r.row} for seed, r in method.seeds.items()]
         numbers = {"mean": mean, "standard_deviation": sd, "seeds": seeds}
         rows.append({"name": method.name} | shared | numbers)
-    return {"methods": rows, "pairs": list(pairs)}
+    return {"methods": rows, "pairs": list(pairs), "differences": apart, "majority": bases(methods)}
 
 
-def format_report(methods: Sequence[Method], pairs: Sequence[dict], markdown: bool) -> str:
-    """The report for a person: a table of methods, of their seeds, and of the paired tests."""
-    draw = markdown_table if markdown else text_table
-    columns = table_columns(methods)
+def format_report(
+    methods: Sequence[Method], pairs: Sequence[dict], apart: dict, markdown: bool
+) -> str:
+    """The report for a person: a table of methods, of their seeds, and of the paired tests.
+
+    As text it is at most WIDTH columns wide; Markdown has one table of each kind.
+    """
+    draw = markdown_table if markdown else text_blocks
+    bullet = "- " if markdown else ""
+
+    def lines(found: Sequence[str], bullet: str = "") -> str:
+        return "\n".join(bullet + row for x in found for row in ([x] if markdown else wrapped(x)))
+
+    measures = table_columns(methods)
     rows, seed_rows = [], []
     for method in methods:
         values = method.first.row
@@ -88,34 +100,52 @@ def format_report(methods: Sequence[Method], pairs: Sequence[dict], markdown: bo
             values = mean | {"accuracy_interval": interval}
             named = {"sd": sd | {"accuracy_interval": ""}}
             named |= {f"seed {seed}": result.row for seed, result in method.seeds.items()}
-            seed_rows += [[f"{method.name}, {k}", *cells(row, columns)] for k, row in named.items()]
-        rows.append([method.name, str(method.first.results["n"]), *cells(values, columns)])
-    parts = [draw(["method", "n", *columns.values()], rows), "\n".join(notes(methods))]
+            seed_rows += [
+                [f"{method.name}, {k}", *cells(row, measures)] for k, row in named.items()
+            ]
+        rows.append([method.name, str(method.first.results["n"]), *cells(values, measures)])
+    parts = [draw(["method", "n", *measures.values()], rows), lines(notes(methods))]
+    if apart:
+        parts.append("What differs besides the method:")
+        parts.append(lines([difference(what, said) for what, said in apart.items()], bullet))
     if seed_rows:
-        seed_table = draw(["method", *columns.values()], seed_rows)
+        seed_table = draw(["method", *measures.values()], seed_rows)
         parts += ["Seeds (sd: sample standard deviation):", seed_table]
 
     several = {method.name for method in methods if len(method.seeds) > 1}
     tests = [pair_row(pair, test, several) for pair in pairs for test in pair["tests"]]
     if tests:
-        heads = ["A", "B", "A - B", "95 % interval", "only A right", "only B right", "McNemar p"]
-        parts += [PAIRS, draw(heads, tests, words=2)]
+        heads = ["A", "B", "A - B", "95 % interval", "McNemar p", "only A right", "only B right"]
+        parts += [lines([PAIRS]), draw(heads, tests, words=2)]
     if (n := len(tests)) > 1:
         chance = f"{n} tests: where nothing differs, one in twenty has p < 0.05 by chance."
-        parts.append(f"{chance} p < {0.05 / n:.2g}\n(0.05 / {n}) stands up to that.")
-    bullet = "- " if markdown else ""
+        parts.append(lines([f"{chance} p < {0.05 / n:.2g} (0.05 / {n}) stands up to that."]))
     refused = [(f"{pair['a']} and {pair['b']}", pair["not_compared"]) for pair in pairs]
-    lines = [f"{bullet}{names}: not compared, {reason}" for names, reason in refused if reason]
-    return "\n\n".join(filter(None, [*parts, "\n".join(lines)]))
+    refused = [f"{names}: not compared, {reason}" for names, reason in refused if reason]
+    return "\n\n".join(filter(None, [*parts, lines(refused, bullet)]))
+
+
+def difference(what: str, said: dict[str, str]) -> str:
+    """One line: each value, and the rows that have it."""
+    values = [f"{text} ({', '.join(n for n in said if said[n] == text)})" for text in said.values()]
+    return f"{what}: {' | '.join(dict.fromkeys(values))}"
+
+
+def bases(methods: Sequence[Method]) -> list[dict]:
+    """The majority baseline of each set of examples."""
+    sets = {m.first.results["examples_hash"]: m for m in methods}
+    return [{"examples_hash": key} | majority(method.first) for key, method in sets.items()]
 
 
 def table_columns(methods: Sequence[Method]) -> dict[str, str]:
     """Measure → heading, in the order of the columns."""
-    columns = {"accuracy": "accuracy", "accuracy_interval": "95 % interval"} | HEADLINE
+    found = {"accuracy": "accuracy", "accuracy_interval": "95 % interval"} | HEADLINE
+    if any(len(method.classes) == 2 for method in methods):  # of more classes F1 itself is macro
+        found["macro_f1"] = "macro F1"
     for c, words in enumerate(zip_longest(*(method.classes for method in methods))):
         word, *others = {*words} - {None}
-        columns[f"recall_{c}"] = f"recall of class {c}" if others else f"recall {word}"
-    return columns | OTHERS
+        found[f"recall_{c}"] = f"recall of class {c}" if others else f"recall {word}"
+    return found | OTHERS
 
 
 def notes(methods: Sequence[Method]) -> list[str]:
@@ -128,10 +158,16 @@ def notes(methods: Sequence[Method]) -> list[str]:
     if any(len(method.classes) > 2 for method in methods):
         more = "precision, recall, F1 and AUC are means over the classes; Brier is summed over them"
         lines.append(f"More than two classes: {more}.")
+    found = bases(methods)
+    for base in found:
+        which = f" ({base['n']} examples with hash {base['examples_hash'][:8]})" * (len(found) > 1)
+        low, high = base["accuracy_interval"]
+        share = f"accuracy {base['accuracy']:.4f} ({low:.4f} to {high:.4f})"
+        lines.append(f"Majority baseline{which}: always {base['class']} has {share}.")
     return lines
 
 
-def cells(values: dict, columns: dict[str, str]) -> list[str]:
+def cells(values: dict, measures: dict[str, str]) -> list[str]:
     """The values of a row as text; "-" for one that is undefined or does not exist."""
 
     def cell(measure: str, value: float | list[float] | str | None) -> str:
@@ -141,7 +177,7 @@ def cells(values: dict, columns: dict[str, str]) -> list[str]:
             return "{:.4f} to {:.4f}".format(*value)
         return value if isinstance(value, str) else f"{value:.{DECIMALS.get(measure, 4)}f}"
 
-    return [cell(measure, values.get(measure)) for measure in columns]
+    return [cell(measure, values.get(measure)) for measure in measures]
 
 
 def pair_row(pair: dict, test: dict, several: set[str]) -> list[str]:
@@ -150,12 +186,41 @@ def pair_row(pair: dict, test: dict, several: set[str]) -> list[str]:
     names = [pair[side] + seeds[side] * (pair[side] in several) for side in "ab"]
     interval = "{:+.4f} to {:+.4f}".format(*test["interval"])
     counts = [str(test["only_a"]), str(test["only_b"])]
-    return [*names, f"{test['difference']:+.4f}", interval, *counts, p_value(test["p"])]
+    return [*names, f"{test['difference']:+.4f}", interval, p_value(test["p"]), *counts]
 
 
 def p_value(p: float) -> str:
     """Four decimals; below 0.001 one digit and the power of ten."""
     return f"{p:.4f}" if p >= 1e-3 else f"{p:.0e}"
+
+
+def wrapped(text: str, width: int = WIDTH) -> list[str]:
+    """Lines of at most `width` columns. They break at a space if there is one, and are indented."""
+    found, rest = [], text.replace("\n", "\\n")
+    while columns(rest) > width:
+        end = next(i for i in range(len(rest), 0, -1) if columns(rest[:i]) <= width)
+        space = rest.rfind(" ", end // 2, end + 1)
+        end = space if space > 0 else end
+        found.append(rest[:end].rstrip())
+        rest = "  " + rest[end:].lstrip()
+    return [*found, rest]
+
+
+def text_blocks(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """As `terminal.text_table`, in blocks of at most WIDTH columns that repeat the first words."""
+    most = 30 if words == 1 else 19  # so that an interval and a p fit beside two names
+    table = []
+    for row in [heads, *rows]:
+        cells = [wrapped(cell, most) for cell in row]
+        table += zip_longest(*cells, fillvalue="")
+    widths = [max(columns(row[i]) for row in table) + 2 for i in range(len(heads))]
+    fixed, blocks = sum(widths[:words]), [[]]
+    for i in range(words, len(heads)):
+        if blocks[-1] and fixed + sum(widths[j] for j in [*blocks[-1], i]) - 2 > WIDTH:
+            blocks.append([])
+        blocks[-1].append(i)
+    shown = [[[row[i] for i in [*range(words), *block]] for row in table] for block in blocks]
+    return "\n\n".join(text_table(head, body, words) for head, *body in shown)
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:

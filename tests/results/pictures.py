@@ -9,12 +9,13 @@ import hashlib
 import matplotlib
 import numpy as np
 from experiment import CURVE, KEPT, REPO, SETS, TRAINING_ROWS
-from kept import METHODS, TRAINED, accuracy_interval, find, first, mean, with_rows
+from kept import METHODS, TRAINED, find, first, with_rows
 from matplotlib.figure import Figure
 
-from qwen_min.report.compare import Result
-from qwen_min.report.plots import LINES, MARKERS, find_font, plot_reliability, plot_roc, readable
+from qwen_min.report.fonts import find_font, readable
+from qwen_min.report.plots import LINES, MARKERS, draw_accuracies, plot_reliability, plot_roc
 
+DRAWING = ("plots.py", "fonts.py", "intervals.py")  # of qwen_min.report
 RANKED = ("zero_shot", "head_only", "transplanted_head", "lora_head", "lora_label_scoring")
 CALIBRATED = ("zero_shot", "head_only", "lora_head", "lora_label_scoring")
 CALIBRATED += ("probe-of-lora_head", "probe-of-lora_label_scoring")
@@ -27,44 +28,27 @@ def plain(name: str) -> str:
     return readable(METHODS[name].replace("`", ""), DRAWABLE)
 
 
-def error_bars(results: list[list[Result]]) -> dict[str, np.ndarray]:
-    """Mean accuracy of each group of seeds, (groups,), and the lengths of its bar, (2, groups)."""
-    accuracy = np.array([mean([r.results["accuracy"] for r in group]) for group in results])
-    low, high = np.array([accuracy_interval(group) for group in results]).T
-    return {"accuracy": accuracy, "bars": np.array([accuracy - low, high - accuracy])}
-
-
 def accuracies() -> Figure:
     """Accuracy of every method with its interval: on the whole scale, and enlarged at the top."""
     names = [name for name in METHODS if find(name)]
-    figure = Figure(figsize=(12, 0.34 * len(names) + 1.2), layout="constrained")
+    figure = Figure(figsize=(12, 0.34 * len(names) + 1.5), layout="constrained")
     whole, part = figure.subplots(1, 2, sharey=True, width_ratios=[1.2, 1.4])
     for size, marker, fill, shift in (("0.5b", "o", "black", -0.24), ("1.5b", "s", "white", 0.26)):
         groups = [list(find(f"{size}/{name}").values()) for name in names]
         y = np.flatnonzero([len(group) > 0 for group in groups])
         if not len(y):
             continue
-        drawn = error_bars([groups[i] for i in y])
+        style = {"fmt": marker, "markerfacecolor": fill}
         for axes in (whole, part):
-            axes.errorbar(
-                drawn["accuracy"], y + shift, xerr=drawn["bars"], fmt=marker, color="black",
-                markerfacecolor=fill, markersize=4.5, capsize=2,
-                label=f"{size.upper()}, 95 % interval",
-            )  # fmt: skip
-        seeds = [(r.results["accuracy"], i) for i in y for r in groups[i] if len(groups[i]) > 1]
-        if seeds:
-            x, rows = np.array(seeds).T
-            for axes in (whole, part):
-                axes.plot(
-                    x, rows + shift + 0.25, "|", color="0.4", label=f"{size.upper()}, single seeds"
-                )
+            draw_accuracies(axes, [groups[i] for i in y], y + shift, f"{size.upper()}, ", style)
     whole.set_yticks(range(len(names)), map(plain, names))
     whole.invert_yaxis()
     rows = first("zero_shot").results["n"]
     whole.set(xlim=(0, 1), xlabel=f"accuracy on dev ({rows:,} rows)")
     part.set(xlim=(0.8, 0.96), xlabel="the same, 0.80 to 0.96")
     part.set_xticks(np.arange(0.8, 0.97, 0.04))
-    whole.legend(loc="lower left", fontsize="small")
+    handles = whole.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize="small")
     for axes in (whole, part):
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
@@ -83,9 +67,11 @@ def curve() -> Figure:
         results = [first(with_rows(name, n)) for n in sizes]
         # Shift the points a little, so that the bars do not overlap.
         x = [n * 1.04 ** (i - 1) for n, result in zip(sizes, results, strict=True) if result]
-        drawn = error_bars([[result] for result in results if result])
+        found = [result.results for result in results if result]
+        y = np.array([result["accuracy"] for result in found])
+        bars = np.abs(np.transpose([result["accuracy_interval"] for result in found]) - y)
         axes.errorbar(
-            x, drawn["accuracy"], yerr=drawn["bars"], label=name, color=f"C{i}",
+            x, y, yerr=bars, label=name, color=f"C{i}",
             marker=MARKERS[i], linestyle=LINES[i], markersize=5, elinewidth=0.8, capsize=2,
         )  # fmt: skip
     axes.set_xscale("log")
@@ -93,7 +79,7 @@ def curve() -> Figure:
     axes.minorticks_off()
     axes.set(xlabel="training rows (a tenth held out), one epoch", ylabel="accuracy on dev")
     axes.grid(color="0.9")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     return figure
 
 
@@ -115,7 +101,8 @@ PICTURES = {"accuracies": accuracies, "curve": curve, "roc": roc, "reliability":
 def digest() -> str:
     """SHA-256 over every kept file, its name, and the drawing code."""
     whole = hashlib.sha256()
-    code = [KEPT / "pictures.py", KEPT / "kept.py", REPO / "qwen_min" / "report" / "plots.py"]
+    code = [KEPT / "pictures.py", KEPT / "kept.py"]
+    code += [REPO / "qwen_min" / "report" / name for name in DRAWING]
     for path in [*sorted(KEPT.glob("*/*.json*")), *code]:
         whole.update(f"{path.relative_to(REPO).as_posix()} {path.stat().st_size}\n".encode())
         whole.update(path.read_bytes())
