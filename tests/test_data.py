@@ -219,10 +219,10 @@ def test_limit_reads_and_validates_the_first_rows_only(tmp_path):
 NO_QUOTING = "a .tsv has no quoting: remove tabs and newlines from its texts, or save it as .csv"
 FIELDS = "as in the header: " + NO_QUOTING
 NO_ROWS = "{path}: found no rows, expected examples: give the right file"
-TEXT_COLUMN = "none is called 'text' or the like: name the column of the texts by --text-column"
+TEXT_COLUMN = "expected one column of texts: name it by --text-column, or begin the file with the "
+TEXT_COLUMN += "columns' names"
 LABEL_COLUMN = TEXT_COLUMN.replace("text", "label")
-TWICE = "a name is there twice: rename one"
-SEPARATE = "none is called 'text' or the like: separate them with tabs, unquoted, or with commas"
+SEPARATE = "expected one column of texts: separate them with tabs, unquoted, or with commas"
 WORKBOOK = (
     "{path}: found an old workbook, a Parquet file or an archive, expected text: save it as .csv "
     "in its program (df.to_csv, Dataset.to_csv), or unpack it"
@@ -256,18 +256,17 @@ REFUSED = {
     "two text columns": (
         "a.tsv",
         "label\ttext\ttext_a\n1\t好\t好\n",
-        "{path}, line 1: found the columns 'text', 'text_a', both could hold the texts: name one "
-        "by --text-column",
+        "{path}, line 1: found the columns 'text', 'text_a', " + TEXT_COLUMN,
     ),
     "duplicate column": (
         "a.tsv",
         "label\ttext\tlabel\n1\t好\t0\n",
-        "{path}, line 1: found the columns 'label', 'text', 'label'; " + TWICE,
+        "{path}, line 1: two columns are called 'label': rename one",
     ),
     "duplicate column that is not needed": (
         "a.csv",
         "label,text,x,x\n1,好,0,0\n",
-        "{path}, line 1: found the columns 'label', 'text', 'x', 'x'; " + TWICE,
+        "{path}, line 1: two columns are called 'x': rename one",
     ),
     "all fields quoted": (
         "a.tsv",

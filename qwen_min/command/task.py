@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,6 @@ from qwen_min.config import QwenConfig
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example, find_labels, parse_names, read_examples
 from qwen_min.files.hub import resolve_model
-from qwen_min.files.tables import say_on_stderr
 from qwen_min.files.tokens import read_tokenizer
 from qwen_min.files.weights import load_model
 from qwen_min.prompt import DEFAULT_TEMPLATE, Prompt, build_prompts, check_lengths, parse_template
@@ -102,12 +102,12 @@ def read_task(args: argparse.Namespace, record: dict | None = None) -> Task:
     labels = words = tuple(args.labels.split(","))
     own = record and (record["arguments"]["labels"], tuple(record["labels"]))
     if own != (args.labels, labels):
-        labels, words = parse_names(args.labels, say_on_stderr)
+        labels, words = parse_names(args.labels, partial(print, file=sys.stderr))
     template = parse_template(args.template)
     if not record and template == DEFAULT_TEMPLATE and not any(map(SENTIMENT.search, words)):
         asked = "the default template asks for 情感倾向, the sentiment of a review (评论)"
         advice = f"if {', '.join(words[:2])} … answer another question, give --template"
-        say_on_stderr(f"warning: {asked}; {advice}")
+        print(f"warning: {asked}; {advice}", file=sys.stderr)
     if args.system is not None and not args.chat:
         raise UserError("--system is a message of Qwen's chat markup; give --chat too")
     directory = resolve_model(args.model)

@@ -6,19 +6,20 @@ skipped in silence would change every metric that is computed from the file.
 """
 
 import hashlib
+import io
 import json
 import re
 import reprlib
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, redirect_stderr
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from qwen_min.errors import UserError
-from qwen_min.files.tables import Say, read_table, say_on_stderr
+from qwen_min.files.tables import note, read_table
 from qwen_min.prompt import DEFAULT_LABELS, parse_labels
 
 READINGS = ("words", "class numbers")  # of the labels in a file
@@ -99,7 +100,9 @@ def read_texts(
         yield line, _checked_text(f"{name}, line {line}", text)
 
 
-def parse_names(argument: str, say: Say | None = None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def parse_names(
+    argument: str, say: Callable | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """--labels → the classes' names, as in the file, and the words that are scored, in class order.
 
     "negative= negative,positive= positive" → ("negative", "positive"), (" negative", " positive").
@@ -108,8 +111,8 @@ def parse_names(argument: str, say: Say | None = None) -> tuple[tuple[str, ...],
     """
     if "=" not in argument:
         return (parse_labels(argument, say=say),) * 2
-    names = tuple(map(str.strip, parse_labels(re.sub("=[^,，、]*", "", argument))))
     typed = re.split("[,，]" if re.search("[,，]", argument) else "、", argument)
+    names = parse_labels(",".join(piece.partition("=")[0].strip() for piece in typed))
     words = tuple((p.partition("=")[2] if "=" in p else p.strip()).rstrip() for p in typed)
     if "" in words or len({*words}) < len(words):
         found = "a word is empty or repeats"
@@ -129,10 +132,10 @@ def find_labels(
     value. stderr gets a line that says which labels were taken. Raises UserError as
     `read_examples` does, and for labels that cannot be those of classes.
     """
-    table = read_table(path, encoding, text_column, label_column, say=lambda line: None)
-    lines = defaultdict(list)
-    for line, label, _ in _checked(str(path), table, empty=True):
-        lines[label.strip()].append(line)
+    lines, table = defaultdict(list), read_table(path, encoding, text_column, label_column)
+    with redirect_stderr(io.StringIO()):  # its notes come when the examples are read
+        for line, label, _ in _checked(str(path), table, empty=True):
+            lines[label.strip()].append(line)
     if lines.keys() <= {*DEFAULT_LABELS, "0", "1"}:
         return ",".join(DEFAULT_LABELS)
     numbers = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", label) for label in lines)
@@ -149,7 +152,7 @@ def find_labels(
     shown = [f"{reprlib.repr(label)[1:-1]} ({len(lines[label])} rows)" for label in found[:10]]
     shown += [f"… {len(found)} in all"] * (len(found) > 10)
     advice = "; scoring them as label words needs words with a meaning: --labels '0=WORD,1=WORD,…'"
-    say_on_stderr(f"note: {path}: takes its labels: {', '.join(shown)}{advice * numbers}")
+    note(str(path), f"--labels are the file's own: {', '.join(shown)}{advice * numbers}")
     return ",".join(found)
 
 

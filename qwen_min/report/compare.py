@@ -36,13 +36,7 @@ KIND = "results of evaluate.py"
 # Arguments that change no prediction: names of outputs, and what is measured besides.
 NEUTRAL = {"method", "seed", "run", "output", "predictions", "changed", "resume", "merge"}
 NEUTRAL |= {"feature_cache", "train_data", "calibrate", "explain", "label_sets"}
-ROWS = {
-    "data",
-    "limit",
-    "encoding",
-    "text_column",
-    "label_column",
-}  # which rows are read: these have a hash
+ROWS = {"data", "limit", "encoding", "text_column", "label_column"}  # these have a hash
 
 
 class Predictions(NamedTuple):
