@@ -227,6 +227,10 @@ WORKBOOK = (
     "{path}: found an old workbook, a Parquet file or an archive, expected text: save it as .csv "
     "in its program (df.to_csv, Dataset.to_csv), or unpack it"
 )
+ARCHIVE = (
+    "{path}: not a workbook that openpyxl reads (File is not a zip file); save it as .csv in its "
+    "program, or unpack it"
+)
 TEXT = "expected characters, not all of them spaces: correct or remove the row"
 LABEL = (
     "expected an index 0..1 or one of 负面, 正面, one kind in all rows: correct it, or name the "
@@ -238,8 +242,8 @@ HEAD = "label\ttext\n"
 GOOD = '{"label": 1, "text": "好"}\n'
 
 REFUSED = {
-    "xlsx": ("a.xlsx", b"PK\x03\x04\x14\x00", WORKBOOK),
-    "xlsx, renamed": ("a.csv", b"PK\x03\x04\x14\x00", WORKBOOK),
+    "zip": ("a.zip", b"PK\x03\x04\x14\x00", ARCHIVE),
+    "xlsx, damaged, renamed": ("a.csv", b"PK\x03\x04\x14\x00", ARCHIVE),
     "xls": ("a.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", WORKBOOK),
     "parquet": ("train.parquet", b"PAR1\x15\x04", WORKBOOK),
     "gzip": ("a.tsv.gz", b"\x1f\x8b\x08\x00", WORKBOOK),

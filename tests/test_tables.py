@@ -198,7 +198,7 @@ def test_memory_does_not_grow_with_the_file(name, head, row):
 
 def test_a_workbook_without_openpyxl(monkeypatch):
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(UserError, match=r"a.xlsx: found a workbook, .*: install openpyxl, or save"):
+    with pytest.raises(UserError, match=r"a.xlsx: found a workbook .*: install openpyxl, or save"):
         read_examples(write("a.xlsx", workbook()), WORDS)
 
 

@@ -5,7 +5,6 @@ file holds decides how it is read, not the ending of its name.
 """
 
 import codecs
-import contextlib
 import csv
 import io
 import json
@@ -14,24 +13,26 @@ import reprlib
 import shutil
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from qwen_min.errors import UserError
 from qwen_min.files.disk import one_line_error, open_regular, refuse_malformed
 
-# The beginning of a zip archive, an old workbook, a Parquet file, a gzip archive.
-BINARY = re.compile(rb"PK\x03\x04|\xd0\xcf\x11\xe0|PAR1|\x1f\x8b")
+WORKBOOK = b"PK\x03\x04"  # the beginning of a zip archive, which a workbook is
+# The beginning of an old workbook, a Parquet file, a gzip archive.
+BINARY = re.compile(rb"\xd0\xcf\x11\xe0|PAR1|\x1f\x8b")
 # A whole field in quotes, as CSV writes it; and the beginning of one that goes on in the next line.
 QUOTED = re.compile(r'"(?<![^\t\n]")[^"]*(?:""[^"]*)*"(?![^\t\r\n])')
 OPEN = re.compile(r'"(?<![^\t\n]")[^"]*(?:""[^"]*)*\Z')
 NO_QUOTING = "a .tsv has no quoting: remove tabs and newlines from its texts, or save it as .csv"
 QUOTING = 'write a field with commas, newlines or quotes in "...", and " inside it as ""'
 OBJECT = re.compile(r'\s*\{\s*("|\}|$)')  # how JSON lines begin, and how a list of objects does
-LIST = re.compile(r"\s*\[\s*(\{|\]|$)")
+LIST = re.compile(r"\s*\[\s*(\{|\]?\s*$)")
 ADVICE = 'expected {"label": 1, "text": "..."}: correct the line'
+MALFORMED = (KeyError, TypeError, AttributeError, ValueError, RecursionError)
 NAMES = {dict: "object", list: "list"}
 # The names that columns of texts and of labels usually have; letter case does not count.
 TEXTS = ("text", "text_a", "sentence", "content", "review", "评论", "内容", "文本")
@@ -44,15 +45,12 @@ def note(name: str, what: str) -> None:
     print(f"note: {name}: {what}", file=sys.stderr)
 
 
-MALFORMED = (KeyError, TypeError, AttributeError, ValueError, RecursionError)
-
-
 class Unquoted(list):
     """The fields of a line that is cut at its tabs."""
 
 
 class Header(dict):
-    """The columns of a table, each with itself as its name."""
+    """The first row of a table: each name under itself."""
 
 
 def read_table(
@@ -85,10 +83,8 @@ def read_table(
                 if (names := tuple(record)) not in chosen:
                     text = _column(place, names, "text", text_column, TEXTS)
                     label = labelled and _column(place, names, "label", label_column, LABELS)
-                    if (
-                        not UNSAID.issuperset(taken := (text, label))
-                        and taken not in chosen.values()
-                    ):
+                    taken = (text, label)
+                    if not {*taken} <= UNSAID and taken not in chosen.values():
                         labels = f", labels from {label!r}" if labelled else ""
                         note(name, f"texts are read from the column {text!r}{labels}")
                     chosen[names] = taken
@@ -158,19 +154,15 @@ def _label_studio(place: str, task: dict, control: str | None) -> dict:
     return task["data"] | {control or "label": {"choices": [*choices]}}
 
 
-@contextlib.contextmanager
-def _opened(source: str | Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, or of standard input, which is kept in a file to be read twice."""
-    if source == "-":
-        with tempfile.TemporaryFile() as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
-            file.seek(0)
-            yield file
-        return
-    with refuse_malformed(Path(source), "a data file", "check the path"):
-        file = open_regular(Path(source))
-    with file:
-        yield file
+def _opened(source: str | Path) -> BinaryIO:
+    """The bytes of a file, or of standard input, copied to a file that can be read twice."""
+    if source != "-":
+        with refuse_malformed(Path(source), "a data file", "check the path"):
+            return open_regular(Path(source))
+    file = tempfile.TemporaryFile()  # noqa: SIM115, the caller closes it
+    shutil.copyfileobj(sys.stdin.buffer, file)
+    file.seek(0)
+    return file
 
 
 def _rows(
@@ -180,9 +172,8 @@ def _rows(
 
     plain: whether the file may hold one text a line, without a header.
     """
-    start = file.read(8)
-    suffix = Path(name).suffix.lower() if name != "standard input" else ""
-    if start.startswith(b"PK\x03\x04") and "xl/workbook.xml" in _zipped(file):
+    start, suffix = file.read(8), Path(name).suffix.lower()  # standard input has none
+    if start.startswith(WORKBOOK):
         yield from _workbook_rows(name, file)
         return
     if BINARY.match(start):
@@ -205,10 +196,9 @@ def _rows(
     if LIST.match(first) and (suffix != ".jsonl" or not first.rstrip().endswith("]")):
         yield from enumerate(_json(name, stream.read(), list, "export it again"), start=1)
     elif OBJECT.match(first) or suffix in (".json", ".jsonl", ".ndjson"):
-        yield from (
-            (i, _json(f"{name}, line {i}", line, dict, ADVICE) if line.strip() else [line])
-            for i, line in lines
-        )
+        parse = partial(_json, kind=dict, advice=ADVICE)
+        places = ((i, line, f"{name}, line {i}") for i, line in lines)
+        yield from ((i, parse(at, line) if line.strip() else [line]) for i, line, at in places)
     elif plain and suffix in ("", ".txt") and not _is_header(first):
         yield from ((i, {"text": line} if line.strip() else [line]) for i, line in lines)
     elif "\t" in first and not encoding.startswith("utf-16"):
@@ -262,20 +252,15 @@ def _json(place: str, source: str, kind: type, advice: str) -> object:
     return found
 
 
-def _zipped(file: BinaryIO) -> list[str]:
-    with contextlib.suppress(zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
-        return zipfile.ZipFile(file).namelist()
-    return []
-
-
 def _workbook_rows(name: str, file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
     """The rows of an .xlsx file's first sheet, without the empty cells at their ends."""
     try:
         import openpyxl
     except ImportError:
-        advice = "install openpyxl, or save it as .csv"
-        raise UserError(f"{name}: found a workbook, which openpyxl reads: {advice}") from None
-    width, how = 0, ("save it as .csv", "not a workbook that openpyxl reads", Exception)
+        found = "found a workbook (or an archive), which openpyxl reads"
+        raise UserError(f"{name}: {found}: install openpyxl, or save it as .csv") from None
+    advice = "save it as .csv in its program, or unpack it"
+    width, how = 0, (advice, "not a workbook that openpyxl reads", Exception)
     with one_line_error(name, *how):
         book = openpyxl.load_workbook(file, read_only=True, data_only=True)
         rows = enumerate(book.worksheets[0].iter_rows(values_only=True), start=1)
