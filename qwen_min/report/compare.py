@@ -168,7 +168,8 @@ def identify(results: dict, training: dict) -> tuple[dict, dict]:
     arguments, data_hash = results["arguments"], results.get("training_data_hash")
     # Label words as they were used, however they were typed; "name=word" scores another word.
     words = ",".join(row["name"] for row in results["per_class"])
-    words = typed if "=" in (typed := str(arguments.get("labels"))) else words
+    if "=" in (typed := str(arguments.get("labels"))):  # other words than the names are scored
+        words = ",".join(parse_labels(typed))
     if own := training.get("labels"):
         same = own == arguments.get("labels")
         training = training | {"labels": words if same else ",".join(parse_labels(str(own)))}
