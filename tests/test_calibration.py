@@ -15,8 +15,8 @@ from qwen_min.lab.calibration import (
     fit_temperature,
     format_calibrations,
     held_out_rows,
-    log_mean_probability,
     learn,
+    log_mean_probability,
     premise_template,
     random_texts,
 )

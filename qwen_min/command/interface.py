@@ -66,9 +66,9 @@ class Classifier:
     def from_run(
         cls,
         directory: str | Path,
+        device: str = "auto",
         method: str | None = None,
         calibration: str | None = None,
-        device: str = "auto",
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
     ) -> "Classifier":
         """The method, model, prompt and labels of a directory that train.py made.

@@ -53,7 +53,8 @@ def read_texts(source, encoding=None, text_column=None):
         lines = open(source, encoding=encoding or "utf-8")
     for n, line in enumerate(lines, 1):
         if line.strip():
-            yield n, line.rstrip("\r\n")
+            line = line.rstrip("\r\n")
+            yield n, json.loads(line)["text"] if source.endswith(".jsonl") else line
 
 
 class Row(NamedTuple):
