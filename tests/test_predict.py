@@ -229,7 +229,7 @@ def test_a_terminals_lines_fit(capsys, monkeypatch):
     assert texts[0] in form(rows)  # no terminal
     monkeypatch.setattr(predict.sys.stdout, "isatty", lambda: True, raising=False)
     lines = predict.table(("负面", "正面"))(rows).splitlines()
-    assert [predict.columns(line) for line in lines[1:3]] == [79, 80]  # 好 takes two
+    assert [predict.columns(line) for line in lines[1:3]] == [80, 80]  # 好 takes two
     assert lines[3].endswith("0.7500   0.2500  短")
 
 
@@ -339,7 +339,7 @@ def test_stopped_it_says_how_many_rows_there_are(number, status):
 
 
 def test_on_a_full_disk_the_whole_rows_are_kept():
-    limit = 5000
+    limit = 9000
     full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
     process = begun("a.csv", "--batch-tokens", "128", **full)
     err = process.communicate()[1].decode()
@@ -365,7 +365,7 @@ def test_the_names_are_those_that_are_compared():
 @pytest.mark.parametrize("name", CALIBRATIONS)
 def test_evaluate_decides_by_corrected_scores(name, capsys):
     training = ["--train-data", "train.jsonl"]
-    rows = [json.dumps({"label": i % 2, "text": f"{text}?"}) for i, text in enumerate(TEXTS)]
+    rows = [json.dumps({"label": i % 2, "text": f"{text}?又"}) for i, text in enumerate(TEXTS)]
     Path("train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     raw_results, raw = evaluated(*SOURCES["zero_shot"], "--calibrate", *training)
     assert "applied_calibration" not in raw_results
@@ -416,7 +416,7 @@ def test_a_correction_of_another_prompt_or_model_is_refused(capsys):
     for more, said in {
         ("--labels", "正面,负面"): "label_ids",
         ("--template", "评价：{text}\\n情感倾向：\\n"): "template",
-        ("--run", "lora_label_scoring"): "method, training_data_hash",
+        ("--run", "lora_label_scoring"): "method, adapter_hash, training_data_hash",
         ("--run", "head_only"): "about scores of label words",
     }.items():
         error = error_of(capsys, *(same if more[0] != "--run" else given), *more)
@@ -425,7 +425,6 @@ def test_a_correction_of_another_prompt_or_model_is_refused(capsys):
     assert "base_fingerprint" in error_of(capsys, *same, "--model", "other")
     evaluated(*SOURCES["zero_shot"])
     assert "not results with a calibration" in error_of(capsys, *same)
-    assert "cannot" in error_of(capsys, *same[:-1], "missing.json") or True
 
 
 def test_corrected_results_do_not_replace_raw_ones(capsys):
