@@ -1,33 +1,24 @@
 """Labelled texts from a file: read, checked, hashed, split.
 
-Texts are never altered: only a byte-order mark, the `\\r` that ends a line, and blank lines at the
-end of the file are dropped. A row that does not fit is an error with its line number, because a row
+Texts are never altered: only a byte-order mark and the `\\r` that ends a line are dropped. A row
+that does not fit is an error with its line number, and blank rows are counted, because a row
 skipped in silence would change every metric that is computed from the file.
 """
 
-import codecs
-import csv
 import hashlib
-import io
 import json
 import re
 import reprlib
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from qwen_min.errors import UserError
-from qwen_min.files.disk import one_line_error, read_regular
-
-# The beginning of a workbook or zip archive, an old workbook, a Parquet file, a gzip archive.
-BINARY = re.compile(rb"PK\x03\x04|\xd0\xcf\x11\xe0|PAR1\x15|\x1f\x8b")
-# A whole field in quotes, as CSV writes it; it may go over several lines.
-QUOTED = re.compile(r'"(?<![^\t\n]")[^"]*(?:""[^"]*)*"(?![^\t\r\n])')
-NO_QUOTING = "a .tsv has no quoting: remove tabs and newlines from its texts, or save it as .csv"
-QUOTING = 'write a field with commas, newlines or quotes in "...", and " inside it as ""'
+from qwen_min.files.tables import read_table
 
 READINGS = ("words", "class numbers")  # of the labels in a file
 NUMBER = re.compile(r"[-+.\d]+")  # a label word that a class number could be taken for
@@ -52,9 +43,12 @@ class Example:
 def read_examples(
     path: str | Path,
     labels: Sequence[str],
-    encoding: str = "utf-8",
+    encoding: str | None = None,
     limit: int | None = None,
     read_as: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    empty_texts: bool = False,
 ) -> list[Example]:
     """The examples of a .tsv, .csv or .jsonl file, in file order.
 
@@ -81,17 +75,26 @@ def read_examples(
     path = Path(path)
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}, expected at least 1 row: give a positive number")
-    content = _decode(path, encoding)
-    records = _records(path, content)
-    rows = list(islice(records, limit and min(limit, sys.maxsize)))
-    if not rows:
-        raise UserError(f"{path}: found no rows, expected examples: give the right file")
-    classes, read_as = _class_indices(path, rows, records, labels, read_as)
-    if path.suffix.lower() == ".tsv" and (quoted := QUOTED.search(content)):
-        place = f"{path}, line {content.count(chr(10), 0, quoted.start()) + 1}"
-        read = "found a field in quotes, read as it is: a .tsv has no quoting, each line is a row"
-        print(f"note: {place}: {read}; if a program wrote it so, save it as .csv", file=sys.stderr)
+    with closing(read_table(path, encoding, text_column, label_column)) as table:
+        records = _checked(str(path), table, empty_texts)
+        rows = list(islice(records, limit and min(limit, sys.maxsize)))
+        if not rows:
+            raise UserError(f"{path}: found no rows, expected examples: give the right file")
+        classes, read_as = _class_indices(path, rows, records, labels, read_as)
     return [Example(row[2], y, row[0], read_as) for row, y in zip(rows, classes, strict=True)]
+
+
+def read_texts(
+    source: str | Path, encoding: str | None = None, text_column: str | None = None
+) -> Iterator[tuple[int, str]]:
+    """(line, text) of each row of a file, or of standard input ("-"); labels are ignored.
+
+    Streamed: memory does not grow with the file. As in `read_table`, a .txt or standard input
+    without a header holds one text a line. Raises UserError as `read_examples` does.
+    """
+    for line, text, _ in read_table(source, encoding, text_column, labelled=False):
+        name = "standard input" if source == "-" else source
+        yield line, _checked_text(f"{name}, line {line}", text)
 
 
 def examples_hash(examples: Sequence[Example]) -> str:
@@ -150,112 +153,29 @@ def class_counts(examples: Sequence[Example], num_classes: int) -> list[int]:
     return [counts[label] for label in range(num_classes)]
 
 
-def _decode(path: Path, encoding: str) -> str:
-    data = read_regular(path, "a data file", "check the path")
-    if BINARY.match(data):
-        found = "found a workbook, a Parquet file or an archive, expected text"
-        raise UserError(f"{path}: {found}: save it as .csv in its program, or unpack it")
-    if (suffix := path.suffix.lower()) not in (".tsv", ".csv", ".jsonl"):
-        advice = "save it as .csv, or rename it if it is one of these"
-        raise UserError(f"{path}: extension {suffix!r}, expected .tsv, .csv or .jsonl: {advice}")
-    try:
-        codec = codecs.lookup(encoding).name
-        b"\xff".decode(encoding, "replace")  # used below; idna, which is not for texts, refuses it
-        if data[:2] in (b"\xff\xfe", b"\xfe\xff") and not codec.startswith("utf-16"):
-            raise UserError(f"{path}: found a UTF-16 byte-order mark: add --encoding utf-16")
-        # Not utf-8-sig: it counts the offset of an error from after the mark.
-        return data.decode(encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].decode(encoding, errors="replace").count("\n") + 1
-        found = f"byte offset {error.start} is not valid {encoding}"
-        other = "utf-8" if codec == "gb18030" else "gb18030"
-        raise UserError(f"{path}, line {line}: {found}: try --encoding {other}") from None
-    except (LookupError, ValueError):  # ValueError: a codec's own, or a name with a NUL
-        raise UserError(f"--encoding {encoding}: not a text encoding; try utf-8") from None
-
-
-def _records(path: Path, content: str) -> Iterator[tuple[int, str, str]]:
-    """Line number, label and text of each row."""
-    header = None
-    for line, fields in _rows(path, content):
-        place = f"{path}, line {line}"
-        if path.suffix.lower() == ".jsonl":
-            record = _parse_object(place, *fields)
-            _check_names(place, list(record))
-        elif header is None:
-            header = fields
-            _check_names(place, header)
-            continue
-        elif len(fields) != len(header):
-            found = f"found {len(fields)} fields, expected {len(header)} as in the header"
-            advice = QUOTING if path.suffix.lower() == ".csv" else NO_QUOTING
-            raise UserError(f"{place}: {found}: {advice}")
-        else:
-            record = dict(zip(header, fields, strict=True))
-        text = record["text_a" if "text_a" in record else "text"]
-        # JSON can escape half of a surrogate pair, which no tokenizer and no file can encode.
-        if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
-            found = f"found the text {reprlib.repr(text)}, expected valid characters"
+def _checked(name: str, table: Iterator, empty: bool) -> Iterator[tuple[int, str, str]]:
+    """Line, label and text of each row. empty: whether a text of nothing but spaces is accepted."""
+    for line, text, label in table:
+        place = f"{name}, line {line}"
+        text = _checked_text(place, text)
+        if not text.strip() and not empty:
+            found = f"found the text {reprlib.repr(text)}, expected characters"
             raise UserError(f"{place}: {found}, not all of them spaces: correct or remove the row")
-        label = record["label"]
         if type(label) not in (str, int, float):  # nor bool: true is no class number
             found = f"found the label {reprlib.repr(label)}"
             raise UserError(f"{place}: {found}, expected a string or a number: correct it")
         yield line, str(label), text
 
 
-def _rows(path: Path, content: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of each row, without blank rows at the end; others are an error."""
-    if path.suffix.lower() == ".csv":
-        rows = _csv_rows(path, content)
-    else:
-        separator = "\n" if path.suffix.lower() == ".jsonl" else "\t"  # no line has a "\n" in it
-        # Not str.splitlines: it also splits at U+2028, U+0085, \v and \f, which reviews contain.
-        lines = enumerate(content.split("\n"), start=1)
-        rows = ((line, row.removesuffix("\r").split(separator)) for line, row in lines)
-    blank = None
-    for line, fields in rows:
-        if not any(field.strip() for field in fields):
-            blank = blank or line
-        elif blank:
-            advice = f"remove it; {NO_QUOTING}" if path.suffix.lower() == ".tsv" else "remove it"
-            raise UserError(f"{path}, line {blank}: found a blank line, expected a row: {advice}")
-        else:
-            yield line, fields
-
-
-def _csv_rows(path: Path, content: str) -> Iterator[tuple[int, list[str]]]:
-    # newline="\n" keeps each line as it is, so that line_num counts lines as an editor does.
-    csv.field_size_limit(2**31 - 1)  # by default a text of more than 131,072 characters is refused
-    reader = csv.reader(io.StringIO(content, newline="\n"), strict=True)
-    line = 1
-    try:
-        for fields in reader:
-            yield line, fields
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}, line {line}: not valid CSV ({error}): {QUOTING}") from None
-
-
-def _parse_object(place: str, source: str) -> dict:
-    advice = 'expected {"label": 1, "text": "..."}: correct the line'
-    with one_line_error(place, advice, "not a JSON object", (ValueError, RecursionError)):
-        record = json.loads(source)
-        if not isinstance(record, dict):
-            raise ValueError("a value of another kind")
-    return record
-
-
-def _check_names(place: str, names: Sequence[str]) -> None:
-    """Raise UserError unless there are a label and one text; two texts would be ambiguous."""
-    one_text = ("text" in names) != ("text_a" in names)
-    if "label" not in names or not one_text or len(set(names)) < len(names):
-        found = ", ".join(map(reprlib.repr, names))
-        expected = "'label' and either 'text_a' or 'text', no name twice"
-        advice = "rename them"
-        if any(re.search('["\t,;]', name) for name in names):
-            advice = "separate them with tabs, unquoted, in a .tsv and with commas in a .csv"
-        raise UserError(f"{place}: found the columns {found}, expected {expected}: {advice}")
+def _checked_text(place: str, text: object) -> str:
+    """A row's text; null and NaN are empty. Raises UserError for what is no text."""
+    if text is None or text != text:  # NaN alone differs from itself
+        return ""
+    # JSON can escape half of a surrogate pair, which no tokenizer and no file can encode.
+    if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+        found = f"found the text {reprlib.repr(text)}, expected a string of valid characters"
+        raise UserError(f"{place}: {found}: correct or remove the row")
+    return text
 
 
 def _class_indices(

@@ -15,6 +15,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -142,16 +143,21 @@ def read_regular(path: Path, kind: str, advice: str, limit: int = MAX_BYTES) -> 
 
     Raises UserError as `refuse_malformed` does, also above `limit` bytes.
     """
-    with refuse_malformed(path, kind, advice):
-        # Without O_NONBLOCK, opening a pipe waits until another process writes to it.
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        with open(os.open(path, flags), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError("it is not a regular file")
-            if status.st_size > limit:  # not read(limit + 1): Python would reserve that much
-                raise ValueError(f"it has more than {limit:,} bytes")
-            return file.read()
+    with refuse_malformed(path, kind, advice), open_regular(path) as file:
+        # Not read(limit + 1): Python would reserve that much.
+        if os.fstat(file.fileno()).st_size > limit:
+            raise ValueError(f"it has more than {limit:,} bytes")
+        return file.read()
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file's bytes; a directory, pipe or device raises ValueError or OSError."""
+    # Without O_NONBLOCK, opening a pipe waits until another process writes to it.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError("it is not a regular file")
+    return file
 
 
 def parse_json(source: bytes | str) -> object:
