@@ -33,6 +33,7 @@ from qwen_min.command.interface import Classifier, read_source
 from qwen_min.command.terminal import clipped, columns, printable, progress_bar, text_table
 from qwen_min.errors import UserError
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
+from qwen_min.files.data import read_texts
 from qwen_min.files.output import RowFile, open_outputs
 from qwen_min.metrics import softmax
 from qwen_min.prompt import Prompt
@@ -44,17 +45,6 @@ BATCHES = 8
 TEXTS = 64  # that become prompts at once
 LINE = 80  # columns of the table
 NARROWEST = 20  # of these, for the text
-
-
-def read_texts(source, encoding=None, text_column=None):
-    if source == "-":
-        lines = sys.stdin
-    else:
-        lines = open(source, encoding=encoding or "utf-8")
-    for n, line in enumerate(lines, 1):
-        if line.strip():
-            line = line.rstrip("\r\n")
-            yield n, json.loads(line)["text"] if source.endswith(".jsonl") else line
 
 
 class Row(NamedTuple):
@@ -113,12 +103,12 @@ def predict(args: argparse.Namespace, given: dict) -> int:
     source = read_source(args, given)
     inputs = [source.task.directory, args.adapter, args.run, args.run and f"{args.run}/adapter"]
     open_outputs([args.output], [*inputs, args.texts if args.texts != "-" else None])
-    texts = iter(read_texts(args.texts, args.encoding, args.text_column))
-    if args.text:
-        texts = iter(enumerate(args.text, start=1))
+    texts = enumerate(args.text or (), start=1)
+    if args.texts:
+        texts = read_texts(args.texts, args.encoding, args.text_column)
     first = list(islice(texts, 1))  # a file that is missing fails before the model is loaded
     if not first:
-        raise UserError(f"{args.texts}: found no texts; give a file with at least one")
+        raise UserError(f"{place(args)}: found no texts; give at least one")
     file = RowFile(args.output) if args.output else None
     before = signal.signal(signal.SIGTERM, terminate)
     try:
@@ -136,6 +126,11 @@ def predict(args: argparse.Namespace, given: dict) -> int:
         signal.signal(signal.SIGTERM, before)
         if file:
             file.close()
+
+
+def place(args: argparse.Namespace) -> str:
+    """What a message calls the texts."""
+    return "standard input" if args.texts == "-" else args.texts or "--text"
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
@@ -161,7 +156,7 @@ def classify_all(
             rows, error = score_rows(classifier, numbered, prompts, bar.update)
             if error:
                 first = rows[error.rows[0]].line
-                failure = failure or f"{args.texts or '--text'}, line {first}: {error}"
+                failure = failure or f"{place(args)}, line {first}: {error}"
                 if len(error.rows) == len(rows) == n + len(rows):
                     raise UserError(failure)
                 failed += len(error.rows)
@@ -189,7 +184,7 @@ def chunks(
     """The texts with their lines, and their prompts, in parts of about BATCHES full batches."""
     texts, numbered, prompts = iter(texts), [], []
     while part := list(islice(texts, TEXTS)):
-        places = [f"{args.texts or '--text'}, line {line}" for line, _ in part]
+        places = [f"{place(args)}, line {line}" for line, _ in part]
         numbered += part
         prompts += classifier.prompts([text for _, text in part], places)
         if sum(len(prompt.ids) for prompt in prompts) >= BATCHES * args.batch_tokens:
