@@ -132,7 +132,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     source = Source(args, task, device, record)
     if args.explain is not None:
         return explain(source, METHODS[args.method])
-    examples = read_rows(args, task, record)
+    examples = read_rows(args, task, record, empty_texts=True)
     inputs = [task.directory, args.data, args.train_data, args.adapter, args.run]
     if args.run:
         name_outputs(args, record, examples_hash(examples))
@@ -144,7 +144,8 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     prompts = all_prompts(args.data, source, examples)
     fed = fed_rows(task.directory, examples)
     how = (args.encoding, task.labels, record, examples[0].read_as)
-    training = training_examples(args.train_data, *how)
+    columns = (args.text_column, args.label_column)
+    training = training_examples(args.train_data, *how, columns)
     corrected = args.calibrate or args.calibration
     neutral = neutral_prompts(source, examples, training) if corrected else None
     started = time.perf_counter()
@@ -194,7 +195,7 @@ def all_prompts(file: str, source: Source, examples: Sequence[Example]) -> list[
         from qwen_min.lab.label_sets import distinct_words, parse_label_sets, with_first_tokens
 
         say = partial(print, file=sys.stderr)
-        words = distinct_words(parse_label_sets(args.label_sets, task.labels, say))
+        words = distinct_words(parse_label_sets(args.label_sets, task.words, say))
         return with_first_tokens(row_prompts(file, task, examples, labels=words))
     return row_prompts(file, task, examples)
 
@@ -205,7 +206,7 @@ def classify(evaluation: Evaluation) -> Outcome:
     Raises UserError if no row has finite numbers; if some have, the outcome names the others.
     """
     task, scorer, error = evaluation.source.task, evaluation.scorer, None
-    prompts, words = evaluation.prompts, task.labels
+    prompts, words = evaluation.prompts, task.words
     if scorer.by == "label words":
         warn_about_labels(evaluation.label_ids[0], words)
     started = time.perf_counter()

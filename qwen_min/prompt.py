@@ -141,7 +141,10 @@ def build_prompts(
             if whole[: len(ids)] != ids or whole == ids:
                 last = f"the end of the prompt, {tokenizer.decode(ids[-3:])!r},"
                 problem = f"{last} and the label {label!r} merge into one token"
-                raise UserError(f"{place}: {problem}; end the template with `：`, say")
+                advice = "end the template with `：`, say"
+                if label.strip()[:1].isascii():
+                    advice = "begin each label with a space and end the template without one"
+                raise UserError(f"{place}: {problem}; {advice}")
         label_ids = tuple(whole[len(ids) :] for whole in with_labels)
         if len(set(label_ids)) < len(labels):
             same = f"two of the labels {', '.join(labels)} are the same tokens"

@@ -197,10 +197,12 @@ def test_the_counts_of_the_real_files():
         (["a.tsv", "a.tsv"], "given twice"),
         (["a.tsv", "--labels", "好"], "at least two classes"),
         (["a.tsv", "--encoding", "latin-9000"], "not a text encoding"),
-        (["a.tsv", "gbk.tsv"], "not valid utf-8"),
+        (["a.tsv", "gbk.tsv", "--encoding", "utf-8"], "not valid utf-8"),
         (["a.tsv", "--model", "."], "tokenizer.json: no such file"),
         (["a.tsv", "--max-text-tokens", "0"], "not a whole number of at least 1"),
-        (["three.tsv"], "found the label '2'"),
+        (["three.tsv", "--labels", "差,好"], "found the label '2'"),
+        (["three.tsv"], "1 different labels ('2'), expected 2 to 1,000"),
+        (["a.tsv", "--text-column", "review"], "'review': name the column of the texts by --text-"),
     ],
 )
 def test_a_mistake_gets_one_line(files, monkeypatch, arguments, part):
@@ -393,7 +395,8 @@ def test_one_note_of_digits_in_every_command(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
     )
-    hashes, stars = set(), ["--labels", "1,2,3,4"]
+    frame = ["--template", "评论：{text}\n星级："]  # the default's question does not fit stars
+    hashes, stars = set(), ["--labels", "1,2,3,4", *frame]
     for name in ("a.csv", "a.jsonl"):
         status, out, err = command(tmp_path / name, "--labels", "1,2,3,4,5")
         assert (status, err.count("\n")) == (0, 1)
@@ -406,7 +409,7 @@ def test_one_note_of_digits_in_every_command(tmp_path, capsys):
         record = json.loads((tmp_path / name / "run" / "run.json").read_text(encoding="utf-8"))
         hashes.add(record["data_hash"])
     assert len(hashes) == 1
-    words = ["--labels", "1,2,3,4,5", "--train-data", str(tmp_path / "newa.csv")]
+    words = ["--labels", "1,2,3,4,5", *frame, "--train-data", str(tmp_path / "newa.csv")]
     found = evaluated(tmp_path, tmp_path / "newa.jsonl", *words, "--limit", "2")
     assert found["clean"]["n"] == 0
     assert [note.split(":")[1] for note in notes(capsys)] == [

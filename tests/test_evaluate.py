@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from sklearn import metrics as sk
 
 import evaluate
+import qwen_min
 from qwen_min.command.task import warn_about_labels
 from qwen_min.fast import forms
 from qwen_min.files.data import read_examples
@@ -403,28 +404,23 @@ SEEN_BEFORE_LOADING: dict[str, tuple[Callable[[], object] | None, dict, tuple[st
     "header alone": (lambda: write(HEADER), {}, ("reviews.tsv", "found no rows", "right file")),
     "another encoding": (
         lambda: write(HEADER + "1\t很好\n", encoding="gbk"),
-        {},
+        {"encoding": "utf-8"},
         ("reviews.tsv, line 2", "not valid utf-8", "--encoding gb18030"),
     ),
     "no label column": (
         lambda: write("stars\ttext_a\n1\t很好\n"),
         {},
-        ("reviews.tsv, line 1", "'stars'", "'label'", "rename"),
+        ("reviews.tsv, line 1", "'stars'", "'label'", "--label-column"),
     ),
     "no text column": (
-        lambda: write("label\treview\n1\t很好\n"),
+        lambda: write("label\tbody\n1\t很好\n"),
         {},
-        ("reviews.tsv, line 1", "'review'", "'text_a' or 'text'", "rename"),
+        ("reviews.tsv, line 1", "'body'", "'text'", "--text-column"),
     ),
     "a label outside the set": (
         lambda: write(HEADER + "1\t很好\n2\t不好\n"),
-        {},
+        {"labels": "负面,正面"},
         ("reviews.tsv, line 3", "'2'", "0..1", "负面, 正面", "--labels"),
-    ),
-    "an empty text": (
-        lambda: write(HEADER + "1\t很好\n0\t \n"),
-        {},
-        ("reviews.tsv, line 3", "' '", "not all of them spaces", "remove the row"),
     ),
     "repeated label words": (None, {"labels": "正面,正面"}, ("--labels", "正面 repeats", "differ")),
     "an empty label word": (None, {"labels": "正面,"}, ("--labels", "'正面,'", "empty")),
@@ -540,10 +536,24 @@ def test_a_prompt_as_long_as_the_model_takes_is_taken(workplace):
     refused(("reviews.tsv, line 3", f"have {longest} tokens, expected at most {longest - 1}"))
 
 
+def test_an_empty_text_is_classified_and_a_blank_row_is_counted(workplace):
+    write(HEADER + "1\t很好\n\n0\t\n")
+    status, _, err = command(*defaults(model="model", data="reviews.tsv", predictions="p"))
+    assert (status, err) == (0, "note: reviews.tsv: blank rows skipped: 1 (the first: line 3)\n")
+    rows = [json.loads(row) for row in Path("p").read_text(encoding="utf-8").splitlines()]
+    tokenizer = Tokenizer("model")
+    prompts = build_prompts(tokenizer, ["很好", ""], parse_template(TEMPLATE))
+    scores = qwen_min.score_labels(load_model(Path("model"), "float32", "cpu"), prompts)
+    assert np.allclose([row["scores"] for row in rows], scores, atol=1e-5)  # fp32, other batches
+
+
 def test_a_bad_row_behind_the_limit_is_not_read(workplace):
     write(HEADER + "1\t很好\n9\t不好\n")
-    assert command(*defaults(model="model", data="reviews.tsv", limit=1))[0] == 0
-    refused(("reviews.tsv, line 3", "'9'"), limit=2)
+    given = {
+        "labels": "负面,正面"
+    }  # typed: labels that are taken from a file are those of all rows
+    assert command(*defaults(model="model", data="reviews.tsv", limit=1, **given))[0] == 0
+    refused(("reviews.tsv, line 3", "'9'"), limit=2, **given)
 
 
 # Runs that end otherwise

@@ -27,9 +27,11 @@ def add_data_arguments(parser: argparse.ArgumentParser, sample: str, batch_token
     names = "tiny (comes with the project), a directory, or a hub name: Qwen/Qwen2.5-1.5B[@REV]"
     parser.add_argument("--model", default="tiny", help=names)
     add = parser.add_argument_group("data").add_argument
-    kinds = ".tsv (label, text_a), .csv or .jsonl (label, text); labels are 0, 1, … or the words"
+    kinds = ".tsv, .csv, .xlsx, .json or JSON lines; labels are the words of --labels, or 0, 1, …"
     add("--data", metavar="FILE", default=str(SAMPLE / sample), help=kinds)
-    add("--encoding", default="utf-8", help="of the data file")
+    add("--text-column", metavar="NAME", help="default: text, sentence, content, 评论, 内容, …")
+    add("--label-column", metavar="NAME", help="default: label, category, 类别 or 标签")
+    add("--encoding", help="of the data file (default: UTF-8, or GB18030 where that fails)")
     add("--limit", type=positive_int, metavar="N", help="only the first N rows")
     most = "at most this many tokens in one forward pass"
     add("--batch-tokens", type=positive_int, metavar="N", default=batch_tokens, help=most)
@@ -38,8 +40,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, sample: str, batch_token
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """What makes two methods comparable: the same prompt, truncation and label words."""
     add = parser.add_argument_group("prompt").add_argument
-    words = "the word for each class, in class order (0 first); two or more"
-    add("--labels", metavar="WORD,WORD", default=",".join(DEFAULT_LABELS), help=words)
+    words = "the word for each class, in class order (0 first); NAME=WORD scores WORD for the "
+    words += f"file's NAME (default: {','.join(DEFAULT_LABELS)}, or else the file's own labels)"
+    add("--labels", metavar="WORD,WORD", help=words)
     frame = "what surrounds a text; {text} is replaced by it, \\n means a newline"
     add("--template", default=DEFAULT_TEMPLATE.replace("\n", "\\n"), help=frame)
     cut = "longer texts are cut to their first N tokens; the template is never cut"

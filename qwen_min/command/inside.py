@@ -28,7 +28,7 @@ def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict[str, Callable[
     if args.label_sets:
         from qwen_min.lab.label_sets import compare_sets, parse_label_sets
 
-        sets = parse_label_sets(args.label_sets, evaluation.source.task.labels)
+        sets = parse_label_sets(args.label_sets, evaluation.source.task.words)
         rows = (evaluation.prompts, outcome.all_scores)
         inside["label_sets"] = partial(compare_sets, evaluation.true_classes, sets, *rows)
     if args.calibrate:
@@ -154,7 +154,7 @@ def explain(source: Source, load: Callable[[Source], Scorer]) -> int:
         plain = replace(scorer, model=model, forms=forms(plain=True))
         plain.scores([prompt, empty] if empty else [prompt])
     print(f"{args.method}, {args.run or args.model}, {dtype_name(scorer.model)}\n")
-    shown = (task.tokenizer, prompt, empty, task.labels, models)
     by_head = scorer.by == "head"
+    shown = (task.tokenizer, prompt, empty, task.labels if by_head else task.words, models)
     print(explain_head(*shown, scorer.head) if by_head else explain_labels(*shown))
     return 0

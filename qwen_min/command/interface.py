@@ -173,4 +173,5 @@ class Classifier:
 def read_source(args: argparse.Namespace, given: dict) -> Source:
     """Where the classifier of these arguments comes from; reads no weights."""
     args, record = with_run(args, given)
+    args.labels = args.labels or ",".join(DEFAULT_LABELS)  # not those in the file of texts
     return Source(args, read_task(args, record), choose_device(args.device), record)

@@ -1,6 +1,7 @@
 """What a command line asks for, before any model is loaded: label words, template, prompts."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +12,19 @@ from typing import TYPE_CHECKING
 from qwen_min.command.arguments import SCORE_LABELS
 from qwen_min.config import QwenConfig
 from qwen_min.errors import UserError
-from qwen_min.files.data import Example, read_examples
+from qwen_min.files.data import Example, find_labels, parse_names, read_examples
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.tokens import read_tokenizer
 from qwen_min.files.weights import load_model
-from qwen_min.prompt import Prompt, build_prompts, check_lengths, parse_labels, parse_template
+from qwen_min.prompt import DEFAULT_TEMPLATE, Prompt, build_prompts, check_lengths, parse_template
 from qwen_min.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from qwen_min.lab.chat import Chat
+
+# A label that answers the question of the default template.
+SENTIMENT = "[正负積积极消差好坏优劣喜赞]|中性|不满|满意|pos|neg|neutral|good|bad|great|poor|mixed"
+SENTIMENT = re.compile(SENTIMENT, re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,9 @@ class Task:
     directory: Path  # of the model
     config: QwenConfig
     tokenizer: Tokenizer
-    labels: tuple[str, ...]
-    scored: tuple[str, ...]  # label words that prompts need tokens of: none where a head scores
+    labels: tuple[str, ...]  # the classes' names, as in the file and in results
+    words: tuple[str, ...]  # what stands for each class in an answer
+    scored: tuple[str, ...]  # the words that prompts need tokens of: none where a head scores
     template: str  # as typed, without chat markup
     chat: "Chat | None"
     system: str | None
@@ -90,11 +96,18 @@ def read_task(args: argparse.Namespace, record: dict | None = None) -> Task:
 
     Raises UserError for arguments that do not fit together.
     """
-    labels = tuple(args.labels.split(","))  # as older versions read them, with their white space
+    if args.labels is None:  # recorded as if typed
+        args.labels = find_labels(args.data, args.encoding, args.text_column, args.label_column)
+    # As older versions read them, with their white space.
+    labels = words = tuple(args.labels.split(","))
     own = record and (record["arguments"]["labels"], tuple(record["labels"]))
     if own != (args.labels, labels):
-        labels = parse_labels(args.labels, say=partial(print, file=sys.stderr))
+        labels, words = parse_names(args.labels, partial(print, file=sys.stderr))
     template = parse_template(args.template)
+    if not record and template == DEFAULT_TEMPLATE and not any(map(SENTIMENT.search, words)):
+        asked = "the default template asks for 情感倾向, the sentiment of a review (评论)"
+        advice = f"if {', '.join(words[:2])} … answer another question, give --template"
+        print(f"warning: {asked}; {advice}", file=sys.stderr)
     if args.system is not None and not args.chat:
         raise UserError("--system is a message of Qwen's chat markup; give --chat too")
     directory = resolve_model(args.model)
@@ -111,18 +124,21 @@ def read_task(args: argparse.Namespace, record: dict | None = None) -> Task:
         chat = read_chat_format(directory, config.model_type)
     # In the system message, as in the template, \n means a newline.
     system = args.system and args.system.replace("\\n", "\n")
-    scored = labels if args.method in SCORE_LABELS else ()
-    words, frame = (labels, scored), (template, chat, system)
-    task = Task(directory, config, tokenizer, *words, *frame, args.max_text_tokens)
+    scored = words if args.method in SCORE_LABELS else ()
+    names, frame = (labels, words, scored), (template, chat, system)
+    task = Task(directory, config, tokenizer, *names, *frame, args.max_text_tokens)
     task.whole_template()  # an unusable template fails here
     load_model(directory, device="meta")  # reads no numbers: a malformed file fails here
     return task
 
 
-def read_rows(args: argparse.Namespace, task: Task, record: dict | None) -> list[Example]:
+def read_rows(
+    args: argparse.Namespace, task: Task, record: dict | None, empty_texts: bool = False
+) -> list[Example]:
     """The examples of --data, with labels read as those of the run of `record`, if there is one."""
     read_as = record and record.get("labels_read_as")  # older runs lack it
-    return read_examples(args.data, task.labels, args.encoding, args.limit, read_as)
+    how = (args.encoding, args.limit, read_as, args.text_column, args.label_column, empty_texts)
+    return read_examples(args.data, task.labels, *how)
 
 
 def row_prompts(file: str, task: Task, examples: Sequence[Example], **others) -> list[Prompt]:

@@ -6,21 +6,24 @@ skipped in silence would change every metric that is computed from the file.
 """
 
 import hashlib
+import io
 import json
 import re
 import reprlib
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, redirect_stderr
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from qwen_min.errors import UserError
-from qwen_min.files.tables import read_table
+from qwen_min.files.tables import note, read_table
+from qwen_min.prompt import DEFAULT_LABELS, parse_labels
 
 READINGS = ("words", "class numbers")  # of the labels in a file
+MOST_LABELS = 1000  # more in one file are hardly classes
 NUMBER = re.compile(r"[-+.\d]+")  # a label word that a class number could be taken for
 
 # Share of the training rows. They alone choose penalty, layer, checkpoint and temperature.
@@ -95,6 +98,62 @@ def read_texts(
     for line, text, _ in read_table(source, encoding, text_column, labelled=False):
         name = "standard input" if source == "-" else source
         yield line, _checked_text(f"{name}, line {line}", text)
+
+
+def parse_names(
+    argument: str, say: Callable | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """--labels → the classes' names, as in the file, and the words that are scored, in class order.
+
+    "negative= negative,positive= positive" → ("negative", "positive"), (" negative", " positive").
+    A name without `=` is its own word. White space before a word counts only behind `=`; without
+    any `=`, all is as in `parse_labels`. Raises UserError as `parse_labels` does.
+    """
+    if "=" not in argument:
+        return (parse_labels(argument, say=say),) * 2
+    typed = re.split("[,，]" if re.search("[,，]", argument) else "、", argument)
+    names = parse_labels(",".join(piece.partition("=")[0].strip() for piece in typed))
+    words = tuple((p.partition("=")[2] if "=" in p else p.strip()).rstrip() for p in typed)
+    if "" in words or len({*words}) < len(words):
+        found = "a word is empty or repeats"
+        raise UserError(f"--labels {argument!r}: {found}; give each class a word of its own")
+    return names, words
+
+
+def find_labels(
+    path: str | Path,
+    encoding: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> str:
+    """What --labels would be for a file: the default, or else the file's own labels, sorted.
+
+    The default fits a file with no labels but its words and their indices. Numbers are sorted by
+    value. stderr gets a line that says which labels were taken. Raises UserError as
+    `read_examples` does, and for labels that cannot be those of classes.
+    """
+    lines, table = defaultdict(list), read_table(path, encoding, text_column, label_column)
+    with redirect_stderr(io.StringIO()):  # its notes come when the examples are read
+        for line, label, _ in _checked(str(path), table, empty=True):
+            lines[label.strip()].append(line)
+    if lines.keys() <= {*DEFAULT_LABELS, "0", "1"}:
+        return ",".join(DEFAULT_LABELS)
+    numbers = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", label) for label in lines)
+    found = sorted(lines, key=float if numbers else None)
+    if not 2 <= len(found) <= MOST_LABELS:
+        some = ", ".join(map(reprlib.repr, found[:3])) + ", …" * (len(found) > 3)
+        expected = f"expected 2 to {MOST_LABELS:,}: name their column by --label-column"
+        advice = f"{expected}, or all words by --labels"
+        raise UserError(f"{path}: {len(found)} different labels ({some}), {advice}")
+    for label in found:
+        if not label or re.search("[,，=]", label):
+            odd = f"{path}, line {lines[label][0]}: found the label {reprlib.repr(label)}"
+            raise UserError(f"{odd}, expected a word without comma and =: rename it in the file")
+    shown = [f"{reprlib.repr(label)[1:-1]} ({len(lines[label])} rows)" for label in found[:10]]
+    shown += [f"… {len(found)} in all"] * (len(found) > 10)
+    advice = "; scoring them as label words needs words with a meaning: --labels '0=WORD,1=WORD,…'"
+    note(str(path), f"--labels are the file's own: {', '.join(shown)}{advice * numbers}")
+    return ",".join(found)
 
 
 def examples_hash(examples: Sequence[Example]) -> str:

@@ -41,23 +41,25 @@ def stand_in(texts: Iterable[str], known: Iterable[str]) -> list[int]:
 
 def training_examples(
     file: str | None,
-    encoding: str,
+    encoding: str | None,
     labels: Sequence[str],
     record: dict | None,
     read_as: str | None = None,
+    columns: tuple[str | None, str | None] = (None, None),
 ) -> Training:
     """The name of the training file, and its examples; None if there is none.
 
     file: named by the user; None: the file in `record`, the run.json of the evaluated run. If that
     file is missing or has changed, stderr gets a note and the result is None. read_as: what the
-    labels of the evaluated data are read as.
+    labels of the evaluated data are read as. columns: of texts and of labels, in `file`.
     """
     if file is not None:
-        return file, read_examples(file, labels, encoding, read_as=read_as)
+        return file, read_examples(file, labels, encoding, None, read_as, *columns, True)
     if record is None:
         return None
     own = record["arguments"]
     file, how = own["data"], (own["encoding"], own["limit"], record.get("labels_read_as"))
+    how += (own.get("text_column"), own.get("label_column"))  # older runs lack them
     try:
         examples = read_examples(file, record["labels"], *how)
         if examples_hash(examples) != record["data_hash"]:

@@ -13,8 +13,8 @@ COUNT, SEED = range(1, 2**63), range(2**63)
 # The arguments of a run by their schema (see `read_json`). Those that may be null may be missing:
 # older runs lack some.
 SCHEMAS = {
-    str: "model data encoding labels template device output layer lora_targets",
-    (str, None): "system adapter feature_cache merge",
+    str: "model data labels template device output layer lora_targets",
+    (str, None): "encoding text_column label_column system adapter feature_cache merge",
     COUNT: "max_text_tokens batch_tokens batch_size epochs r save_every",
     (COUNT, None): "limit eval_every",
     SEED: "seed data_seed",

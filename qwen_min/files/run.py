@@ -50,6 +50,7 @@ def read_run(directory: str | Path, **fields: object) -> dict:
 # the device, because the first may be gone (dropout draws other numbers on another); and, without
 # dropout, --batch-tokens, which then changes only the rounding of sums.
 FREE = ("output", "resume", "merge", "model", "data", "encoding", "feature_cache")
+FREE += ("text_column", "label_column")
 FREE += ("device", "batch_tokens")
 # What a run depends on beside its arguments, by key of run.json, and what an error calls it. The
 # template is the whole one, with the chat template's markup.

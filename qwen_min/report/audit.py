@@ -21,11 +21,11 @@ import numpy as np
 from qwen_min.command.cli import make_parser, positive_int, run_command
 from qwen_min.command.terminal import text_table
 from qwen_min.errors import UserError
-from qwen_min.files.data import Example, class_counts, read_examples
+from qwen_min.files.data import Example, class_counts, find_labels, parse_names, read_examples
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.overlap import normalised, stand_in
 from qwen_min.files.tokens import read_tokenizer
-from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, parse_labels
+from qwen_min.prompt import DEFAULT_MAX_TEXT_TOKENS
 from qwen_min.tokenizer import Tokenizer
 
 FORMS = ("verbatim", "normalised")
@@ -44,11 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("first", metavar="A", help="a data file, .tsv, .csv or .jsonl")
+    add("first", metavar="A", help="a data file: .tsv, .csv, .xlsx, .json or JSON lines")
     add("second", metavar="B", nargs="?", help="another one, such as the test data")
-    about = "the word for each class, in class order (0 first)"
-    add("--labels", metavar="WORD,WORD", default=",".join(DEFAULT_LABELS), help=about)
-    add("--encoding", default="utf-8", help="of the files")
+    about = "the word for each class, in class order (default: 负面,正面, or A's own labels)"
+    add("--labels", metavar="WORD,WORD", help=about)
+    for name in ("--text-column", "--label-column", "--encoding"):
+        add(name, metavar="NAME", help="of the files (default: the usual ones)")
     add("--model", help="count tokens too: tiny, a directory, or a hub name")
     count = {"type": positive_int, "metavar": "N", "default": DEFAULT_MAX_TEXT_TOKENS}
     about = "with --model, report the texts that have more than N tokens"
@@ -59,14 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def audit(args: argparse.Namespace) -> int:
     """Read the files, count, print."""
-    labels = parse_labels(args.labels)
+    columns = (args.text_column, args.label_column)
+    typed = args.labels
+    if typed is None:
+        typed = find_labels(args.first, args.encoding, *columns)
+    labels = parse_names(typed)[0]
     tokenizer = read_tokenizer(resolve_model(args.model)) if args.model else None
     names = [args.first, *filter(None, [args.second])]
     if len(set(map(os.path.realpath, names))) < len(names):
         raise UserError(f"{args.second}: given twice; name two files, or one alone")
     rows, read_as = {}, None
     for name in names:  # what the labels of the first file are read as holds for the second
-        rows[name] = read_examples(name, labels, args.encoding, read_as=read_as)
+        rows[name] = read_examples(name, labels, args.encoding, None, read_as, *columns, True)
         read_as = rows[name][0].read_as
     files = [file_of(name, examples, tokenizer) for name, examples in rows.items()]
     print(format_audit(files, labels, args.max_text_tokens))

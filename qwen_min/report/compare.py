@@ -36,7 +36,7 @@ KIND = "results of evaluate.py"
 # Arguments that change no prediction: names of outputs, and what is measured besides.
 NEUTRAL = {"method", "seed", "run", "output", "predictions", "changed", "resume", "merge"}
 NEUTRAL |= {"feature_cache", "train_data", "calibrate", "explain", "label_sets"}
-ROWS = {"data", "limit", "encoding"}  # which rows are read: these have a hash
+ROWS = {"data", "limit", "encoding", "text_column", "label_column"}  # these have a hash
 
 
 class Predictions(NamedTuple):
@@ -159,6 +159,8 @@ def identify(results: dict, training: dict) -> tuple[dict, dict]:
     arguments, data_hash = results["arguments"], results.get("training_data_hash")
     # Label words as they were used, however they were typed.
     words = ",".join(row["name"] for row in results["per_class"])
+    if "=" in (typed := str(arguments.get("labels"))):  # other words than the names are scored
+        words = ",".join(parse_labels(typed))
     if own := training.get("labels"):
         same = own == arguments.get("labels")
         training = training | {"labels": words if same else ",".join(parse_labels(str(own)))}
