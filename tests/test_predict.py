@@ -158,7 +158,7 @@ def test_the_classifier_refuses_what_it_does_not_know():
         qwen_min.Classifier.zero_shot("base", ["负面,中性", "正面"])
     with pytest.raises(TypeError, match="unknown argument 'max_tokens'"):
         qwen_min.Classifier.zero_shot("base", max_tokens=3)
-    with pytest.raises(UserError, match="needs a run|no such|cannot|not a"):
+    with pytest.raises(UserError, match=r"run\.json"):
         qwen_min.Classifier.from_run("base")
 
 
@@ -344,7 +344,7 @@ def test_on_a_full_disk_the_whole_rows_are_kept():
     process = begun("a.csv", "--batch-tokens", "128", **full)
     err = process.communicate()[1].decode()
     rows = check_whole("a.csv")
-    assert process.returncode == 2 and 0 < rows and Path("a.csv").stat().st_size <= limit
+    assert process.returncode == 2 and rows > 0 and Path("a.csv").stat().st_size <= limit
     assert err.startswith("error: a.csv: cannot be written") and err.count("\n") == 1
     assert err.endswith(f"; the first {rows} rows are in a.csv\n")
     # Not even the first rows fit: the old file stays.
