@@ -236,12 +236,9 @@ def json_rows(labels: Sequence[str]) -> Callable[[Sequence[Row]], str]:
     """What writes rows as JSON lines: line, text, label, and probabilities by label."""
 
     def form(rows: Sequence[Row]) -> str:
-        lines = []
-        for row in rows:
-            known = row.probabilities and dict(zip(labels, row.probabilities, strict=True))
-            line = row._asdict() | {"probabilities": known}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        return "".join(lines)
+        known = [r.probabilities and dict(zip(labels, r.probabilities, strict=True)) for r in rows]
+        lines = [r._asdict() | {"probabilities": p} for r, p in zip(rows, known, strict=True)]
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
     return form
 
@@ -255,11 +252,8 @@ def table(labels: Sequence[str]) -> Callable[[Sequence[Row]], str]:
     best = left < NARROWEST
     if best:
         left, names = LINE - 2 - width - 8, ["p"]
-        print(
-            f"note: {len(labels)} labels are too wide for the table; --output FILE has all "
-            "probabilities",
-            file=sys.stderr,
-        )
+        found = f"{len(labels)} labels are too wide for the table"
+        print(f"note: {found}; --output FILE has all probabilities", file=sys.stderr)
     heads = ["label" + " " * (width - 5), *(" " * (6 - columns(name)) + name for name in names)]
     begun = []
 
