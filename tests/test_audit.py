@@ -202,7 +202,7 @@ def test_the_counts_of_the_real_files():
         (["a.tsv", "--max-text-tokens", "0"], "not a whole number of at least 1"),
         (["three.tsv", "--labels", "差,好"], "found the label '2'"),
         (["three.tsv"], "1 different labels ('2'), expected 2 to 1,000"),
-        (["a.tsv", "--text-column", "review"], "'review': name the column of the texts by --text-"),
+        (["a.tsv", "--text-column", "review"], "expected 'review': name it by --text-column"),
     ],
 )
 def test_a_mistake_gets_one_line(files, monkeypatch, arguments, part):

@@ -113,6 +113,9 @@ def test_evaluation_gives_the_same_numbers(name, copy, capsys):
     assert_close(rows, old_rows, "predictions")
     if results["method"] not in SCORE_LABELS:  # their prompts have no label tokens any more
         assert results["label_ids"] is None and old_results.pop("label_ids")
+    # Where no encoding is given, it is found in the file now.
+    assert results["arguments"]["encoding"] is None
+    assert old_results["arguments"].pop("encoding") == "utf-8"
     assert_close(results, old_results, "results")
     assert f"{old_results['accuracy']:.4f}" in capsys.readouterr().out
 

@@ -430,7 +430,12 @@ SEEN_BEFORE_LOADING: dict[str, tuple[Callable[[], object] | None, dict, tuple[st
     "a label that merges": (
         None,
         {"template": "{text} ", "labels": "fox,dog"},
-        ("reviews.tsv, line 2", "merge into one token", "很好 '", "end the template"),
+        (
+            "reviews.tsv, line 2",
+            "merge into one token",
+            "很好 '",
+            "begin each label with a space and end the template without",
+        ),
     ),
     "limit 0": (None, {"limit": 0}, ("--limit", "'0'", "at least 1")),
     "no whole number": (None, {"batch_tokens": "many"}, ("--batch-tokens", "'many'", "at least 1")),

@@ -221,10 +221,10 @@ def test_cells_of_a_workbook():
         ("0 1 1", "负面,正面", None),
         ("正面 负面", "负面,正面", None),
         ("1", "负面,正面", None),
-        ("b a b", "a,b", "a (1 rows), b (2 rows)"),
-        ("10 9 2", "2,9,10", "2 (1 rows), 9 (1 rows), 10 (1 rows); scoring them as label words"),
-        ("正面 负面 中性", "中性,正面,负面", "中性 (1 rows), 正面 (1 rows), 负面 (1 rows)"),
-        (" ".join(f"w{i:02}" for i in range(12)), None, "w09 (1 rows), … 12 in all"),
+        ("b a b", "a,b", "a (1), b (2)"),
+        ("10 9 2", "2,9,10", "2 (1), 9 (1), 10 (1); scoring them as label words"),
+        ("正面 负面 中性", "中性,正面,负面", "中性 (1), 正面 (1), 负面 (1)"),
+        (" ".join(f"w{i:02}" for i in range(12)), None, "w09 (1), … 12 in all"),
     ],
 )
 def test_labels_of_a_file(labels, expected, said, capsys):
@@ -233,7 +233,7 @@ def test_labels_of_a_file(labels, expected, said, capsys):
     assert find_labels("a.csv") == (expected or ",".join(labels))
     err = capsys.readouterr().err
     assert err.count("\n") == bool(said) and (said or "") in err
-    assert not said or err.startswith("note: a.csv: --labels are the file's own: ")
+    assert not said or err.startswith("note: a.csv: --labels are the file's own, with their rows: ")
 
 
 @pytest.mark.parametrize(

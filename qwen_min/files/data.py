@@ -149,10 +149,13 @@ def find_labels(
         if not label or re.search("[,，=]", label):
             odd = f"{path}, line {lines[label][0]}: found the label {reprlib.repr(label)}"
             raise UserError(f"{odd}, expected a word without comma and =: rename it in the file")
-    shown = [f"{reprlib.repr(label)[1:-1]} ({len(lines[label])} rows)" for label in found[:10]]
+    shown = [f"{reprlib.repr(label)[1:-1]} ({len(lines[label])})" for label in found[:10]]
     shown += [f"… {len(found)} in all"] * (len(found) > 10)
     advice = "; scoring them as label words needs words with a meaning: --labels '0=WORD,1=WORD,…'"
-    note(str(path), f"--labels are the file's own: {', '.join(shown)}{advice * numbers}")
+    note(
+        str(path),
+        f"--labels are the file's own, with their rows: {', '.join(shown)}{advice * numbers}",
+    )
     return ",".join(found)
 
 
