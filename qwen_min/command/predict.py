@@ -39,9 +39,9 @@ from qwen_min.metrics import softmax
 from qwen_min.prompt import Prompt
 
 METHODS = ("zero_shot", "head_only", "lora_head", "lora_label_scoring", "transplanted_head")
-# A chunk is read, scored and written together. With 8 batches in it they are full, of texts of
+# A chunk is read, scored and written together. With 16 batches in it most are full, of texts of
 # like length, and a slow model loses seconds if it is stopped.
-BATCHES = 8
+BATCHES = 16
 TEXTS = 64  # that become prompts at once
 LINE = 80  # columns of the table
 NARROWEST = 20  # of these, for the text
