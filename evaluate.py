@@ -33,7 +33,13 @@ from qwen_min.command import arguments
 from qwen_min.command.classifier import Evaluation, Outcome, Scorer, Source
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.finite import NotFinite
-from qwen_min.command.inside import explain, look_inside, neutral_prompts, print_inside
+from qwen_min.command.inside import (
+    apply_calibration,
+    explain,
+    look_inside,
+    neutral_prompts,
+    print_inside,
+)
 from qwen_min.command.outcome import circumstances, raise_failures, try_parts
 from qwen_min.command.summary import format_results, majority
 from qwen_min.command.task import read_rows, read_task, row_prompts, warn_about_labels
@@ -112,6 +118,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--label-sets", metavar="SETS", help=sets)
     priors = "compare corrections for a label word's probability before any text is read"
     add("--calibrate", action="store_true", help=priors)
+    corrected = "decide by scores with one of these corrections; the results keep what it learned"
+    add("--calibration", choices=arguments.CALIBRATIONS, help=corrected)
     files = "output (with --run, default: files in the run directory)"
     add = parser.add_argument_group(files).add_argument
     add("--output", metavar="FILE", help="all results, as JSON")
@@ -145,12 +153,13 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     how = (args.encoding, task.labels, record, examples[0].read_as)
     columns = (args.text_column, args.label_column)
     training = training_examples(args.train_data, *how, columns)
-    neutral = neutral_prompts(source, examples, training) if args.calibrate else None
+    corrected = args.calibrate or args.calibration
+    neutral = neutral_prompts(source, examples, training) if corrected else None
     started = time.perf_counter()
     scorer = METHODS[args.method](source)
     load_seconds = time.perf_counter() - started
     evaluation = Evaluation(source, scorer, examples, prompts, neutral)
-    outcome = classify(evaluation)
+    applied, outcome = apply_calibration(evaluation, classify(evaluation))
     parts = {
         "metrics": partial(measure, evaluation, outcome),
         **look_inside(evaluation, outcome),
@@ -161,6 +170,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         "method": args.method,
         **found,
         **circumstances(evaluation, outcome.seconds),
+        **applied,
         "fed_rows": len(fed),
         "load_seconds": load_seconds,
         **identity,
@@ -236,7 +246,7 @@ def measure(evaluation: Evaluation, outcome: Outcome) -> dict:
     """The metrics of an outcome; of answers also some that are off track."""
     mass, names = None, list(evaluation.source.task.labels)
     if evaluation.scorer.by == "label words":
-        mass = float(label_mass(outcome.scores, evaluation.label_ids).mean())
+        mass = float(label_mass(outcome.raw_scores, evaluation.label_ids).mean())
     true, predictions = evaluation.true_classes, outcome.predictions
     found = evaluate_predictions(true, predictions, outcome.scores, names) | {"label_mass": mass}
     found |= majority(found["per_class"])

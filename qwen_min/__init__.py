@@ -3,7 +3,8 @@
 The names below are the Python interface; command/interface.py has their code.
 """
 
-__all__ = ["build_prompts", "evaluate_predictions", "load", "load_run", "score_labels", "softmax"]
+__all__ = ["Classifier", "build_prompts", "evaluate_predictions", "load", "score_labels"]
+__all__ += ["softmax"]
 
 
 def __getattr__(name: str) -> object:

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate
 import train
 from qwen_min.command.cli import run_command
-from qwen_min.command.interface import load_run
+from qwen_min.command.interface import Classifier
 from qwen_min.report import audit, tables
 from tests.damage import ESCAPE, change_bytes, change_place, change_structure
 
@@ -55,14 +55,14 @@ def load(argv: Sequence[str]) -> int:
     """The Python interface, whose UserError is reported as a command reports it."""
 
     def predict(args: argparse.Namespace) -> int:
-        print(load_run(argv[0], "cpu").predict(["房间小，但是很干净。"]))
+        print(Classifier.from_run(argv[0], "cpu").predict(["房间小，但是很干净。"]))
         return 0
 
     return run_command(predict, argparse.Namespace(plain=True))
 
 
 MAINS = {"evaluate": evaluate.main, "train": train.main, "report": tables.main}
-MAINS |= {"audit": audit.main, "load_run": load}
+MAINS |= {"audit": audit.main, "from_run": load}
 LABELS = ["--labels", "差,好"]
 FILES = [*LABELS, "--output", "out.json", "--predictions", "out.jsonl", "--data", "test.tsv"]
 EXPLAIN = ["--explain", "房间小，但是很干净。"]
@@ -87,7 +87,7 @@ MODEL, CHAT = [ZERO, GENERATE, LOOK, LAB, *TRAIN], [[*ZERO, "--chat"], [*LOOK, "
 def evaluated(run: str) -> list[Command]:
     """What reads a finished run."""
     own = ["evaluate", "--run", f"runs/{run}"]
-    return [[*own, "--data", "test.tsv"], [*own, *EXPLAIN], ["load_run", f"runs/{run}"]]
+    return [[*own, "--data", "test.tsv"], [*own, *EXPLAIN], ["from_run", f"runs/{run}"]]
 
 
 def resumed(run: str) -> list[Command]:

@@ -15,8 +15,8 @@ from qwen_min.lab.calibration import (
     fit_temperature,
     format_calibrations,
     held_out_rows,
+    learn,
     log_mean_probability,
-    log_priors,
     premise_template,
     random_texts,
 )
@@ -58,7 +58,7 @@ def corrected_by(name: str, scores: np.ndarray, inputs: np.ndarray) -> np.ndarra
     other = np.full((1, scores.shape[1]), -1.0)  # no other correction's inputs may matter
     of = {"contextual": "content_free", "domain_context": "random", "pmi_dc": "premise"}
     fields = {key: inputs if of.get(name) == key else other for key in of.values()}
-    return scores - log_priors(scores, Neutral(**fields, held_out=None))[name]
+    return scores - learn(name, scores, Neutral(**fields, held_out=None)).log_prior
 
 
 def test_contextual_and_domain_context():
@@ -166,7 +166,8 @@ def test_all_corrections_beside_the_raw_scores(classes, held_out):
     found = calibrations(labels, scores, lengths, neutral(classes, held_out))
     assert ("temperature" in found) == held_out
     assert found["raw"]["log_loss"] == log_loss(labels, scores)
-    for name, log_prior in log_priors(scores, neutral(classes, held_out)).items():
+    for name in ("contextual", "domain_context", "pmi_dc", "batch"):
+        log_prior = learn(name, scores, neutral(classes, held_out)).log_prior
         assert found[name]["log_loss"] == log_loss(labels, scores - log_prior)
         np.testing.assert_allclose(found[name]["prior"], softmax([log_prior])[0])
     assert all(sum(row["predicted"]) == pytest.approx(1) for row in found.values())

@@ -268,7 +268,7 @@ def test_what_a_run_depends_on_is_compared(change, markup, capsys):
     assert file in error_of(capsys, train.main, *resume)
     assert not Path("merged").exists()
     with pytest.raises(UserError, match=file):
-        qwen_min.load_run("run")
+        qwen_min.Classifier.from_run("run")
     adapter = ["--method", "lora_label_scoring", "--adapter", "run/adapter", "--model", "m"]
     if change in files:
         assert file in error_of(capsys, evaluate.main, *adapter)

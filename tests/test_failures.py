@@ -132,7 +132,7 @@ def test_the_python_interface_raises(capsys):
     Path("run/run.json").write_text(json.dumps(run))
     model, tokenizer = qwen_min.load("large", "float16", "cpu")
     prompts = qwen_min.build_prompts(tokenizer, ["很好"], TEMPLATE)
-    loaded = qwen_min.load_run("run", "cpu")
+    loaded = qwen_min.Classifier.from_run("run", "cpu")
     for call in (lambda: loaded.predict(["很好"]), lambda: qwen_min.score_labels(model, prompts)):
         with pytest.raises(UserError, match="in float16 from layer 2 of 3 on"):
             call()
@@ -142,8 +142,8 @@ def test_the_python_interface_of_no_texts_and_of_half_a_character(capsys):
     assert train_run("lora_head", "large", "--epochs", "1", "--limit", "8") == 0
     assert train_run("lora_label_scoring", "large", "--epochs", "1", "--output", "words") == 0
     for run in ("run", "words"):
-        loaded = qwen_min.load_run(run, "cpu")
-        assert loaded.scores([]).shape == (0, 2) and loaded.predict([]).shape == (0,)
+        loaded = qwen_min.Classifier.from_run(run, "cpu")
+        assert loaded.scores([]).shape == (0, 2) and loaded.predict([]) == []
         with pytest.raises(UserError, match=r"'x\\ud800' holds half of a surrogate pair"):
             loaded.predict(["很好", "x\ud800"])
     model, tokenizer = qwen_min.load("large", "float32", "cpu")
@@ -191,7 +191,7 @@ def test_a_head_whose_scores_overflow_decides_nothing(more, capsys):
     err = one_line(capsys)
     assert "scores of the head that are not finite" in err and "train again" in err
     with pytest.raises(UserError, match="scores of the head that are not finite"):
-        qwen_min.load_run("run", "cpu").predict(["很好"])
+        qwen_min.Classifier.from_run("run", "cpu").predict(["很好"])
 
 
 # A link to nothing
@@ -350,7 +350,7 @@ def test_methods_that_score_no_words_need_no_tokens_of_them(capsys):
         assert results_of()["label_ids"] is None and results_of()["label_mass"] is None
         assert evaluate.main(["--run", method, "--explain", "很好"]) == 0
         rows = rows_of("out.jsonl")
-        scores = qwen_min.load_run(method, "cpu").scores(TEXTS[:6])
+        scores = qwen_min.Classifier.from_run(method, "cpu").scores(TEXTS[:6])
         np.testing.assert_allclose(scores, [row["scores"] for row in rows[:6]], atol=1e-4)
         if method == "head_only":
             head = load_file("head_only/head.safetensors")

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "command": {"mechanics", "fast", "files", "lab", "command", "terminal", "cli", "lora"},
     "tiny": {"mechanics", "fast", "files", "cli"},
     "lora": {"lora"},
-    "entry": {"report", "command"},  # qwen_min/__init__.py and qwen_min/audit.py
+    "entry": {"report", "command"},  # qwen_min/__init__.py, audit.py and predict.py
     "scripts": {"mechanics", "fast", "files", "lab", "command", "terminal", "cli", "lora"},
 }
 # Of these a module imports some others of its own room, in this order only.
@@ -113,7 +113,7 @@ def room(module: str) -> str:
         return "mechanics"
     if rest in ("command.terminal", "command.cli"):
         return rest.removeprefix("command.")
-    return rest.partition(".")[0] if rest not in ("", "audit") else "entry"
+    return rest.partition(".")[0] if rest not in ("", "audit", "predict") else "entry"
 
 
 def imported_at_top(source: str) -> set[str]:

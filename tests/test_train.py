@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import train
 from lora import lora_parameters
-from qwen_min import load_run
+from qwen_min import Classifier
 from qwen_min.errors import UserError
 from qwen_min.fast import forms
 from qwen_min.files.data import held_out_split, read_examples
@@ -961,7 +961,7 @@ def test_a_result_that_is_not_the_runs_is_refused(
         (line,) = capsys.readouterr().err.splitlines()
         assert f"error: {run}: " in line and "is not what its training wrote" in line
     with pytest.raises(UserError, match="is not what its training wrote"):
-        load_run(run, "cpu")
+        Classifier.from_run(run, "cpu")
     write_record(run, result_hash=None)  # as of an older version: not known
     assert evaluate.main(evaluation) == 0
 

@@ -15,6 +15,9 @@ from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, DEFAULT_TEM
 SAMPLE = Path(__file__).parent.parent / "sample"  # reviews written for this project
 UNTRAINED = ("zero_shot", "zero_shot_generate")
 SCORE_LABELS = ("zero_shot", "lora_label_scoring")
+# The corrections of lab/calibration.py that can be applied. The last three need more than words.
+CALIBRATIONS = ("length_normalised", "contextual", "pmi_dc", "domain_context", "batch")
+CALIBRATIONS += ("temperature",)
 # What an evaluation takes from a run, unless it is given on the command line.
 RESTORED = ("model", "labels", "template", "max_text_tokens", "dtype", "chat", "system")
 
@@ -135,14 +138,16 @@ def with_run(args: argparse.Namespace, given: dict) -> tuple[argparse.Namespace,
         raise UserError("--run brings its own adapter; give --run or --adapter, not both")
     check_evaluation(args, given)
     # Settings other than the run's own: their results get a file of their own.
+    if args.calibration:
+        changed.append(f"calibration={args.calibration}")
     args.changed = changed + ["plain"] * args.plain
     return args, record
 
 
 def check_evaluation(args: argparse.Namespace, given: dict) -> None:
     """Refuse options that the method, or --explain, has no use for."""
-    for name in ("label_sets", "calibrate"):
-        if getattr(args, name) and args.method not in SCORE_LABELS:
+    for name in ("label_sets", "calibrate", "calibration"):
+        if getattr(args, name, None) and args.method not in SCORE_LABELS:
             expected = f"expected --method {' or '.join(SCORE_LABELS)}"
             raise UserError(f"{option(name)} is about scores of label words; {expected}")
     text, row = (getattr(args, name, None) for name in ("explain", "explain_row"))
@@ -152,8 +157,8 @@ def check_evaluation(args: argparse.Namespace, given: dict) -> None:
         raise UserError(f"--explain {args.explain!r}: no text; give the one to be explained")
     if args.method == "zero_shot_generate":
         raise UserError("--explain shows scores, which zero_shot_generate has not; use zero_shot")
-    unused = ["data", "limit"] * (row is None)
-    unused += ["train_data", "output", "predictions", "label_sets", "calibrate", "errors"]
+    unused = ["data", "limit"] * (row is None) + ["train_data", "output", "predictions"]
+    unused += ["label_sets", "calibrate", "calibration", "errors"]
     if found := [option(name) for name in unused if name in given]:
         raise UserError(f"--explain looks at one text and prints; leave out {', '.join(found)}")
 

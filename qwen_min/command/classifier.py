@@ -194,7 +194,12 @@ class Outcome:
 
     predictions: np.ndarray  # (n,), class numbers
     scores: np.ndarray | None  # (n, C); None: the predictions were read from answers
-    all_scores: np.ndarray | None  # (n, all words of the prompts)
+    all_scores: np.ndarray | None  # (n, all words of the prompts), without --calibration
     answers: list[str | None] | None
     seconds: float
     error: NotFinite | None  # if some rows have numbers that are not finite
+
+    @property
+    def raw_scores(self) -> np.ndarray:
+        """`scores` (n, C) without the correction of --calibration."""
+        return self.all_scores[:, : self.scores.shape[1]]

@@ -70,7 +70,7 @@ def parse_with_given(
         if isinstance(value, str) and value != value.encode("utf-8", "replace").decode():
             parser.error(f"{option(name)} {value!r} is not valid UTF-8")
     # argparse fills in a default only where the namespace has no value yet.
-    unset = object()
+    unset: list = []  # a list, because an option that can be repeated extends a copy of it
     again = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     return args, {name: value for name, value in vars(again).items() if value is not unset}
 

@@ -4,18 +4,24 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwen_min.command.arguments import UNTRAINED
+from qwen_min.command.arguments import CALIBRATIONS, UNTRAINED
 from qwen_min.command.classifier import Evaluation, Outcome, Scorer, Source, forms
 from qwen_min.command.finite import dtype_name
 from qwen_min.command.task import read_rows
 from qwen_min.command.terminal import WIDTH, clipped, one_line, progress_bar, text_table
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example
+from qwen_min.files.disk import read_json, refuse_malformed
 from qwen_min.metrics import OFF_TRACK, softmax
 from qwen_min.prompt import Prompt, shorten
+
+if TYPE_CHECKING:
+    from qwen_min.lab.calibration import Correction
 
 
 def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict[str, Callable[[], object]]:
@@ -28,14 +34,17 @@ def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict[str, Callable[
         rows = (evaluation.prompts, outcome.all_scores)
         inside["label_sets"] = partial(compare_sets, evaluation.true_classes, sets, *rows)
     if args.calibrate:
-        inside["calibration"] = partial(calibrate, evaluation, outcome.scores)
+        inside["calibration"] = partial(calibrate, evaluation, outcome.raw_scores)
     return inside
 
 
 def neutral_prompts(
     source: Source, examples: Sequence[Example], training: tuple[str, list[Example]] | None
 ) -> tuple:
-    """The prompts that --calibrate scores besides the rows: a `Neutral`."""
+    """The prompts that --calibrate scores besides the rows: a `Neutral`.
+
+    Without examples it has no random texts.
+    """
     from qwen_min.lab import calibration
 
     task = source.task
@@ -48,22 +57,75 @@ def neutral_prompts(
     held_out = None
     if training and (rows := calibration.held_out_rows(training[1], examples, split)):
         held_out = np.array([row.label for row in rows]), prompts_of([row.text for row in rows])
+    if held_out is None and source.args.calibration == "temperature":
+        found = "no held-out rows of training data to fit it on"
+        raise UserError(f"--calibration temperature: {found}; name the file by --train-data")
     texts = [example.text for example in examples]
-    random = prompts_of(calibration.random_texts(texts, source.args.seed))
+    random = prompts_of(calibration.random_texts(texts, source.args.seed) if texts else [])
     premise = prompts_of([""], calibration.premise_template(task.template))
     return calibration.Neutral(prompts_of(calibration.CONTENT_FREE), random, premise, held_out)
 
 
 def calibrate(evaluation: Evaluation, scores: np.ndarray) -> dict[str, dict]:
     """--calibrate: the scores (n, C) corrected in each way, and how the corrections do."""
-    from qwen_min.lab.calibration import Neutral, calibrations
+    from qwen_min.lab.calibration import Neutral, calibrations, token_counts
 
     *others, held_out = evaluation.neutral
     with progress_bar(unit=" rows", desc="calibration") as bar:
         score = partial(evaluation.scorer.scores, progress=bar.update)
         neutral = Neutral(*map(score, others), held_out and (held_out[0], score(held_out[1])))
-    lengths = np.array([[*map(len, words)] for words in evaluation.label_ids])
+    lengths = token_counts(evaluation.label_ids)
     return calibrations(evaluation.true_classes, scores, lengths, neutral)
+
+
+def apply_calibration(evaluation: Evaluation, outcome: Outcome) -> tuple[dict, Outcome]:
+    """--calibration: what the results say of the correction, and the outcome that it gives."""
+    name, scores = evaluation.source.args.calibration, outcome.scores
+    if not name:
+        return {}, outcome
+    from qwen_min.lab.calibration import learn, token_counts
+
+    finite = np.isfinite(scores).all(axis=1)
+    correction = learn(name, scores[finite], evaluation.neutral, evaluation.scorer.scores)
+    scores = correction.apply(scores, token_counts(evaluation.label_ids))
+    applied = {"applied_calibration": correction._asdict()}
+    return applied, replace(outcome, predictions=scores.argmax(axis=1), scores=scores)
+
+
+def correction_of(source: Source) -> "Callable[[Scorer], Correction]":
+    """What makes the correction of new texts: --calibration NAME, or FILE with a learned one.
+
+    Raises UserError if it needs more than the prompt, and for results of another model or prompt.
+    """
+    from qwen_min.lab.calibration import Correction, learn
+
+    name, alone = source.args.calibration, CALIBRATIONS[:3]
+    if name in alone:
+        neutral = neutral_prompts(source, [], None)
+        return lambda scorer: learn(name, None, neutral, scorer.scores)
+    make = "evaluate.py --calibration NAME --output FILE"
+    if name in CALIBRATIONS:
+        known = f"make results with {make}, then give --calibration FILE"
+        raise UserError(f"--calibration {name} is learned from data: {known}")
+    fields = {"applied": CALIBRATIONS, "log_prior": (list, None), "temperature": (float, None)}
+    kind, advice = "results with a calibration", f"give {', '.join(alone)} or a FILE of {make}"
+    needed = {"applied_calibration": fields, "method": str, "label_ids": [[int]]}
+    results = read_json(Path(name), kind, advice, **needed)
+    applied = results["applied_calibration"]
+    (prompt,) = source.task.prompts(["N/A"], ["--calibration"])
+    own = {
+        "method": source.args.method,
+        **source.identity,
+        "label_ids": [*map(list, prompt.labels)],
+    }
+    if differs := [key for key, value in own.items() if results.get(key) != value]:
+        found = f"was learned with another model, prompt or words ({', '.join(differs)} differ)"
+        raise UserError(f"--calibration {name}: {found}; {advice}")
+    with refuse_malformed(Path(name), kind, advice):
+        prior = applied["log_prior"] or [0.0] * len(prompt.labels)
+        if np.array(prior, dtype=np.float64).shape != (len(prompt.labels),):
+            raise ValueError("log_prior has not one number for each class")
+    return lambda scorer: Correction(*(applied[key] for key in fields))
 
 
 def print_inside(evaluation: Evaluation, outcome: Outcome, results: dict) -> None:

@@ -37,6 +37,8 @@ def format_results(results: Mapping) -> str:
         facts["AUC-ROC"] = number(results["auc_roc"])
         facts["Brier"] = f"{number(results['brier'])}   {results['brier_kind']}"
         facts["ECE"] = f"{number(results['ece'])}   15 bins"
+    if applied := results.get("applied_calibration"):
+        facts["calibration"] = f"{applied['applied']}   decisions are by corrected scores"
     if results["label_mass"] is not None:
         mass = number(results["label_mass"])
         facts["label mass"] = f"{mass}   probability that the answer begins with a label word"

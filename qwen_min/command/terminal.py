@@ -68,7 +68,7 @@ def progress_bar(**options: object) -> "tqdm":
     """tqdm's bar, if stderr is a terminal. It moves the cursor, so it writes without SafeStream."""
     from tqdm import tqdm
 
-    return tqdm(file=getattr(sys.stderr, "stream", sys.stderr), disable=None, **options)
+    return tqdm(file=getattr(sys.stderr, "stream", sys.stderr), **{"disable": None} | options)
 
 
 def columns(text: str) -> int:

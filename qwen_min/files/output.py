@@ -77,6 +77,41 @@ class Output:
             raise UserError(f"{error}; {rescue}") from None
 
 
+class RowFile:
+    """A file that grows by whole rows; it replaces an existing one when it gets its first."""
+
+    def __init__(self, path: str | Path):
+        self.path, self.rows = Path(path), 0
+        self._file: int | None = None  # a descriptor: what it is given is not held back in memory
+        self._bytes = 0
+
+    def append(self, data: bytes, rows: int) -> None:
+        """Write `data`, which is so many rows. If that fails, the file ends with the row before.
+
+        Raises UserError.
+        """
+        advice = "make room or name another file"
+        if self._file is None:
+            write_atomically(self.path, data, advice)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        else:
+            written = 0
+            with one_line_error(self.path, advice):
+                try:
+                    while written < len(data):
+                        written += os.write(self._file, data[written:])
+                except BaseException:
+                    os.ftruncate(self._file, self._bytes)
+                    raise
+        self._bytes += len(data)
+        self.rows += rows
+
+    def close(self) -> None:
+        """Close the file; nothing is left to be written."""
+        if self._file is not None:
+            os.close(self._file)
+
+
 def open_outputs(paths: Paths, inputs: Paths) -> list[Output | None]:
     """An Output for each path that is not None. Raises UserError as `refuse_inputs` does."""
     refuse_inputs(paths, inputs)

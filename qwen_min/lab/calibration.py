@@ -14,7 +14,7 @@ No correction uses the labels of evaluated rows. `best_threshold` does: it is a 
 correction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -121,8 +121,33 @@ def held_out_rows(
     return rows[:TEMPERATURE_ROWS]
 
 
-def log_priors(scores: np.ndarray, neutral: Neutral) -> dict[str, np.ndarray]:
-    """The log priors (C,) by the name of their correction.
+class Correction(NamedTuple):
+    """A correction by its name in NAMES, with what it learned. JSON can hold it."""
+
+    applied: str
+    log_prior: list[float] | None = None  # (C,)
+    temperature: float | None = None
+
+    def apply(self, scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Scores (n, C), corrected. lengths (n, C): the numbers of the words' tokens.
+
+        length_normalised is s_y / (y's tokens), the mean log-probability of a token (Brown et al.
+        2020, arXiv:2005.14165, section 2.4).
+        """
+        if self.applied == "length_normalised":
+            return scores / lengths
+        return (scores - np.array(self.log_prior or 0.0)) / (self.temperature or 1.0)
+
+
+def learn(
+    name: str,
+    scores: np.ndarray | None,
+    neutral: Neutral,
+    score: Callable[[Sequence[Prompt]], np.ndarray] = lambda scored: scored,
+) -> Correction:
+    """The correction `name`, learned from the scores (n, C) of the rows, or from neutral inputs.
+
+    score: computes the scores of `neutral`, if it holds prompts.
 
     contextual: the mean of q over inputs without content, such as "N/A" (Zhao et al. 2021,
     arXiv:2102.09690, section 5).
@@ -134,12 +159,24 @@ def log_priors(scores: np.ndarray, neutral: Neutral) -> dict[str, np.ndarray]:
     batch: the mean of q over the evaluated rows themselves, which assumes that the classes are
     about equally frequent in them (Zhou et al. 2023, arXiv:2309.17249).
     """
-    return {
-        "contextual": log_mean_probability(neutral.content_free),
-        "domain_context": log_mean_probability(neutral.random),
-        "pmi_dc": neutral.premise[0],
-        "batch": log_mean_probability(scores),
-    }
+    log_prior, temperature = None, None
+    if name == "contextual":
+        log_prior = log_mean_probability(score(neutral.content_free)).tolist()
+    elif name == "domain_context":
+        log_prior = log_mean_probability(score(neutral.random)).tolist()
+    elif name == "pmi_dc":
+        log_prior = score(neutral.premise)[0].tolist()
+    elif name == "batch":
+        log_prior = log_mean_probability(scores).tolist()
+    elif name == "temperature":
+        labels, rows = neutral.held_out
+        temperature = fit_temperature(labels, score(rows))
+    return Correction(name, log_prior, temperature)
+
+
+def token_counts(label_ids: Sequence[Sequence[tuple[int, ...]]]) -> np.ndarray:
+    """Of each row's words, given as token ids, the number of tokens: (n, C)."""
+    return np.array([[*map(len, words)] for words in label_ids])
 
 
 def calibrations(
@@ -147,19 +184,17 @@ def calibrations(
 ) -> dict[str, dict]:
     """For each correction of `scores`: its measures, its prior (C,) and temperature, if any.
 
-    lengths (n, C): the numbers of the words' tokens. length_normalised is s_y / (y's tokens), the
-    mean log-probability of a token (Brown et al. 2020, arXiv:2005.14165, section 2.4).
+    lengths (n, C): the numbers of the words' tokens. neutral: scores.
     """
-    none = {"prior": None, "temperature": None}
-    found = {"raw": measures(labels, scores) | none}
-    found["length_normalised"] = measures(labels, scores / lengths) | none
-    for name, log_prior in log_priors(scores, neutral).items():
-        prior = softmax([log_prior])[0].tolist()
-        found[name] = measures(labels, scores - log_prior) | none | {"prior": prior}
-    if neutral.held_out is not None:
-        t = fit_temperature(*neutral.held_out)
-        of_fit = {"temperature": t, "held_out_rows": len(neutral.held_out[0])}
-        found["temperature"] = measures(labels, scores / t) | none | of_fit
+    found = {}
+    for name in NAMES:
+        if name != "temperature" or neutral.held_out is not None:
+            learned = learn(name, scores, neutral)
+            prior = learned.log_prior and softmax([learned.log_prior])[0].tolist()
+            found[name] = measures(labels, learned.apply(scores, lengths))
+            found[name] |= {"prior": prior, "temperature": learned.temperature}
+    if "temperature" in found:
+        found["temperature"]["held_out_rows"] = len(neutral.held_out[0])
     return found
 
 
