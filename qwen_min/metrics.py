@@ -151,12 +151,15 @@ def softmax(scores: ArrayLike) -> np.ndarray:
     return e / e.sum(axis=1, keepdims=True)
 
 
-def log_loss(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Mean of -log p(true class), in nats; finite also where p itself rounds to 0."""
+def log_loss(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Mean of -log p(true class), in nats; finite also where p itself rounds to 0.
+
+    weights (n,): of the rows in the mean; None: all count alike.
+    """
     labels, scores = _checked(labels, scores)
     shifted = scores - scores.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return float(-log_p[np.arange(len(labels)), labels].mean())
+    return float(np.average(-log_p[np.arange(len(labels)), labels], weights=weights))
 
 
 def brier_score(labels: ArrayLike, scores: ArrayLike) -> float:

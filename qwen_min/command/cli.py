@@ -1,6 +1,7 @@
 """Parsing and error output of every command: a user's mistake is one line and exit status 2."""
 
 import argparse
+import difflib
 import io
 import os
 import re
@@ -20,7 +21,15 @@ class CommandParser(argparse.ArgumentParser):
     """Reports a wrong argument as `run_command` reports any other mistake."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {one_line(message)}; --help shows the arguments\n")
+        wrong, known = "", list(self._option_string_actions)
+        if found := re.match(r"unrecognized arguments: (?:.*? )?(-[^\s=]+)", message):
+            wrong, message = found[1], f"unknown option {found[1]}"
+        elif found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            wrong, known = found[1], re.findall(r"[\w-]+", found[2])
+        advice = "--help shows the arguments"
+        if near := difflib.get_close_matches(wrong, known, n=1):
+            advice = f"did you mean {near[0]}?"
+        self.exit(2, f"error: {one_line(message)}; {advice}\n")
 
     def _print_message(self, message: str, file: TextIO | None = None) -> None:
         show_codes(file)  # --help has Chinese examples
@@ -37,7 +46,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 def make_parser(description: str) -> CommandParser:
     """A parser whose help keeps the description's examples and shows every default."""
-    return CommandParser(description=description, formatter_class=HelpFormatter)
+    how = {"formatter_class": HelpFormatter, "allow_abbrev": False}
+    return CommandParser(description=description, **how)
 
 
 def positive_int(text: str) -> int:
@@ -73,6 +83,17 @@ def parse_with_given(
     unset = object()
     again = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     return args, {name: value for name, value in vars(again).items() if value is not unset}
+
+
+def refuse_unused(parser: argparse.ArgumentParser, method: str, given: dict) -> None:
+    """Raise UserError for given options of a group whose title names other methods only."""
+    methods = next(action.choices for action in parser._actions if action.dest == "method")
+    for group in parser._action_groups:
+        users = (group.title or "").split(", ")
+        unused = [option(a.dest) for a in group._group_actions if a.dest in given]
+        if unused and method not in users and set(users) <= set(methods):
+            found = f"--method {method} has no use for {', '.join(unused)}"
+            raise UserError(f"{found}, of {' and '.join(users)}: leave out what it does not use")
 
 
 def option(name: str) -> str:

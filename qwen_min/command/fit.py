@@ -1,19 +1,25 @@
 """A training in a run directory: the loop of training.py with log, checkpoints and signals."""
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor, nn
 
 from qwen_min.command.classifier import Source
 from qwen_min.command.finite import first_not_finite
+from qwen_min.command.task import Task, check_classes, read_rows
 from qwen_min.command.terminal import progress_bar
+from qwen_min.errors import UserError
 from qwen_min.files import run as run_files
-from qwen_min.files.data import Example
+from qwen_min.files.data import HELD_OUT, Example, class_counts, held_out_split
 from qwen_min.files.disk import read_json, write_atomically, write_json
+from qwen_min.files.overlap import normalised, stand_in
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.training import Plan, best_step, make_optimizer, training_steps
@@ -32,6 +38,57 @@ class Job:
     prompts: Sequence[Prompt]  # of each example
     training: Sequence[int]  # rows to train on
     held_out: Sequence[int]  # rows that choose penalty, layer or step
+    weights: Sequence[float] | None  # of each class in the losses; None: none are given
+
+    def place(self, row: int) -> str:
+        """The file and the line where a row stands."""
+        args = self.source.args
+        file = args.dev if args.dev and row in self.held_out else args.data
+        return f"{file}, line {self.examples[row].line}"
+
+
+def class_weights(
+    argument: str | None, labels: Sequence[str], classes: Sequence[int]
+) -> list[float] | None:
+    """The weight of each class, from --class-weights: (C,); None if it is not given.
+
+    balanced: n / (C · n_y) over the n rows trained on, whose classes these are. Their mean over
+    these rows is one. Raises UserError for numbers that cannot be weights, or are not C.
+    """
+    if argument is None:
+        return None
+    if argument == "balanced":
+        return (len(classes) / len(labels) / np.bincount(classes)).tolist()
+    with suppress(ValueError):
+        weights = [float(number) for number in argument.split(",")]
+        if len(weights) == len(labels) and all(1e-9 <= weight <= 1e9 for weight in weights):
+            return weights
+    expected = f"balanced, or a number above 0 for each of {', '.join(labels)}: 1,2.5"
+    raise UserError(f"--class-weights {argument!r}: expected {expected}")
+
+
+def split_rows(
+    args: argparse.Namespace, task: Task, before: dict | None
+) -> tuple[list[Example], list[int], list[int]]:
+    """The examples; and of them the rows to train on, and those held out: a part of --data, or all
+    rows of --dev, which then stand behind those of --data."""
+    examples = read_rows(args, task, before)
+    if args.dev is None:
+        training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
+        check_classes(args, task, examples, training)
+        return examples, training, held_out
+    check_classes(args, task, examples, range(len(examples)))
+    other = argparse.Namespace(**vars(args) | {"data": args.dev, "limit": None})
+    dev = read_rows(other, task, {"labels_read_as": examples[0].read_as})
+    texts = [[normalised(example.text) for example in rows] for rows in (dev, examples)]
+    n, counts = len(examples), class_counts(dev, len(task.labels))
+    if both := stand_in(*texts):
+        found = f"{len(both)} of its {len(dev)} texts are in {args.data} too"
+        print(f"warning: {args.dev}: {found}; on them it measures memory", file=sys.stderr)
+    if absent := [word for word, count in zip(task.labels, counts, strict=True) if not count]:
+        found = f"no row of {', '.join(absent)}; what it chooses may suit the other classes alone"
+        print(f"warning: {args.dev}: {found}", file=sys.stderr)
+    return [*examples, *dev], list(range(n)), list(range(n, n + len(dev)))
 
 
 class Stopped(Exception):
@@ -50,7 +107,7 @@ class Training:
     lengths: Sequence[int]  # tokens of each row
     loss: Callable[[list[int]], Tensor]  # of rows: the sum of their losses, with gradient
     parts: Callable[[list[int]], list[list[int]]]  # the rows of one step, cut into forwards
-    evaluate: Callable[[], dict]  # on held-out rows: held_out_log_loss at least
+    evaluate: Callable[[], dict]  # on held-out rows: held_out_log_loss and held_out_accuracy
     save: Callable[[Path], None]  # the parameters, into a directory
     eval_every: int | None  # steps; None: twice an epoch
     save_every: int  # steps; every evaluation saves too
@@ -86,7 +143,9 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
     log = run / "log.jsonl"
     run_files.trim_log(log, state["step"])
     stop = run_files.StopRequest()
-    bar = progress_bar(total=steps, initial=state["step"], unit=" steps")
+    total = plan.epochs * sum(training.lengths)  # tokens
+    # Steps differ in tokens: of those that are done, the share is about that of the steps.
+    bar = progress_bar(total=total, initial=total * state["step"] // steps, desc="training")
     try:
         step_started = time.perf_counter()
         how = (training.loss, training.parts, state["step"])
@@ -96,11 +155,14 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
             speed = tokens / (time.perf_counter() - step_started)
             numbers = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}
             run_files.append_log(log, step=step.number, **numbers, tokens_per_s=speed)
-            bar.update()
-            bar.set_postfix(loss=f"{step.loss:.3f}", lr=f"{step.lr:.1e}", tok_s=f"{speed:.0f}")
+            shown = {"step": f"{step.number}/{steps}", "loss": f"{step.loss:.3f}"}
+            bar.set_postfix(shown, lr=f"{step.lr:.1e}", refresh=False)
+            bar.update(min(tokens, total - bar.n))
             last = step.number == steps
             if evaluates := step.number % eval_every == 0 or last:
                 state["history"].append({"step": step.number, **training.evaluate()})
+                bar.clear()  # the line takes its place; the next step draws it again
+                print(evaluation_line(state["history"], steps), flush=True)
             if evaluates or step.number % training.save_every == 0 or stop.signal is not None:
                 state["seconds"] = before + time.perf_counter() - started
                 run_files.save_checkpoint(run, step.number, write)
@@ -113,6 +175,16 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
         bar.close()
         stop.restore()
     return {**state, "best_step": best_step(state["history"])}
+
+
+def evaluation_line(history: Sequence[dict], steps: int) -> str:
+    """The last evaluation on the held-out part, for a person."""
+    step, loss, accuracy = (
+        history[-1][key] for key in ("step", "held_out_log_loss", "held_out_accuracy")
+    )
+    best = "  best so far" * (best_step(history) == step)
+    found = f"held-out log-loss {loss:.4f}  accuracy {accuracy:.4f}"
+    return f"step {step} of {steps}  {found}{best}"
 
 
 def with_best_saved(run: Path, history: list[dict]) -> list[dict]:
