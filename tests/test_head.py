@@ -145,10 +145,14 @@ def test_endoftext_in_a_text_does_not_move_pooling(reference):
             torch.testing.assert_close(found, pool(states, pooling), **FP32)
 
 
-def test_progress_counts_every_row(model):
-    seen = []
-    pooled_features(model, random_prompts(9), "last", False, 60, seen.append)
-    assert sum(seen) == 9 and len(seen) > 1
+def tokens_of(prompts) -> int:
+    return sum(len(prompt.ids) for prompt in prompts)
+
+
+def test_progress_counts_every_token(model):
+    prompts, seen = random_prompts(9), []
+    pooled_features(model, prompts, "last", False, 60, seen.append)
+    assert sum(seen) == tokens_of(prompts) and len(seen) > 1
 
 
 # Kept features
@@ -175,7 +179,7 @@ def kept_features(
     pooling,
     all_layers,
     batch_tokens,
-    progress=lambda rows: None,
+    progress=lambda tokens: None,
 ) -> Tensor:
     """`cached_features`, as train.py calls it."""
 
@@ -191,12 +195,12 @@ def test_kept_features_are_not_run_again(model, forwards, tmp_path, monkeypatch)
     prompts, directory, seen = random_prompts(10), tmp_path / "a" / "features", []
     arguments = (directory, "weights", model, prompts, "last", True, 60)
     first = kept_features(*arguments, seen.append)
-    assert sum(forwards) == sum(seen) == 10
+    assert (sum(forwards), sum(seen)) == (10, tokens_of(prompts))
     expected = pooled_features(model, prompts, "last", True, HUGE)
     torch.testing.assert_close(first, expected, **FP32)
     forwards.clear(), seen.clear()
     assert torch.equal(kept_features(*arguments, seen.append), first)
-    assert (sum(forwards), sum(seen)) == (0, 10)
+    assert (sum(forwards), sum(seen)) == (0, tokens_of(prompts))
     assert len(os.listdir(directory)) == 3  # ten rows by four
     # How many tokens a forward takes changes no state, and so not the key.
     assert torch.equal(kept_features(*arguments[:-1], HUGE), first)

@@ -21,14 +21,11 @@ class CommandParser(argparse.ArgumentParser):
     """Reports a wrong argument as `run_command` reports any other mistake."""
 
     def error(self, message: str) -> NoReturn:
-        wrong, known = "", list(self._option_string_actions)
-        if found := re.match(r"unrecognized arguments: (?:.*? )?(-[^\s=]+)", message):
-            wrong, message = found[1], f"unknown option {found[1]}"
-        elif found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
-            wrong, known = found[1], re.findall(r"[\w-]+", found[2])
         advice = "--help shows the arguments"
-        if near := difflib.get_close_matches(wrong, known, n=1):
-            advice = f"did you mean {near[0]}?"
+        if found := re.match(r"unrecognized arguments: (?:.*? )?(-[^\s=]+)", message):
+            message = f"unknown option {found[1]}"
+            if near := difflib.get_close_matches(found[1], self._option_string_actions, n=1):
+                advice = f"did you mean {near[0]}?"
         self.exit(2, f"error: {one_line(message)}; {advice}\n")
 
     def _print_message(self, message: str, file: TextIO | None = None) -> None:
@@ -92,8 +89,8 @@ def refuse_unused(parser: argparse.ArgumentParser, method: str, given: dict) -> 
         users = (group.title or "").split(", ")
         unused = [option(a.dest) for a in group._group_actions if a.dest in given]
         if unused and method not in users and set(users) <= set(methods):
-            found = f"--method {method} has no use for {', '.join(unused)}"
-            raise UserError(f"{found}, of {' and '.join(users)}: leave out what it does not use")
+            found = f"{', '.join(unused)}: for {' and '.join(users)}, not for {method}"
+            raise UserError(f"{found}; leave {'them' if unused[1:] else 'it'} out")
 
 
 def option(name: str) -> str:

@@ -84,7 +84,9 @@ def split_rows(
     n, counts = len(examples), class_counts(dev, len(task.labels))
     if both := stand_in(*texts):
         found = f"{len(both)} of its {len(dev)} texts are in {args.data} too"
-        print(f"warning: {args.dev}: {found}; on them it measures memory", file=sys.stderr)
+        print(
+            f"warning: {args.dev}: {found}; on them the log-loss measures memory", file=sys.stderr
+        )
     if absent := [word for word, count in zip(task.labels, counts, strict=True) if not count]:
         found = f"no row of {', '.join(absent)}; what it chooses may suit the other classes alone"
         print(f"warning: {args.dev}: {found}", file=sys.stderr)
@@ -107,7 +109,7 @@ class Training:
     lengths: Sequence[int]  # tokens of each row
     loss: Callable[[list[int]], Tensor]  # of rows: the sum of their losses, with gradient
     parts: Callable[[list[int]], list[list[int]]]  # the rows of one step, cut into forwards
-    evaluate: Callable[[], dict]  # on held-out rows: held_out_log_loss and held_out_accuracy
+    evaluate: Callable[[], dict]  # on held-out rows: held_out_log_loss at least
     save: Callable[[Path], None]  # the parameters, into a directory
     eval_every: int | None  # steps; None: twice an epoch
     save_every: int  # steps; every evaluation saves too
@@ -179,12 +181,10 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
 
 def evaluation_line(history: Sequence[dict], steps: int) -> str:
     """The last evaluation on the held-out part, for a person."""
-    step, loss, accuracy = (
-        history[-1][key] for key in ("step", "held_out_log_loss", "held_out_accuracy")
-    )
-    best = "  best so far" * (best_step(history) == step)
-    found = f"held-out log-loss {loss:.4f}  accuracy {accuracy:.4f}"
-    return f"step {step} of {steps}  {found}{best}"
+    names = {key: key.removeprefix("held_out_").replace("_", "-") for key in history[-1]}
+    numbers = [f"{names[key]} {value:.4f}" for key, value in history[-1].items() if key != "step"]
+    best = ["best so far"] * (best_step(history) == (step := history[-1]["step"]))
+    return f"step {step} of {steps}  held-out " + "  ".join(numbers + best)
 
 
 def with_best_saved(run: Path, history: list[dict]) -> list[dict]:

@@ -1,5 +1,6 @@
 """What --label-sets, --calibrate and --explain show: qwen_min.lab, put to one evaluation."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -41,8 +42,11 @@ def neutral_prompts(
         places = [f"--calibrate, input {text!r}" for text in texts]
         return task.prompts(texts, places, template=template)
 
-    split = source.record["arguments"]["data_seed"] if source.record else 0
-    held_out = None
+    own = source.record["arguments"] if source.record else {}
+    split, held_out = own.get("data_seed", 0), None
+    if own.get("dev"):  # all rows of its training data were trained on
+        print(f"note: no temperature: {own['dev']} was this run's held-out part", file=sys.stderr)
+        training = None
     if training and (rows := calibration.held_out_rows(training[1], examples, split)):
         held_out = np.array([row.label for row in rows]), prompts_of([row.text for row in rows])
     texts = [example.text for example in examples]
