@@ -287,7 +287,10 @@ def test_a_file_that_is_not_the_runs_own_is_refused(change, reference, tmp_path)
 
 def test_a_probe_has_no_vectors_to_train(base, data, tmp_path, capsys):
     args = arguments("head_only", base, data, tmp_path / "run", "--train-embeddings")
-    assert "--train-embeddings changes states that head_only" in one_line(capsys, 2, *args)
+    assert (
+        "--train-embeddings: for lora_head and lora_label_scoring, not for head_only"
+        in one_line(capsys, 2, *args)
+    )
 
 
 def test_a_run_from_before_the_option_goes_on_and_is_evaluated(base, data, tmp_path, capsys):
