@@ -121,16 +121,14 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
     """Train in steps; the best step on the held-out part becomes the run's result.
 
     losses(prompts, true classes, checkpointing, weights) is the sum of these rows' losses, each
-    times its class's weight, with gradient. A step divides it by its number of rows.
+    times its class's weight, with gradient. A step divides it by its number of rows: balanced
+    weights have a mean of one.
     """
     args, model = job.source.args, job.model
     prompts = [job.prompts[row] for row in job.training]
     labels = [job.examples[row].label for row in job.training]
     true = np.array([job.examples[row].label for row in job.held_out])
     lengths = [len(prompt.ids) for prompt in prompts]
-
-    def weights(classes: Sequence[int]) -> list[float] | None:
-        return None if job.weights is None else [job.weights[y] for y in classes]
 
     def parts(rows: list[int]) -> list[list[int]]:
         cut = forms(args.plain).token_budget_batches
@@ -148,12 +146,12 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
             raise TrainingFailed(f"the held-out row of {place}: {error}") from None
         model.train()
         accuracy = float((scores.argmax(axis=1) == true).mean())
-        log_p = log_loss(true, scores, weights(true))
+        log_p = log_loss(true, scores, job.weights)
         return {"held_out_log_loss": log_p, "held_out_accuracy": accuracy}
 
     def loss(rows: list[int]) -> Tensor:
-        chosen, classes = [prompts[i] for i in rows], [labels[i] for i in rows]
-        return losses(chosen, classes, args.checkpointing, weights(classes))
+        chosen = [prompts[i] for i in rows], [labels[i] for i in rows]
+        return losses(*chosen, args.checkpointing, job.weights)
 
     how = (trained.save, args.eval_every, args.save_every)
     training = Training(trained.parameters, lengths, loss, parts, evaluate, *how)
@@ -201,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command(args: argparse.Namespace) -> int:
         with lock_run(args):  # before anything of the run is read
             args = run_arguments(args, given)
-            cli.refuse_unused(parser, args.method, given)
+            cli.refuse_unused(parser, METHODS, args.method, given)
             return train(args)
 
     return cli.run_command(command, args)
@@ -214,8 +212,8 @@ def train(args: argparse.Namespace) -> int:
     refuse_inputs([args.merge], [task.directory, run])
     refuse_inputs([args.feature_cache], [task.directory, args.adapter])
     examples, training, held_out = split_rows(args, task, before)
-    trained_on = [examples[row].label for row in training]
-    weights = class_weights(args.class_weights, task.labels, trained_on)
+    labels = [examples[row].label for row in training]
+    weights = class_weights(args.class_weights, task.labels, labels)
     own = len(training) if args.dev else len(examples)  # rows of --data
     prompts = row_prompts(args.data, task, examples[:own])
     prompts += row_prompts(args.dev, task, examples[own:]) if args.dev else []
@@ -247,9 +245,6 @@ def train(args: argparse.Namespace) -> int:
     record = start_record(run, record, args.resume)
     source = Source(args, task, device, record)
     if not record["finished"]:
-        if weights:
-            shown = zip(task.labels, weights, strict=True)
-            print("class weights: " + ", ".join(f"{word} {w:.4g}" for word, w in shown))
         job = Job(source, run, model, examples, prompts, training, held_out, weights)
         if status := run_job(job, frozen):
             return status

@@ -116,13 +116,12 @@ def fit_head(
     deviation = deviation.clamp_min(1e-6)  # a constant feature becomes 0
     x, z = (train.double() - mean) / deviation, (held_out.double() - mean) / deviation
     y = torch.from_numpy(train_labels)
-    by_row = None if weights is None else weights[held_out_labels].numpy()  # (m,)
     tried, solution = [], None
     for l2 in L2_GRID:
         solution = solve_logistic(x, y, num_classes, l2, solution, weights)
         scores = F.linear(z, solution[:, :-1], solution[:, -1]).numpy()
         accuracy = float((scores.argmax(axis=1) == held_out_labels).mean())
-        loss = log_loss(held_out_labels, scores, by_row)
+        loss = log_loss(held_out_labels, scores, weights)
         found = {"l2": l2, "held_out_log_loss": loss, "held_out_accuracy": accuracy}
         tried.append((found, solution))
     found, solution = min(tried, key=lambda pair: pair[0]["held_out_log_loss"])

@@ -154,12 +154,13 @@ def softmax(scores: ArrayLike) -> np.ndarray:
 def log_loss(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> float:
     """Mean of -log p(true class), in nats; finite also where p itself rounds to 0.
 
-    weights (n,): of the rows in the mean; None: all count alike.
+    weights (C,): each row counts as much as its true class's weight; None: all alike.
     """
     labels, scores = _checked(labels, scores)
     shifted = scores - scores.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return float(np.average(-log_p[np.arange(len(labels)), labels], weights=weights))
+    by_row = None if weights is None else np.asarray(weights)[labels]
+    return float(np.average(-log_p[np.arange(len(labels)), labels], weights=by_row))
 
 
 def brier_score(labels: ArrayLike, scores: ArrayLike) -> float:

@@ -640,7 +640,7 @@ def compare_gradients(
 @pytest.mark.parametrize("prefix", [(), PREFIX])
 @pytest.mark.parametrize(("plain", "checkpointing"), FORMS)
 @pytest.mark.parametrize("labels", [ONE_TOKEN, SEVERAL, MIXED])
-@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 3.0, 0.25, 2.0]])
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 3.0]])
 def test_label_loss_equals_transformers(weights, labels, plain, checkpointing, prefix, pair):
     """Against full logits (B, T, V) of a padded batch, the label words' tokens picked out."""
     ours, theirs, their_parameters = adapted(pair)
@@ -656,7 +656,7 @@ def test_label_loss_equals_transformers(weights, labels, plain, checkpointing, p
     for row, (prompt, word) in enumerate(zip(prompts, words, strict=True)):
         for t, token in enumerate(word):
             log_p = log_probs[row, len(prompt.ids) + t - 1, token]
-            expected = expected - log_p * (weights[row] if weights else 1)
+            expected = expected - log_p * (weights[classes[row]] if weights else 1)
     expected.backward()
     # A sum of 5 to 13 negative log-probabilities of up to a few tens.
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
@@ -667,7 +667,7 @@ def test_label_loss_equals_transformers(weights, labels, plain, checkpointing, p
 
 @pytest.mark.parametrize("prefix", [(), PREFIX])
 @pytest.mark.parametrize(("plain", "checkpointing"), FORMS)
-@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 3.0, 0.25, 2.0]])
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 3.0]])
 def test_head_loss_equals_transformers(weights, plain, checkpointing, prefix, pair):
     ours, theirs, their_parameters = adapted(pair)
     prompts, classes = random_prompts(5, prefix=prefix), [0, 2, 1, 0, 1]
@@ -682,7 +682,7 @@ def test_head_loss_equals_transformers(weights, plain, checkpointing, prefix, pa
     for row, (prompt, y) in enumerate(zip(prompts, classes, strict=True)):
         scores = their_weight @ states[row, len(prompt.ids) - 1]
         log_p = scores[y] - scores.exp().sum().log()
-        expected = expected - log_p * (weights[row] if weights else 1)
+        expected = expected - log_p * (weights[classes[row]] if weights else 1)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
     compare_gradients(

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import NoReturn, TextIO
 
@@ -43,8 +43,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 def make_parser(description: str) -> CommandParser:
     """A parser whose help keeps the description's examples and shows every default."""
-    how = {"formatter_class": HelpFormatter, "allow_abbrev": False}
-    return CommandParser(description=description, **how)
+    return CommandParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def positive_int(text: str) -> int:
@@ -82,9 +81,8 @@ def parse_with_given(
     return args, {name: value for name, value in vars(again).items() if value is not unset}
 
 
-def refuse_unused(parser: argparse.ArgumentParser, method: str, given: dict) -> None:
+def refuse_unused(parser: CommandParser, methods: Collection, method: str, given: dict) -> None:
     """Raise UserError for given options of a group whose title names other methods only."""
-    methods = next(action.choices for action in parser._actions if action.dest == "method")
     for group in parser._action_groups:
         users = (group.title or "").split(", ")
         unused = [option(a.dest) for a in group._group_actions if a.dest in given]

@@ -17,7 +17,7 @@ from qwen_min.command.task import Task, check_classes, read_rows
 from qwen_min.command.terminal import progress_bar
 from qwen_min.errors import UserError
 from qwen_min.files import run as run_files
-from qwen_min.files.data import HELD_OUT, Example, class_counts, held_out_split
+from qwen_min.files.data import HELD_OUT, Example, held_out_split
 from qwen_min.files.disk import read_json, write_atomically, write_json
 from qwen_min.files.overlap import normalised, stand_in
 from qwen_min.model import Qwen
@@ -42,29 +42,31 @@ class Job:
 
     def place(self, row: int) -> str:
         """The file and the line where a row stands."""
-        args = self.source.args
-        file = args.dev if args.dev and row in self.held_out else args.data
-        return f"{file}, line {self.examples[row].line}"
+        held_out = row in self.held_out and self.source.args.dev
+        return f"{held_out or self.source.args.data}, line {self.examples[row].line}"
 
 
 def class_weights(
-    argument: str | None, labels: Sequence[str], classes: Sequence[int]
+    given: str | None, labels: Sequence[str], classes: Sequence[int]
 ) -> list[float] | None:
-    """The weight of each class, from --class-weights: (C,); None if it is not given.
+    """The weight of each class, from --class-weights: (C,), and printed; None if it is not given.
 
     balanced: n / (C · n_y) over the n rows trained on, whose classes these are. Their mean over
     these rows is one. Raises UserError for numbers that cannot be weights, or are not C.
     """
-    if argument is None:
+    if given is None:
         return None
-    if argument == "balanced":
-        return (len(classes) / len(labels) / np.bincount(classes)).tolist()
+    weights = []
+    if given == "balanced":
+        weights = (len(classes) / len(labels) / np.bincount(classes)).tolist()
     with suppress(ValueError):
-        weights = [float(number) for number in argument.split(",")]
-        if len(weights) == len(labels) and all(1e-9 <= weight <= 1e9 for weight in weights):
-            return weights
-    expected = f"balanced, or a number above 0 for each of {', '.join(labels)}: 1,2.5"
-    raise UserError(f"--class-weights {argument!r}: expected {expected}")
+        weights = weights or [float(number) for number in given.split(",")]
+    if len(weights) != len(labels) or not all(1e-9 <= weight <= 1e9 for weight in weights):
+        expected = f"balanced, or a number above 0 for each of {', '.join(labels)}: 1,2.5"
+        raise UserError(f"--class-weights {given!r}: expected {expected}")
+    shown = (f"{word} {weight:.4g}" for word, weight in zip(labels, weights, strict=True))
+    print(f"class weights: {', '.join(shown)}")
+    return weights
 
 
 def split_rows(
@@ -80,16 +82,13 @@ def split_rows(
     check_classes(args, task, examples, range(len(examples)))
     other = argparse.Namespace(**vars(args) | {"data": args.dev, "limit": None})
     dev = read_rows(other, task, {"labels_read_as": examples[0].read_as})
-    texts = [[normalised(example.text) for example in rows] for rows in (dev, examples)]
-    n, counts = len(examples), class_counts(dev, len(task.labels))
-    if both := stand_in(*texts):
-        found = f"{len(both)} of its {len(dev)} texts are in {args.data} too"
-        print(
-            f"warning: {args.dev}: {found}; on them the log-loss measures memory", file=sys.stderr
-        )
-    if absent := [word for word, count in zip(task.labels, counts, strict=True) if not count]:
-        found = f"no row of {', '.join(absent)}; what it chooses may suit the other classes alone"
-        print(f"warning: {args.dev}: {found}", file=sys.stderr)
+    both = stand_in(*([normalised(row.text) for row in rows] for rows in (dev, examples)))
+    absent = [word for y, word in enumerate(task.labels) if all(row.label != y for row in dev)]
+    repeated = f"{len(both)} of its {len(dev)} texts are in {args.data} too: the log-loss on them"
+    warnings = {f"{repeated} measures memory": both, f"no row of {', '.join(absent)}": absent}
+    for said in filter(warnings.get, warnings):
+        print(f"warning: {args.dev}: {said}", file=sys.stderr)
+    n = len(examples)
     return [*examples, *dev], list(range(n)), list(range(n, n + len(dev)))
 
 
@@ -157,8 +156,7 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
             speed = tokens / (time.perf_counter() - step_started)
             numbers = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}
             run_files.append_log(log, step=step.number, **numbers, tokens_per_s=speed)
-            shown = {"step": f"{step.number}/{steps}", "loss": f"{step.loss:.3f}"}
-            bar.set_postfix(shown, lr=f"{step.lr:.1e}", refresh=False)
+            bar.set_postfix_str(f"step {step.number}/{steps}, loss {step.loss:.3f}", refresh=False)
             bar.update(min(tokens, total - bar.n))
             last = step.number == steps
             if evaluates := step.number % eval_every == 0 or last:
@@ -181,10 +179,10 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
 
 def evaluation_line(history: Sequence[dict], steps: int) -> str:
     """The last evaluation on the held-out part, for a person."""
-    names = {key: key.removeprefix("held_out_").replace("_", "-") for key in history[-1]}
-    numbers = [f"{names[key]} {value:.4f}" for key, value in history[-1].items() if key != "step"]
-    best = ["best so far"] * (best_step(history) == (step := history[-1]["step"]))
-    return f"step {step} of {steps}  held-out " + "  ".join(numbers + best)
+    numbers = [f"{name} {value:.4f}" for name, value in history[-1].items() if name != "step"]
+    best = ["best so far"] * (best_step(history) == history[-1]["step"])
+    names = "  ".join(numbers + best).replace("held_out_", "").replace("_", "-")
+    return f"step {history[-1]['step']} of {steps}  held-out {names}"
 
 
 def with_best_saved(run: Path, history: list[dict]) -> list[dict]:

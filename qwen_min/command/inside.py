@@ -60,8 +60,8 @@ def calibrate(evaluation: Evaluation, scores: np.ndarray) -> dict[str, dict]:
     from qwen_min.lab.calibration import Neutral, calibrations
 
     *others, held_out = evaluation.neutral
-    prompts = [p for part in (*others, held_out[1] if held_out else []) for p in part]
-    total = sum(len(prompt.ids) for prompt in prompts)
+    parts = (*others, *(held_out or ())[1:])
+    total = sum(len(prompt.ids) for prompts in parts for prompt in prompts)
     with progress_bar(total=total, desc="calibration") as bar:
         score = partial(evaluation.scorer.scores, progress=bar.update)
         neutral = Neutral(*map(score, others), held_out and (held_out[0], score(held_out[1])))

@@ -49,9 +49,9 @@ def generate_answers(
 def label_losses(
     model: Qwen, prompts: Prompts, classes: Classes, checkpointing: bool, weights: Weights = None
 ) -> Tensor:
-    """Sum over rows of the true label's `label_loss`, times the row's weight, with gradient."""
-    rows = zip(prompts, classes, weights or [1.0] * len(prompts), strict=True)
-    return sum(weight * label_loss(model, p.ids, p.labels[y]) for p, y, weight in rows)
+    """Sum over rows of the true label's `label_loss`, times the class's weight, with gradient."""
+    rows, by = zip(prompts, classes, strict=True), weights or [1.0] * len(prompts[0].labels)
+    return sum(by[y] * label_loss(model, prompt.ids, prompt.labels[y]) for prompt, y in rows)
 
 
 def head_losses(
@@ -62,9 +62,9 @@ def head_losses(
     checkpointing: bool,
     weights: Weights = None,
 ) -> Tensor:
-    """Sum over rows of `head_loss`, times the row's weight, with gradient."""
-    rows = zip(prompts, classes, weights or [1.0] * len(prompts), strict=True)
-    return sum(by * head_loss(model, weight, prompt.ids, y) for prompt, y, by in rows)
+    """Sum over rows of `head_loss`, times the class's weight, with gradient."""
+    rows, by = zip(prompts, classes, strict=True), weights or [1.0] * len(weight)
+    return sum(by[y] * head_loss(model, weight, prompt.ids, y) for prompt, y in rows)
 
 
 def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -82,7 +82,7 @@ def progress_bar(**options: object) -> "tqdm":
     stream = getattr(sys.stderr, "stream", sys.stderr)
     if stream.isatty():
         return tqdm(file=stream, **options)
-    line = "{desc}: {percentage:.0f}% of {total_fmt} tokens, {rate_fmt}, {remaining} left{postfix}"
+    line = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}"
     every = {"delay": LOG_SECONDS, "mininterval": LOG_SECONDS, "miniters": 1}
     return Lines(file=io.StringIO(), bar_format=line, **every, **options)
 

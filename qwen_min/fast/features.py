@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_min.fast.batching import token_budget_batches
-from qwen_min.fast.label_scores import last_states, loss_sum
+from qwen_min.fast.label_scores import last_states
 from qwen_min.fast.layout import Text, pack
 from qwen_min.fast.packed import forward_packed
 from qwen_min.model import Qwen
@@ -57,10 +57,11 @@ def head_losses(
     checkpointing: bool,
     weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum over rows of `head_loss`, times the row's weight in `weights`, with gradient.
+    """Sum over rows of `head_loss`, times the class's weight in `weights` (C,), with gradient.
 
     weight (C, D), of the head, in fp32.
     """
     h = last_states(model, [p.ids for p in prompts], [1] * len(prompts), checkpointing)  # (rows, D)
     targets = torch.tensor(classes, device=weight.device)
-    return loss_sum(F.linear(h.float(), weight), targets, weights)
+    by_class = None if weights is None else weight.new_tensor(weights)
+    return F.cross_entropy(F.linear(h.float(), weight), targets, by_class, reduction="sum")

@@ -145,20 +145,17 @@ def label_losses(
     checkpointing: bool = False,
     weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum over rows of `label_loss` for the true class, times the row's weight, with gradient."""
+    """Sum over rows of `label_loss` for the true class, with gradient.
+
+    weights (C,): each row's loss is multiplied by its class's weight.
+    """
     labels = [prompt.labels[y] for prompt, y in zip(prompts, classes, strict=True)]
     # A label's last token is a target only, not an input.
     texts = [(*p.ids, *label[:-1]) for p, label in zip(prompts, labels, strict=True)]
     h = last_states(model, texts, [len(label) for label in labels], checkpointing)
     targets = torch.tensor([token for label in labels for token in label], device=h.device)
-    if weights is not None:
-        weights = [w for w, label in zip(weights, labels, strict=True) for _ in label]
-    return loss_sum(model.logits(h), targets, weights)
-
-
-def loss_sum(logits: Tensor, targets: Tensor, weights: Sequence[float] | None) -> Tensor:
-    """Cross-entropy (rows, V) → its sum, of each row times its weight, with gradient."""
     if weights is None:
-        return F.cross_entropy(logits, targets, reduction="sum")
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    return losses @ losses.new_tensor(weights)
+        return F.cross_entropy(model.logits(h), targets, reduction="sum")
+    losses = F.cross_entropy(model.logits(h), targets, reduction="none")  # (tokens,)
+    by_token = [weights[y] for y, label in zip(classes, labels, strict=True) for _ in label]
+    return losses @ losses.new_tensor(by_token)
