@@ -174,7 +174,7 @@ def test_evaluation_gives_the_held_out_figures_of_the_run(dtype, base, data, tmp
     assert train.main(args) == 0
     scores = scores_of(capsys, "--run", run, "--data", data)
     examples = read_examples(data, WORDS.split(","))
-    _, held_out = held_out_split(examples, train.HELD_OUT, 0)
+    _, held_out = held_out_split(examples)
     labels = np.array([examples[i].label for i in held_out])
     found = record(run)
     best = next(h for h in found["history"] if h["step"] == found["best_step"])

@@ -499,7 +499,7 @@ def test_non_finite_loss_stops_before_the_step(base, data, tmp_path, capsys, mon
     line = one_line(capsys, 1, *args, "--batch-tokens", 4096)  # one forward a step
     assert "step 5" in line
     named = [int(row) for row in line.split("rows [")[1].split("]")[0].split(", ")]
-    training, _ = held_out_split(read_examples(data, WORDS.split(",")), train.HELD_OUT, 0)
+    training, _ = held_out_split(read_examples(data, WORDS.split(",")))
     # Lines of the file, whose first is the header; the fifth step's eight rows.
     assert len(named) == 8
     assert set(named) <= {row + 2 for row in training}
