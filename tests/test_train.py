@@ -672,7 +672,7 @@ def test_other_settings_are_another_file(runs, data, tmp_path, capsys):
 def test_a_mistake_leaves_no_run_behind(more, base, data, tmp_path, capsys):
     method = "lora_head" if more[0] == "--alpha" else "head_only"
     one_line(capsys, 2, *arguments(method, base, data, tmp_path / "run", *more))
-    assert train.main(arguments(method, base, data, tmp_path / "run", "--epochs", 1)) == 0
+    assert train.main(arguments(method, base, data, tmp_path / "run")) == 0
     capsys.readouterr()
 
 
@@ -945,10 +945,10 @@ def test_a_result_that_is_not_the_runs_is_refused(
     method, more, change, base, data, tmp_path, capsys
 ):
     run, other = tmp_path / "run", tmp_path / "other"
-    args = arguments(method, base, data, run, "--epochs", 1, *more)
+    args = arguments(method, base, data, run, *more)
     assert train.main(args) == 0
     if change is other_seed:
-        args = arguments(method, base, data, other, "--epochs", 1, "--seed", 1)
+        args = arguments(method, base, data, other, "--seed", 1)
         assert train.main(args) == 0
     evaluation = ["--run", str(run), "--data", str(data)]
     assert evaluate.main(evaluation) == 0
