@@ -219,7 +219,7 @@ def classify(evaluation: Evaluation) -> Outcome:
     if scorer.by == "label words":
         warn_about_labels(evaluation.label_ids[0], words)
     started = time.perf_counter()
-    with progress_bar(total=len(evaluation.examples), unit=" rows") as bar:
+    with progress_bar(total=sum(len(p.ids) for p in prompts), desc="evaluation") as bar:
         try:
             if scorer.by == "answers":
                 stop = evaluation.source.identity["stop_ids"]

@@ -30,13 +30,13 @@ from qwen_min.command import arguments, cli
 from qwen_min.command.classifier import Source, forms
 from qwen_min.command.export import export, padding
 from qwen_min.command.finite import NotFinite, check_finite, dtype_name
-from qwen_min.command.fit import Job, Stopped, Training, fit, why_failed
+from qwen_min.command.fit import Job, Stopped, Training, class_weights, fit, split_rows, why_failed
 from qwen_min.command.summary import format_layers
-from qwen_min.command.task import check_classes, read_rows, read_task, row_prompts
+from qwen_min.command.task import read_task, row_prompts
 from qwen_min.command.terminal import progress_bar
 from qwen_min.command.trained import Trainable, attach_adapter, identity, result_hash
 from qwen_min.errors import UserError
-from qwen_min.files.data import HELD_OUT, examples_hash, held_out_split
+from qwen_min.files.data import examples_hash
 from qwen_min.files.disk import write_json
 from qwen_min.files.output import refuse_inputs
 from qwen_min.files.overlap import fed_rows
@@ -69,7 +69,7 @@ def head_only(job: Job) -> dict:
         # Kept with the run: the head means nothing without the states that it was solved on.
         publish(Path(args.adapter), job.run / ADAPTER)
     started = time.perf_counter()
-    with progress_bar(total=len(job.prompts), unit=" rows", desc="features") as bar:
+    with progress_bar(total=sum(len(p.ids) for p in job.prompts), desc="features") as bar:
         how = (args.pooling, layers != [last], args.batch_tokens, bar.update)
 
         def compute(prompts: Sequence[Prompt]) -> Tensor:
@@ -78,8 +78,7 @@ def head_only(job: Job) -> dict:
                 check_finite(model, prompts, states.isfinite().flatten(1).all(dim=1))
             except NotFinite as error:
                 row = job.prompts.index(prompts[error.rows[0]])
-                where = f"{args.data}, line {job.examples[row].line}: {error}"
-                raise NotFinite(where, [row], None) from None
+                raise NotFinite(f"{job.place(row)}: {error}", [row], None) from None
             return states
 
         directory = Path(args.feature_cache or job.run / "features")
@@ -89,7 +88,8 @@ def head_only(job: Job) -> dict:
     seconds_features = time.perf_counter() - started
     labels, classes = np.array([e.label for e in job.examples]), len(job.source.task.labels)
     rows = (job.training, job.held_out)
-    found, head = fit_layers(features, layers, labels, *rows, classes, args.pooling)
+    weights = None if job.weights is None else torch.tensor(job.weights, dtype=torch.float64)
+    found, head = fit_layers(features, layers, labels, *rows, classes, args.pooling, weights)
     save_head(job.run / HEAD, head)
     print(format_layers(found, head.layer))
     return {
@@ -121,7 +121,9 @@ METHODS = {method.__name__: method for method in (head_only, lora_head, lora_lab
 def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> dict:
     """Train in steps; the best step on the held-out part becomes the run's result.
 
-    losses(prompts, true classes, checkpointing) is the sum of these rows' losses, with gradient.
+    losses(prompts, true classes, checkpointing, weights) is the sum of these rows' losses, each
+    times its class's weight, with gradient. A step divides it by its number of rows: balanced
+    weights have a mean of one.
     """
     args, model = job.source.args, job.model
     prompts = [job.prompts[row] for row in job.training]
@@ -141,15 +143,16 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
         try:
             scores = scorer.scores([job.prompts[row] for row in job.held_out])
         except NotFinite as error:
-            line = job.examples[job.held_out[error.rows[0]]].line
-            raise TrainingFailed(f"the held-out row in line {line}: {error}") from None
+            place = job.place(job.held_out[error.rows[0]])
+            raise TrainingFailed(f"the held-out row of {place}: {error}") from None
         model.train()
         accuracy = float((scores.argmax(axis=1) == true).mean())
-        return {"held_out_log_loss": log_loss(true, scores), "held_out_accuracy": accuracy}
+        log_p = log_loss(true, scores, job.weights)
+        return {"held_out_log_loss": log_p, "held_out_accuracy": accuracy}
 
     def loss(rows: list[int]) -> Tensor:
         chosen = [prompts[i] for i in rows], [labels[i] for i in rows]
-        return losses(*chosen, args.checkpointing)
+        return losses(*chosen, args.checkpointing, job.weights)
 
     how = (trained.save, args.eval_every, args.save_every)
     training = Training(trained.parameters, lengths, loss, parts, evaluate, *how)
@@ -173,7 +176,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", choices=METHODS, help="required, unless --resume")
     # Activation memory grows with the tokens in one forward.
     arguments.add_data_arguments(parser, "train.tsv", batch_tokens=1024)
+    own = "your own held-out part, like --data; then all rows of --data are trained on"
+    parser.add_argument("--dev", metavar="FILE", help=own)
     parser.add_argument("--data-seed", type=cli.seed, default=0, help="of the held-out part")
+    losses = "in the losses: balanced (a rare class counts more), or one for each class: 1,2.5"
+    parser.add_argument("--class-weights", metavar="W,W", help=losses)
     arguments.add_prompt_arguments(parser)
     arguments.add_machine_arguments(parser)
     add = parser.add_argument_group("run").add_argument
@@ -188,11 +195,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    args, given = cli.parse_with_given(build_parser(), argv)
+    parser = build_parser()
+    args, given = cli.parse_with_given(parser, argv)
 
     def command(args: argparse.Namespace) -> int:
         with lock_run(args):  # before anything of the run is read
-            return train(run_arguments(args, given))
+            args = run_arguments(args, given)
+            cli.refuse_unused(parser, METHODS, args.method, given)
+            return train(args)
 
     return cli.run_command(command, args)
 
@@ -208,10 +218,12 @@ def train(args: argparse.Namespace) -> int:
         record = start_record(run, identity(task, args.adapter), args.resume)
         return export(Source(args, task, device, record), run)
     refuse_inputs([args.feature_cache], [task.directory, args.adapter])
-    examples = read_rows(args, task, before)
-    training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
-    check_classes(args, task, examples, training)
-    prompts = row_prompts(args.data, task, examples)
+    examples, training, held_out = split_rows(args, task, before)
+    labels = [examples[row].label for row in training]
+    weights = class_weights(args.class_weights, task.labels, labels)
+    own = len(training) if args.dev else len(examples)  # rows of --data
+    prompts = row_prompts(args.data, task, examples[:own])
+    prompts += row_prompts(args.dev, task, examples[own:]) if args.dev else []
     fed_rows(task.directory, examples)  # warns if the model was made from some of the rows
     model = load_model(task.directory, args.dtype, device)
     frozen = dict(model.named_parameters())
@@ -229,7 +241,9 @@ def train(args: argparse.Namespace) -> int:
         "dtype": dtype_name(model),
         **identity(task, args.adapter),
         "frozen_before": fingerprint(frozen.items()),
-        "data_hash": examples_hash(examples),
+        "data_hash": examples_hash(examples[:own]),
+        "dev_hash": examples_hash(examples[own:]) if args.dev else None,
+        "class_weights": weights,
         "training_rows": len(training),
         "held_out_rows": len(held_out),
         "truncated_rows": sum(prompt.truncated for prompt in prompts),
@@ -239,7 +253,7 @@ def train(args: argparse.Namespace) -> int:
     record = start_record(run, record, args.resume)
     source = Source(args, task, device, record)
     if not record["finished"]:
-        job = Job(source, run, model, examples, prompts, training, held_out)
+        job = Job(source, run, model, examples, prompts, training, held_out, weights)
         if status := run_job(job, frozen):
             return status
     print(f"{run}: finished; evaluate it with: python evaluate.py --run {run} --data FILE")

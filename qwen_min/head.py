@@ -60,12 +60,19 @@ def head_loss(model: Qwen, weight: Tensor, prompt: Sequence[int], label: int) ->
 
 
 def solve_logistic(
-    x: Tensor, y: Tensor, num_classes: int, l2: float, start: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    num_classes: int,
+    l2: float,
+    start: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Minimise mean cross-entropy + l2/2 · |W|² by L-BFGS in float64, until the largest gradient is
     at most 1e-7, in at most 1,000 iterations.
 
     x (n, D), y (n,) → (C, D + 1): W, and as last column the bias, which is not penalised.
+    weights (C,), float64: of the classes. The mean is then Σ w_y · loss / Σ w_y over the rows, so
+    scikit-learn's LogisticRegression(C=1 / (l2 · Σ w_y), class_weight=w) has the same minimum.
     """
     x, zeros = x.double(), torch.zeros(num_classes, x.shape[1] + 1, dtype=torch.float64)
     parameters = (zeros if start is None else start.double().clone()).requires_grad_(True)
@@ -80,7 +87,8 @@ def solve_logistic(
     def closure() -> Tensor:
         optimizer.zero_grad()
         weight, bias = parameters[:, :-1], parameters[:, -1]
-        loss = F.cross_entropy(F.linear(x, weight, bias), y) + l2 / 2 * weight.square().sum()
+        loss = F.cross_entropy(F.linear(x, weight, bias), y, weights)
+        loss = loss + l2 / 2 * weight.square().sum()
         loss.backward()
         return loss
 
@@ -94,13 +102,15 @@ def fit_head(
     held_out: Tensor,
     held_out_labels: np.ndarray,
     num_classes: int,
+    weights: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor], dict]:
     """A probe on one layer's features; log-loss on the held-out part chooses its penalty.
 
     train (n, D), held_out (m, D) → weight (C, D) and bias (C,), fp32, and what was found: l2,
     held_out_log_loss, held_out_accuracy. Features are standardised with the training part's mean
     and standard deviation, so that the penalty treats all alike. The result is folded back into W
-    and b: the head applies to the states as they are.
+    and b: the head applies to the states as they are. weights (C,), float64: of the classes, in
+    both losses.
     """
     mean, deviation = train.double().mean(dim=0), train.double().std(dim=0)
     deviation = deviation.clamp_min(1e-6)  # a constant feature becomes 0
@@ -108,10 +118,10 @@ def fit_head(
     y = torch.from_numpy(train_labels)
     tried, solution = [], None
     for l2 in L2_GRID:
-        solution = solve_logistic(x, y, num_classes, l2, start=solution)
+        solution = solve_logistic(x, y, num_classes, l2, solution, weights)
         scores = F.linear(z, solution[:, :-1], solution[:, -1]).numpy()
         accuracy = float((scores.argmax(axis=1) == held_out_labels).mean())
-        loss = log_loss(held_out_labels, scores)
+        loss = log_loss(held_out_labels, scores, weights)
         found = {"l2": l2, "held_out_log_loss": loss, "held_out_accuracy": accuracy}
         tried.append((found, solution))
     found, solution = min(tried, key=lambda pair: pair[0]["held_out_log_loss"])
@@ -128,17 +138,18 @@ def fit_layers(
     held_out: Sequence[int],
     num_classes: int,
     pooling: str,
+    weights: Tensor | None = None,
 ) -> tuple[dict[int, dict], LinearHead]:
     """`fit_head` on each of `layers`: what each found, and the head of least held-out log-loss.
 
     features (n, L + 1, D), of all layers, or (n, 1, D), of one; labels (n,). training and held_out
-    are rows of both.
+    are rows of both. weights (C,), float64: as in `fit_head`.
     """
     found, heads = {}, {}
     for layer in layers:
         x = features[:, layer if features.shape[1] > 1 else 0]
         (weight, bias), found[layer] = fit_head(
-            x[training], labels[training], x[held_out], labels[held_out], num_classes
+            x[training], labels[training], x[held_out], labels[held_out], num_classes, weights
         )
         heads[layer] = LinearHead(weight, bias, layer, pooling)
     return found, heads[min(found, key=lambda layer: found[layer]["held_out_log_loss"])]

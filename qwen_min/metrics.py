@@ -151,12 +151,16 @@ def softmax(scores: ArrayLike) -> np.ndarray:
     return e / e.sum(axis=1, keepdims=True)
 
 
-def log_loss(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Mean of -log p(true class), in nats; finite also where p itself rounds to 0."""
+def log_loss(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Mean of -log p(true class), in nats; finite also where p itself rounds to 0.
+
+    weights (C,): each row counts as much as its true class's weight; None: all alike.
+    """
     labels, scores = _checked(labels, scores)
     shifted = scores - scores.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return float(-log_p[np.arange(len(labels)), labels].mean())
+    by_row = None if weights is None else np.asarray(weights)[labels]
+    return float(np.average(-log_p[np.arange(len(labels)), labels], weights=by_row))
 
 
 def brier_score(labels: ArrayLike, scores: ArrayLike) -> float:

@@ -15,6 +15,7 @@ import torch
 from conftest import REPO
 from tqdm import tqdm
 
+import train
 from qwen_min.command.arguments import add_machine_arguments, add_prompt_arguments
 from qwen_min.command.cli import (
     CommandParser,
@@ -86,7 +87,8 @@ def test_positive_int(text):
         (["--dtype", "int8"], ("--dtype", "'int8'", "bfloat16")),
         (["--device", "tpu"], ("--device", "'tpu'", "cuda")),
         (["--labels"], ("--labels", "expected one argument")),
-        (["--bogus", "two\nlines"], ("--bogus", r"two\nlines")),
+        (["--bogus", "two\nlines"], ("unknown option --bogus;",)),
+        (["two\nlines"], (r"two\nlines",)),
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments, words, capsys):
@@ -97,6 +99,52 @@ def test_a_wrong_argument_is_one_line(arguments, words, capsys):
     assert err.startswith("error: ") and err.endswith("; --help shows the arguments\n")
     assert err.count("\n") == 1
     assert all(word in err for word in words)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--epoch", "3"], "unknown option --epoch; did you mean --epochs?"),
+        (["--epoch=3"], "unknown option --epoch; did you mean --epochs?"),
+        (["--metod", "x"], "unknown option --metod; did you mean --method?"),
+        (["-dtype", "x"], "unknown option -dtype; did you mean --dtype?"),
+        (["--zzz"], "unknown option --zzz; --help shows the arguments"),
+    ],
+)
+def test_a_misspelt_option_is_answered_with_the_nearest(typed, said, capsys):
+    """Abbreviations too: --epoch would be taken, as long as no other option began with it."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--method", "lora_head", *typed])
+    assert (stop.value.code, *capsys.readouterr()) == (2, "", f"error: {said}\n")
+
+
+@pytest.mark.parametrize(
+    ("method", "typed", "said"),
+    [
+        (
+            "head_only",
+            ["--lr", "1e-3"],
+            "--lr: for lora_head and lora_label_scoring, not for head_only; leave it out",
+        ),
+        ("head_only", ["--epochs", "2", "--r", "4"], "--r, --epochs: for lora_head and"),
+        ("head_only", ["--train-embeddings"], "--train-embeddings: for lora_head and"),
+        (
+            "lora_head",
+            ["--layer", "best"],
+            "--layer: for head_only, not for lora_head; leave it out",
+        ),
+        (
+            "lora_label_scoring",
+            ["--adapter", "x", "--pooling", "mean"],
+            "--pooling, --adapter: for head_only",
+        ),
+    ],
+)
+def test_options_that_a_method_ignores_are_refused(method, typed, said, tmp_path, capsys):
+    """Also those that have their default's value."""
+    run = tmp_path / "run"
+    assert train.main(["--method", method, "--output", str(run), *typed]) == 2
+    assert said in capsys.readouterr().err and not run.exists()
 
 
 def test_a_device_that_is_there_is_taken_and_another_refused(monkeypatch):
@@ -114,8 +162,8 @@ def test_a_device_that_is_there_is_taken_and_another_refused(monkeypatch):
 
 
 def test_what_was_typed_is_told_from_the_defaults():
-    """Also where the typed value is the default's, or only a beginning of the name was typed."""
-    args, given = parse_with_given(parser(), ["--dtype", "auto", "--lim", "3"])
+    """Also where the typed value is the default's."""
+    args, given = parse_with_given(parser(), ["--dtype", "auto", "--limit", "3"])
     assert (args.dtype, args.limit, args.max_text_tokens) == ("auto", 3, 256)
     assert given == {"dtype": "auto", "limit": 3}
     assert parse_with_given(parser(), [])[1] == {}

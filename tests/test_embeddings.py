@@ -174,7 +174,7 @@ def test_evaluation_gives_the_held_out_figures_of_the_run(dtype, base, data, tmp
     assert train.main(args) == 0
     scores = scores_of(capsys, "--run", run, "--data", data)
     examples = read_examples(data, WORDS.split(","))
-    _, held_out = held_out_split(examples, train.HELD_OUT, 0)
+    _, held_out = held_out_split(examples)
     labels = np.array([examples[i].label for i in held_out])
     found = record(run)
     best = next(h for h in found["history"] if h["step"] == found["best_step"])
@@ -287,7 +287,10 @@ def test_a_file_that_is_not_the_runs_own_is_refused(change, reference, tmp_path)
 
 def test_a_probe_has_no_vectors_to_train(base, data, tmp_path, capsys):
     args = arguments("head_only", base, data, tmp_path / "run", "--train-embeddings")
-    assert "--train-embeddings changes states that head_only" in one_line(capsys, 2, *args)
+    assert (
+        "--train-embeddings: for lora_head and lora_label_scoring, not for head_only"
+        in one_line(capsys, 2, *args)
+    )
 
 
 def test_a_run_from_before_the_option_goes_on_and_is_evaluated(base, data, tmp_path, capsys):

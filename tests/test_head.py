@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from conftest import make_reference
 from safetensors.torch import save
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss as sk_log_loss
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 
 import qwen_min.fast.features as features_module
@@ -18,7 +21,9 @@ import qwen_min.fast.label_scores as label_scores_module
 import qwen_min.files.probe as probe_module
 import qwen_min.head as head_mechanics
 from lora import ATTENTION, MLP, inject_lora, lora_parameters
+from qwen_min.command import plain as plain_forms
 from qwen_min.command.arguments import candidate_layers
+from qwen_min.command.fit import class_weights
 from qwen_min.command.summary import format_layers
 from qwen_min.errors import UserError
 from qwen_min.fast.features import head_losses, pooled_features
@@ -31,7 +36,6 @@ from qwen_min.head import (
     LinearHead,
     fit_head,
     fit_layers,
-    head_loss,
     pooled_state,
     solve_logistic,
 )
@@ -145,10 +149,14 @@ def test_endoftext_in_a_text_does_not_move_pooling(reference):
             torch.testing.assert_close(found, pool(states, pooling), **FP32)
 
 
-def test_progress_counts_every_row(model):
-    seen = []
-    pooled_features(model, random_prompts(9), "last", False, 60, seen.append)
-    assert sum(seen) == 9 and len(seen) > 1
+def tokens_of(prompts) -> int:
+    return sum(len(prompt.ids) for prompt in prompts)
+
+
+def test_progress_counts_every_token(model):
+    prompts, seen = random_prompts(9), []
+    pooled_features(model, prompts, "last", False, 60, seen.append)
+    assert sum(seen) == tokens_of(prompts) and len(seen) > 1
 
 
 # Kept features
@@ -175,7 +183,7 @@ def kept_features(
     pooling,
     all_layers,
     batch_tokens,
-    progress=lambda rows: None,
+    progress=lambda tokens: None,
 ) -> Tensor:
     """`cached_features`, as train.py calls it."""
 
@@ -191,12 +199,12 @@ def test_kept_features_are_not_run_again(model, forwards, tmp_path, monkeypatch)
     prompts, directory, seen = random_prompts(10), tmp_path / "a" / "features", []
     arguments = (directory, "weights", model, prompts, "last", True, 60)
     first = kept_features(*arguments, seen.append)
-    assert sum(forwards) == sum(seen) == 10
+    assert (sum(forwards), sum(seen)) == (10, tokens_of(prompts))
     expected = pooled_features(model, prompts, "last", True, HUGE)
     torch.testing.assert_close(first, expected, **FP32)
     forwards.clear(), seen.clear()
     assert torch.equal(kept_features(*arguments, seen.append), first)
-    assert (sum(forwards), sum(seen)) == (0, 10)
+    assert (sum(forwards), sum(seen)) == (0, tokens_of(prompts))
     assert len(os.listdir(directory)) == 3  # ten rows by four
     # How many tokens a forward takes changes no state, and so not the key.
     assert torch.equal(kept_features(*arguments[:-1], HUGE), first)
@@ -281,7 +289,7 @@ def test_a_damaged_file_is_computed_again(damage, model, tmp_path):
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert torch.equal(kept_features(*arguments, seen.append), first)
-    assert sum(seen) == 3
+    assert sum(seen) == tokens_of(arguments[3])
     assert path.read_bytes() == whole
 
 
@@ -332,6 +340,42 @@ def test_logistic_regression_equals_scikit_learn(classes, l2):
     # Two solvers, each with a gradient below 1e-6, on a curvature of 1e-3 or more.
     np.testing.assert_allclose(weight, theirs.coef_, atol=1e-4)
     np.testing.assert_allclose(bias, expected_bias, atol=1e-4)
+
+
+@pytest.mark.parametrize(("classes", "given"), [(2, "balanced"), (3, "balanced"), (3, [1, 9, 0.2])])
+def test_class_weights_equal_scikit_learn(classes, given):
+    """Classes of unequal sizes: the whole probe, penalty chosen, on standardised features."""
+    x, y = blobs(120, classes)
+    kept = torch.arange(120)[(y != 1) | (torch.arange(120) % 4 == 1)]  # of class 1 every few rows
+    x, y = x[kept], y[kept]
+    train, held_out = (x[:-20], y[:-20]), (x[-20:], y[-20:].numpy())
+    names, theirs = [str(i) for i in range(classes)], given
+    argument = given if given == "balanced" else ",".join(map(str, given))
+    weights = class_weights(argument, names, train[1].tolist())
+    expected = compute_class_weight(
+        given if given == "balanced" else dict(enumerate(given)),
+        classes=np.arange(classes),
+        y=train[1].numpy(),
+    )
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
+
+    by_class, labels = torch.tensor(weights, dtype=torch.float64), train[1].numpy()
+    arguments = (train[0], labels, *held_out, classes)
+    (weight, bias), found = fit_head(*arguments, by_class)
+    # As above; and the mean divides by the sum of the rows' weights.
+    c = (2 if classes == 2 else 1) / (found["l2"] * by_class[train[1]].sum().item())
+    scale = StandardScaler().fit(train[0])
+    scale.scale_ = train[0].std(dim=0).numpy()  # with n - 1, as the probe's
+    options = {"C": c, "tol": 1e-10, "max_iter": 10_000}
+    theirs = LogisticRegression(class_weight=dict(enumerate(weights)), **options)
+    theirs.fit(scale.transform(train[0]), labels)
+    p = theirs.predict_proba(scale.transform(held_out[0]))
+    ours = F.linear(held_out[0].float(), weight, bias).softmax(dim=1)
+    np.testing.assert_allclose(ours, p, atol=1e-4)  # two solvers, and W in fp32
+    loss = sk_log_loss(held_out[1], p, sample_weight=expected[held_out[1]], labels=range(classes))
+    assert found["held_out_log_loss"] == pytest.approx(loss, abs=1e-4)
+    (other, _), _ = fit_head(*arguments)
+    assert (other - weight).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("l2", [L2_GRID[0], L2_GRID[-1]])
@@ -596,15 +640,13 @@ def compare_gradients(
 @pytest.mark.parametrize("prefix", [(), PREFIX])
 @pytest.mark.parametrize(("plain", "checkpointing"), FORMS)
 @pytest.mark.parametrize("labels", [ONE_TOKEN, SEVERAL, MIXED])
-def test_label_loss_equals_transformers(labels, plain, checkpointing, prefix, pair):
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 3.0]])
+def test_label_loss_equals_transformers(weights, labels, plain, checkpointing, prefix, pair):
     """Against full logits (B, T, V) of a padded batch, the label words' tokens picked out."""
     ours, theirs, their_parameters = adapted(pair)
     prompts, classes = random_prompts(5, labels, prefix=prefix), [0, 1, 1, 0, 1]
-    if plain:
-        rows = zip(prompts, classes, strict=True)
-        loss = sum(label_loss(ours, prompt.ids, prompt.labels[y]) for prompt, y in rows)
-    else:
-        loss = label_losses(ours, prompts, classes, checkpointing)
+    losses = plain_forms.label_losses if plain else label_losses
+    loss = losses(ours, prompts, classes, checkpointing, weights)
     loss.backward()
 
     words = [labels[y] for y in classes]
@@ -613,7 +655,8 @@ def test_label_loss_equals_transformers(labels, plain, checkpointing, prefix, pa
     expected = torch.zeros(())
     for row, (prompt, word) in enumerate(zip(prompts, words, strict=True)):
         for t, token in enumerate(word):
-            expected = expected - log_probs[row, len(prompt.ids) + t - 1, token]
+            log_p = log_probs[row, len(prompt.ids) + t - 1, token]
+            expected = expected - log_p * (weights[classes[row]] if weights else 1)
     expected.backward()
     # A sum of 5 to 13 negative log-probabilities of up to a few tens.
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
@@ -624,23 +667,22 @@ def test_label_loss_equals_transformers(labels, plain, checkpointing, prefix, pa
 
 @pytest.mark.parametrize("prefix", [(), PREFIX])
 @pytest.mark.parametrize(("plain", "checkpointing"), FORMS)
-def test_head_loss_equals_transformers(plain, checkpointing, prefix, pair):
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 3.0]])
+def test_head_loss_equals_transformers(weights, plain, checkpointing, prefix, pair):
     ours, theirs, their_parameters = adapted(pair)
     prompts, classes = random_prompts(5, prefix=prefix), [0, 2, 1, 0, 1]
     start = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
     weight, their_weight = nn.Parameter(0.1 * start), nn.Parameter(0.1 * start)
-    if plain:
-        rows = zip(prompts, classes, strict=True)
-        loss = sum(head_loss(ours, weight, prompt.ids, y) for prompt, y in rows)
-    else:
-        loss = head_losses(ours, weight, prompts, classes, checkpointing)
+    losses = plain_forms.head_losses if plain else head_losses
+    loss = losses(ours, weight, prompts, classes, checkpointing, weights)
     loss.backward()
 
     states = theirs.base_model.model.model(padded([p.ids for p in prompts])).last_hidden_state
     expected = torch.zeros(())
     for row, (prompt, y) in enumerate(zip(prompts, classes, strict=True)):
         scores = their_weight @ states[row, len(prompt.ids) - 1]
-        expected = expected - (scores[y] - scores.exp().sum().log())
+        log_p = scores[y] - scores.exp().sum().log()
+        expected = expected - log_p * (weights[classes[row]] if weights else 1)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
     compare_gradients(

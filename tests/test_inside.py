@@ -272,8 +272,9 @@ def test_mistakes_of_answers_are_the_first(reference, tmp_path):
 def runs(reference, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("runs")
     for method in train.METHODS:
-        args = ["--method", method, "--model", reference[0], "--limit", 24, "--lr", 0.01]
-        args += ["--template", TEMPLATE, "--max-text-tokens", 20, "--epochs", 1]
+        args = ["--method", method, "--model", reference[0], "--limit", 24]
+        args += [] if method == "head_only" else ["--lr", 0.01, "--epochs", 1]
+        args += ["--template", TEMPLATE, "--max-text-tokens", 20]
         with contextlib.redirect_stdout(io.StringIO()):
             assert train.main([str(a) for a in [*args, "--output", root / method]]) == 0
     return {method: root / method for method in train.METHODS}

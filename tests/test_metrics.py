@@ -89,6 +89,9 @@ def test_probabilities_equal_scikit_learn_and_scipy():
         # scikit-learn refuses a sum that its own tolerance finds off, so p also sums to 1.
         expected = sk.log_loss(labels, p, labels=classes)
         assert m.log_loss(labels, scores) == pytest.approx(expected, rel=1e-12), seed
+        weights = np.linspace(0.1, 3, num_classes)
+        expected = sk.log_loss(labels, p, labels=classes, sample_weight=weights[labels])
+        assert m.log_loss(labels, scores, weights) == pytest.approx(expected, rel=1e-12), seed
         if num_classes == 2:
             expected = sk.brier_score_loss(labels, p[:, 1], pos_label=1)
         else:

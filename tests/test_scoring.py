@@ -110,10 +110,10 @@ def test_label_tree_runs_shared_tokens_once():
     assert label_tree(((1,), (2,))).tokens == ()
 
 
-def test_progress_counts_every_row(model):
-    seen = []
-    score_labels(model, random_prompts(9, 2), batch_tokens=60, progress=seen.append)
-    assert sum(seen) == 9
+def test_progress_counts_every_token(model):
+    prompts, seen = random_prompts(9, 2), []
+    score_labels(model, prompts, batch_tokens=60, progress=seen.append)
+    assert sum(seen) == sum(len(prompt.ids) for prompt in prompts)
     assert len(seen) > 1
 
 

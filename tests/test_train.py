@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,14 +20,16 @@ import torch
 from conftest import REPO, make_reference
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sklearn.utils.class_weight import compute_class_weight
 
 import evaluate
 import train
 from lora import lora_parameters
 from qwen_min import Classifier
+from qwen_min.command import terminal
 from qwen_min.errors import UserError
 from qwen_min.fast import forms
-from qwen_min.files.data import held_out_split, read_examples
+from qwen_min.files.data import examples_hash, held_out_split, read_examples
 from qwen_min.files.run import MANIFEST, WRITTEN, checkpoints
 from qwen_min.files.weights import load_model
 
@@ -52,7 +55,8 @@ def data(tmp_path_factory) -> Path:
 
 def arguments(method: str, base: Path, data: Path, run: Path, *more: object) -> list[str]:
     given = ["--method", method, "--model", base, "--data", data, "--output", run]
-    return [str(a) for a in (*given, "--labels", WORDS, "--lr", 0.01, "--epochs", 2, *more)]
+    steps = [] if method == "head_only" else ["--lr", 0.01, "--epochs", 2]
+    return [str(a) for a in (*given, "--labels", WORDS, *steps, *more)]
 
 
 @pytest.fixture(scope="module")
@@ -495,7 +499,7 @@ def test_non_finite_loss_stops_before_the_step(base, data, tmp_path, capsys, mon
     line = one_line(capsys, 1, *args, "--batch-tokens", 4096)  # one forward a step
     assert "step 5" in line
     named = [int(row) for row in line.split("rows [")[1].split("]")[0].split(", ")]
-    training, _ = held_out_split(read_examples(data, WORDS.split(",")), train.HELD_OUT, 0)
+    training, _ = held_out_split(read_examples(data, WORDS.split(",")))
     # Lines of the file, whose first is the header; the fifth step's eight rows.
     assert len(named) == 8
     assert set(named) <= {row + 2 for row in training}
@@ -668,7 +672,7 @@ def test_other_settings_are_another_file(runs, data, tmp_path, capsys):
 def test_a_mistake_leaves_no_run_behind(more, base, data, tmp_path, capsys):
     method = "lora_head" if more[0] == "--alpha" else "head_only"
     one_line(capsys, 2, *arguments(method, base, data, tmp_path / "run", *more))
-    assert train.main(arguments(method, base, data, tmp_path / "run", "--epochs", 1)) == 0
+    assert train.main(arguments(method, base, data, tmp_path / "run")) == 0
     capsys.readouterr()
 
 
@@ -941,10 +945,10 @@ def test_a_result_that_is_not_the_runs_is_refused(
     method, more, change, base, data, tmp_path, capsys
 ):
     run, other = tmp_path / "run", tmp_path / "other"
-    args = arguments(method, base, data, run, "--epochs", 1, *more)
+    args = arguments(method, base, data, run, *more)
     assert train.main(args) == 0
     if change is other_seed:
-        args = arguments(method, base, data, other, "--epochs", 1, "--seed", 1)
+        args = arguments(method, base, data, other, "--seed", 1)
         assert train.main(args) == 0
     evaluation = ["--run", str(run), "--data", str(data)]
     assert evaluate.main(evaluation) == 0
@@ -983,3 +987,182 @@ def test_features_stay_out_of_the_model(base, data, tmp_path, capsys):
     line = one_line(capsys, 2, *args, "--feature-cache", tmp_path / "base")
     assert "a directory that is read" in line
     assert contents(tmp_path / "base") == contents(base)
+
+
+# --- class weights, and a held-out file of one's own ----------------------------------------------
+
+
+def logged(run: Path, key: str) -> list[float]:
+    return [json.loads(line)[key] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", LORA)
+def test_class_weights_multiply_the_losses(method, base, data, tmp_path, capsys):
+    """With twice the weight on each class, a step's loss doubles; --plain weighs the same."""
+    losses, more = {}, ["--dropout", 0, "--epochs", 1, "--dtype", "float32", "--batch-size", 4]
+    for name, given in {
+        "none": [],
+        "twice": ["--class-weights", "2,2"],
+        "unequal": ["--class-weights", "1,3"],
+        "plain": ["--class-weights", "1,3", "--plain"],
+    }.items():
+        assert train.main(arguments(method, base, data, tmp_path / name, *more, *given)) == 0
+        losses[name] = logged(tmp_path / name, "loss")
+    assert losses["twice"][0] == pytest.approx(2 * losses["none"][0], rel=1e-6)
+    assert abs(losses["unequal"][0] - losses["none"][0]) > 0.1
+    # fp32 sums in another order, in ten steps from the same start.
+    np.testing.assert_allclose(losses["plain"], losses["unequal"], rtol=1e-4)
+    assert record(tmp_path / "none")["class_weights"] is None
+    assert record(tmp_path / "unequal")["class_weights"] == [1, 3]
+    plain, fast = (record(tmp_path / name)["history"] for name in ("plain", "unequal"))
+    for a, b in zip(plain, fast, strict=True):
+        assert a["held_out_log_loss"] == pytest.approx(b["held_out_log_loss"], rel=1e-3)
+    assert "class weights: 坏 1, 好 3\n" in capsys.readouterr().out
+
+
+def test_balanced_weights_are_of_the_rows_trained_on(base, data, tmp_path, capsys):
+    lines = data.read_text(encoding="utf-8").splitlines()
+    rare = [line for line in lines[1:] if line[0] == "1"][:7]
+    lines = [lines[0], *rare, *(line for line in lines[1:] if line[0] == "0")]
+    path = tmp_path / "rare.tsv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    run = tmp_path / "run"
+    args = arguments("head_only", base, path, run, "--class-weights", "balanced")
+    assert train.main(args) == 0
+    examples = read_examples(path, WORDS.split(","))
+    classes = np.array([examples[i].label for i in held_out_split(examples)[0]])
+    expected = compute_class_weight("balanced", classes=np.array([0, 1]), y=classes)
+    np.testing.assert_allclose(record(run)["class_weights"], expected, rtol=1e-12)
+    assert np.mean(expected[classes]) == pytest.approx(1)
+    assert f"class weights: 坏 {expected[0]:.4g}, 好 {expected[1]:.4g}\n" in capsys.readouterr().out
+    other = one_line(capsys, 2, "--resume", "--output", run, "--class-weights", "1,1")
+    assert "--class-weights is '1,1' but the run has 'balanced'" in other
+
+
+@pytest.mark.parametrize(
+    "given", ["0,1", "-1,2", "nan,1", "inf,1", "1", "1,2,3", "even", "", "1e-320,1"]
+)
+def test_weights_that_are_none_are_one_line(given, base, data, tmp_path, capsys):
+    args = arguments("head_only", base, data, tmp_path / "run", f"--class-weights={given}")
+    line = one_line(capsys, 2, *args)
+    assert (
+        f"--class-weights {given!r}: expected balanced, or a number above 0 for each of 坏, 好"
+        in line
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def parts(data, tmp_path) -> tuple[Path, Path]:
+    """The rows of `data` to train on and those that are held out, as two files."""
+    lines = data.read_text(encoding="utf-8").splitlines()
+    files = []
+    for rows in held_out_split(read_examples(data, WORDS.split(","))):
+        files.append(tmp_path / f"part{len(files)}.tsv")
+        content = "\n".join([lines[0], *(lines[row + 1] for row in rows)])
+        files[-1].write_text(content + "\n", encoding="utf-8")
+    return tuple(files)
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_a_held_out_file_does_what_a_held_out_part_does(
+    method, runs, base, parts, tmp_path, capsys
+):
+    training, dev = parts
+    run, whole = tmp_path / "run", record(runs[method])
+    assert train.main(arguments(method, base, training, run, "--dev", dev)) == 0
+    assert capsys.readouterr().err == ""
+    found = record(run)
+    for name in ("training_rows", "held_out_rows"):
+        assert found[name] == whole[name]
+    hashes = [examples_hash(read_examples(path, WORDS.split(","))) for path in parts]
+    assert [found["data_hash"], found["dev_hash"]] == hashes
+    if method != "head_only":  # the same rows in the same steps: equal to the bit
+        assert logged(run, "loss") == logged(runs[method], "loss")
+        assert found["result_hash"] == whole["result_hash"]
+    for entry, expected in zip(found.get("history", []), whole.get("history", []), strict=True):
+        assert entry == pytest.approx(expected, abs=1e-5)
+    if method == "head_only":  # features of other batches
+        ours, theirs = (load_file(r / "head.safetensors")["weight"] for r in (run, runs[method]))
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
+def test_what_a_held_out_file_lacks_or_repeats_is_said(base, data, parts, tmp_path, capsys):
+    training, dev = parts
+    lines = dev.read_text(encoding="utf-8").splitlines()
+    repeated = training.read_text(encoding="utf-8").splitlines()[1:3]
+    rows = [line for line in [*lines[1:], *repeated] if line[0] == "1"]
+    both = sum(line[0] == "1" for line in repeated)
+    dev.write_text("\n".join([lines[0], *rows]) + "\n", encoding="utf-8")
+    run = tmp_path / "run"
+    assert train.main(arguments("lora_head", base, training, run, "--dev", dev)) == 0
+    warnings = capsys.readouterr().err.splitlines()
+    said = [f"warning: {dev}: {both} of its {len(rows)} texts are in {training} too"] * (both > 0)
+    said += [f"warning: {dev}: no row of 坏"]
+    assert len(warnings) == len(said)
+    assert all(line.startswith(start) for line, start in zip(warnings, said, strict=True))
+
+
+def test_a_resumed_run_has_the_same_held_out_file(base, runs, parts, tmp_path, capsys):
+    training, dev = parts
+    run, moved = tmp_path / "run", tmp_path / "moved.tsv"
+    assert train.main(arguments("lora_head", base, training, run, "--dev", dev)) == 0
+    dev.rename(moved)
+    resumed = ["--resume", "--output", run]
+    capsys.readouterr()
+    assert "part1.tsv" in one_line(capsys, 2, *resumed)
+    assert train.main([*map(str, resumed), "--dev", str(moved)]) == 0
+    capsys.readouterr()
+    moved.write_text(moved.read_text(encoding="utf-8") + "1\t多一行\n", encoding="utf-8")
+    line = one_line(capsys, 2, *resumed, "--dev", moved)
+    assert "the held-out data (--dev) is not the one that was trained with (dev_hash" in line
+    line = one_line(capsys, 2, "--resume", "--output", runs["lora_head"], "--dev", moved)
+    assert "but the run has None" in line
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_class_keeps_its_only_row_in_training(seed, base, data, tmp_path, capsys):
+    """Whatever is drawn: a class without a row to train on would be refused."""
+    path, run = tmp_path / "one.tsv", tmp_path / "run"
+    rows = ["label\ttext", *(f"{i % 2}\t第{i}条" for i in range(6)), "2\t唯一一条"]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    args = ["--method", "head_only", "--model", base, "--data", path, "--output", run]
+    args += ["--labels", "坏,好,平", "--data-seed", seed, "--class-weights", "balanced"]
+    assert train.main([*map(str, args)]) == 0
+    found = record(run)
+    assert found["held_out_rows"] == 1 and found["class_weights"][2] == pytest.approx(6 / 3)
+
+
+# --- training's voice -----------------------------------------------------------------------------
+
+
+def test_evaluations_are_printed_and_a_log_gets_lines(base, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "LOG_SECONDS", 1e-9)
+    run = tmp_path / "run"
+    assert train.main(arguments("lora_head", base, data, run, "--eval-every", 4)) == 0
+    out, err = capsys.readouterr()
+    printed, best = [line for line in out.splitlines() if line.startswith("step ")], []
+    for entry in (history := record(run)["history"]):
+        best.append(entry["held_out_log_loss"])
+        line = f"step {entry['step']} of {history[-1]['step']}  held-out log-loss {best[-1]:.4f}"
+        line += f"  accuracy {entry['held_out_accuracy']:.4f}"
+        line += "  best so far" * (best[-1] < min([*best[:-1], 1e9]))
+        assert printed[len(best) - 1] == line
+    assert len(printed) == len(best) > 2
+    # A line for each step and the last one again; they count the tokens of all epochs.
+    lines, losses = err.splitlines(), logged(run, "loss")
+    assert len(lines) == len(losses) + 1
+    shape = (
+        r"training: [\d.]+k? of [\d.]+k? tokens, .*tokens/s, [\d:?]+ left, step \d+/\d+, loss .*"
+    )
+    assert all(re.fullmatch(shape, line) for line in lines), lines
+    for step, (line, loss) in enumerate(zip(lines, losses, strict=False), start=1):
+        assert f"step {step}/{len(losses)}, loss {loss:.3f}" in line
+    done, total = re.match(r"training: (\S+) of (\S+) tokens", lines[-1]).groups()
+    assert done == total
+
+
+def test_a_short_run_logs_no_progress(base, data, tmp_path, capsys):
+    for method in train.METHODS:
+        assert train.main(arguments(method, base, data, tmp_path / method)) == 0
+        assert capsys.readouterr().err == ""

@@ -171,7 +171,6 @@ def check_training(args: argparse.Namespace) -> dict | None:
     before = read_whole_run(args.output) if args.resume else None
     method, nothing = args.method, args.lora_targets == "none" and not args.train_embeddings
     words, probe = method == "lora_label_scoring", method == "head_only"
-    not_frozen, no_probe = probe and args.train_embeddings, args.adapter and not probe
     both, exists = args.plain and args.checkpointing, args.export and os.path.lexists(args.export)
     places = (os.path.realpath(place or "") for place in (args.feature_cache, args.output))
     part = os.path.relpath(*places).split(os.sep)[0].lower()  # of the run: where features would go
@@ -181,8 +180,6 @@ def check_training(args: argparse.Namespace) -> dict | None:
         "--export: head_only's head has a bias, transformers' classifier of Qwen has none; train "
         "lora_head, with --lora-targets none to keep the base as it is": probe and args.export,
         "--lora-targets none leaves nothing to train; choose attention or all": words and nothing,
-        "--train-embeddings changes states that head_only needs frozen: leave it out": not_frozen,
-        f"--adapter is for head_only, to probe an adapted base, not {method}": no_probe,
         "--checkpointing is not part of the definitions; leave out it or --plain": both,
         f"--feature-cache {args.feature_cache}: a run writes there; leave it out": taken,
         f"--export {args.export} exists already; name a directory that does not": exists,

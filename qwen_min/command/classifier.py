@@ -26,7 +26,7 @@ from qwen_min.head import LinearHead
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt, parse_template
 
-Progress = Callable[[int], object]  # called with the number of rows finished
+Progress = Callable[[int], object]  # called with the prompts' tokens that are finished
 
 
 def forms(plain: bool) -> ModuleType:
@@ -49,7 +49,7 @@ class Scorer:
     batch_tokens: int  # at most so many tokens in one fast forward
 
     def scores(
-        self, prompts: Sequence[Prompt], progress: Progress = lambda rows: None
+        self, prompts: Sequence[Prompt], progress: Progress = lambda tokens: None
     ) -> np.ndarray:
         """Scores of each prompt's label words, or of the head: (n, C), float64.
 

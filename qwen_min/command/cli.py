@@ -1,11 +1,12 @@
 """Parsing and error output of every command: a user's mistake is one line and exit status 2."""
 
 import argparse
+import difflib
 import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import NoReturn, TextIO
 
@@ -20,7 +21,12 @@ class CommandParser(argparse.ArgumentParser):
     """Reports a wrong argument as `run_command` reports any other mistake."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {one_line(message)}; --help shows the arguments\n")
+        advice = "--help shows the arguments"
+        if found := re.match(r"unrecognized arguments: (?:.*? )?(-[^\s=]+)", message):
+            message = f"unknown option {found[1]}"
+            if near := difflib.get_close_matches(found[1], self._option_string_actions, n=1):
+                advice = f"did you mean {near[0]}?"
+        self.exit(2, f"error: {one_line(message)}; {advice}\n")
 
     def _print_message(self, message: str, file: TextIO | None = None) -> None:
         show_codes(file)  # --help has Chinese examples
@@ -37,7 +43,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 def make_parser(description: str) -> CommandParser:
     """A parser whose help keeps the description's examples and shows every default."""
-    return CommandParser(description=description, formatter_class=HelpFormatter)
+    return CommandParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def positive_int(text: str) -> int:
@@ -73,6 +79,16 @@ def parse_with_given(
     unset: list = []  # a list, because an option that can be repeated extends a copy of it
     again = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     return args, {name: value for name, value in vars(again).items() if value is not unset}
+
+
+def refuse_unused(parser: CommandParser, methods: Collection, method: str, given: dict) -> None:
+    """Raise UserError for given options of a group whose title names other methods only."""
+    for group in parser._action_groups:
+        users = (group.title or "").split(", ")
+        unused = [option(a.dest) for a in group._group_actions if a.dest in given]
+        if unused and method not in users and set(users) <= set(methods):
+            found = f"{', '.join(unused)}: for {' and '.join(users)}, not for {method}"
+            raise UserError(f"{found}; leave {'them' if unused[1:] else 'it'} out")
 
 
 def option(name: str) -> str:

@@ -1,19 +1,25 @@
 """A training in a run directory: the loop of training.py with log, checkpoints and signals."""
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor, nn
 
 from qwen_min.command.classifier import Source
 from qwen_min.command.finite import first_not_finite
+from qwen_min.command.task import Task, check_classes, read_rows
 from qwen_min.command.terminal import progress_bar
+from qwen_min.errors import UserError
 from qwen_min.files import run as run_files
-from qwen_min.files.data import Example
+from qwen_min.files.data import HELD_OUT, Example, held_out_split
 from qwen_min.files.disk import read_json, write_atomically, write_json
+from qwen_min.files.overlap import normalised, stand_in
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.training import Plan, best_step, make_optimizer, training_steps
@@ -32,6 +38,58 @@ class Job:
     prompts: Sequence[Prompt]  # of each example
     training: Sequence[int]  # rows to train on
     held_out: Sequence[int]  # rows that choose penalty, layer or step
+    weights: Sequence[float] | None  # of each class in the losses; None: none are given
+
+    def place(self, row: int) -> str:
+        """The file and the line where a row stands."""
+        held_out = row in self.held_out and self.source.args.dev
+        return f"{held_out or self.source.args.data}, line {self.examples[row].line}"
+
+
+def class_weights(
+    given: str | None, labels: Sequence[str], classes: Sequence[int]
+) -> list[float] | None:
+    """The weight of each class, from --class-weights: (C,), and printed; None if it is not given.
+
+    balanced: n / (C · n_y) over the n rows trained on, whose classes these are. Their mean over
+    these rows is one. Raises UserError for numbers that cannot be weights, or are not C.
+    """
+    if given is None:
+        return None
+    weights = []
+    if given == "balanced":
+        weights = (len(classes) / len(labels) / np.bincount(classes)).tolist()
+    with suppress(ValueError):
+        weights = weights or [float(number) for number in given.split(",")]
+    if len(weights) != len(labels) or not all(1e-9 <= weight <= 1e9 for weight in weights):
+        expected = f"balanced, or a number above 0 for each of {', '.join(labels)}: 1,2.5"
+        raise UserError(f"--class-weights {given!r}: expected {expected}")
+    shown = (f"{word} {weight:.4g}" for word, weight in zip(labels, weights, strict=True))
+    print(f"class weights: {', '.join(shown)}")
+    return weights
+
+
+def split_rows(
+    args: argparse.Namespace, task: Task, before: dict | None
+) -> tuple[list[Example], list[int], list[int]]:
+    """The examples; and of them the rows to train on, and those held out: a part of --data, or all
+    rows of --dev, which then stand behind those of --data."""
+    examples = read_rows(args, task, before)
+    if args.dev is None:
+        training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
+        check_classes(args, task, examples, training)
+        return examples, training, held_out
+    check_classes(args, task, examples, range(len(examples)))
+    other = argparse.Namespace(**vars(args) | {"data": args.dev, "limit": None})
+    dev = read_rows(other, task, {"labels_read_as": examples[0].read_as})
+    both = stand_in(*([normalised(row.text) for row in rows] for rows in (dev, examples)))
+    absent = [word for y, word in enumerate(task.labels) if all(row.label != y for row in dev)]
+    repeated = f"{len(both)} of its {len(dev)} texts are in {args.data} too: the log-loss on them"
+    warnings = {f"{repeated} measures memory": both, f"no row of {', '.join(absent)}": absent}
+    for said in filter(warnings.get, warnings):
+        print(f"warning: {args.dev}: {said}", file=sys.stderr)
+    n = len(examples)
+    return [*examples, *dev], list(range(n)), list(range(n, n + len(dev)))
 
 
 class Stopped(Exception):
@@ -86,7 +144,9 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
     log = run / "log.jsonl"
     run_files.trim_log(log, state["step"])
     stop = run_files.StopRequest()
-    bar = progress_bar(total=steps, initial=state["step"], unit=" steps")
+    total = plan.epochs * sum(training.lengths)  # tokens
+    # Steps differ in tokens: of those that are done, the share is about that of the steps.
+    bar = progress_bar(total=total, initial=total * state["step"] // steps, desc="training")
     try:
         step_started = time.perf_counter()
         how = (training.loss, training.parts, state["step"])
@@ -96,11 +156,13 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
             speed = tokens / (time.perf_counter() - step_started)
             numbers = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}
             run_files.append_log(log, step=step.number, **numbers, tokens_per_s=speed)
-            bar.update()
-            bar.set_postfix(loss=f"{step.loss:.3f}", lr=f"{step.lr:.1e}", tok_s=f"{speed:.0f}")
+            bar.set_postfix_str(f"step {step.number}/{steps}, loss {step.loss:.3f}", refresh=False)
+            bar.update(min(tokens, total - bar.n))
             last = step.number == steps
             if evaluates := step.number % eval_every == 0 or last:
                 state["history"].append({"step": step.number, **training.evaluate()})
+                bar.clear()  # the line takes its place; the next step draws it again
+                print(evaluation_line(state["history"], steps), flush=True)
             if evaluates or step.number % training.save_every == 0 or stop.signal is not None:
                 state["seconds"] = before + time.perf_counter() - started
                 run_files.save_checkpoint(run, step.number, write)
@@ -113,6 +175,14 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
         bar.close()
         stop.restore()
     return {**state, "best_step": best_step(state["history"])}
+
+
+def evaluation_line(history: Sequence[dict], steps: int) -> str:
+    """The last evaluation on the held-out part, for a person."""
+    numbers = [f"{name} {value:.4f}" for name, value in history[-1].items() if name != "step"]
+    best = ["best so far"] * (best_step(history) == history[-1]["step"])
+    names = "  ".join(numbers + best).replace("held_out_", "").replace("_", "-")
+    return f"step {history[-1]['step']} of {steps}  held-out {names}"
 
 
 def with_best_saved(run: Path, history: list[dict]) -> list[dict]:

@@ -1,6 +1,7 @@
 """What --label-sets, --calibrate, --errors and --explain show of an evaluation, or of a text."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -53,8 +54,11 @@ def neutral_prompts(
         places = [f"--calibrate, input {text!r}" for text in texts]
         return task.prompts(texts, places, template=template)
 
-    split = source.record["arguments"]["data_seed"] if source.record else 0
-    held_out = None
+    own = source.record["arguments"] if source.record else {}
+    split, held_out = own.get("data_seed", 0), None
+    if own.get("dev"):  # all rows of its training data were trained on
+        print(f"note: no temperature: {own['dev']} was this run's held-out part", file=sys.stderr)
+        training = None
     if training and (rows := calibration.held_out_rows(training[1], examples, split)):
         held_out = np.array([row.label for row in rows]), prompts_of([row.text for row in rows])
     if held_out is None and source.args.calibration == "temperature":
@@ -71,7 +75,9 @@ def calibrate(evaluation: Evaluation, scores: np.ndarray) -> dict[str, dict]:
     from qwen_min.lab.calibration import Neutral, calibrations, token_counts
 
     *others, held_out = evaluation.neutral
-    with progress_bar(unit=" rows", desc="calibration") as bar:
+    parts = (*others, *(held_out or ())[1:])
+    total = sum(len(prompt.ids) for prompts in parts for prompt in prompts)
+    with progress_bar(total=total, desc="calibration") as bar:
         score = partial(evaluation.scorer.scores, progress=bar.update)
         neutral = Neutral(*map(score, others), held_out and (held_out[0], score(held_out[1])))
     lengths = token_counts(evaluation.label_ids)

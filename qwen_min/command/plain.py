@@ -16,6 +16,7 @@ from qwen_min.prompt import Prompt, Prompts
 from qwen_min.scoring import label_loss, score_label
 
 Classes = Sequence[int]
+Weights = Sequence[float] | None
 
 
 def score_labels(model: Qwen, prompts: Prompts, batch_tokens: int, progress) -> np.ndarray:
@@ -45,18 +46,25 @@ def generate_answers(
     return [greedy(model, prompt.ids, most, stop) for prompt in counted(prompts, progress)]
 
 
-def label_losses(model: Qwen, prompts: Prompts, classes: Classes, checkpointing: bool) -> Tensor:
-    """Sum over rows of the true label's `label_loss`, with gradient."""
-    rows = zip(prompts, classes, strict=True)
-    return sum(label_loss(model, prompt.ids, prompt.labels[y]) for prompt, y in rows)
+def label_losses(
+    model: Qwen, prompts: Prompts, classes: Classes, checkpointing: bool, weights: Weights = None
+) -> Tensor:
+    """Sum over rows of the true label's `label_loss`, times the class's weight, with gradient."""
+    rows, by = zip(prompts, classes, strict=True), weights or [1.0] * len(prompts[0].labels)
+    return sum(by[y] * label_loss(model, prompt.ids, prompt.labels[y]) for prompt, y in rows)
 
 
 def head_losses(
-    model: Qwen, weight: Tensor, prompts: Prompts, classes: Classes, checkpointing: bool
+    model: Qwen,
+    weight: Tensor,
+    prompts: Prompts,
+    classes: Classes,
+    checkpointing: bool,
+    weights: Weights = None,
 ) -> Tensor:
-    """Sum over rows of `head_loss`, with gradient."""
-    rows = zip(prompts, classes, strict=True)
-    return sum(head_loss(model, weight, prompt.ids, y) for prompt, y in rows)
+    """Sum over rows of `head_loss`, times the class's weight, with gradient."""
+    rows, by = zip(prompts, classes, strict=True), weights or [1.0] * len(weight)
+    return sum(by[y] * head_loss(model, weight, prompt.ids, y) for prompt, y in rows)
 
 
 def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -65,7 +73,7 @@ def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]
 
 
 def counted(prompts: Prompts, progress) -> Iterator[Prompt]:
-    """The prompts one by one; `progress` counts each when its work is done."""
+    """The prompts one by one; `progress` gets each one's tokens when its work is done."""
     for prompt in prompts:
         yield prompt
-        progress(1)
+        progress(len(prompt.ids))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 WIDTH = 80  # of a terminal, in columns
+LOG_SECONDS = 30  # between two lines of progress in a log
 LINE = 500  # characters of an error or a warning, at most
 
 
@@ -65,10 +66,25 @@ class SafeStream:
 
 
 def progress_bar(**options: object) -> "tqdm":
-    """tqdm's bar, if stderr is a terminal. It moves the cursor, so it writes without SafeStream."""
+    """tqdm's bar, which counts tokens; if stderr is no terminal, a line every LOG_SECONDS.
+
+    The bar moves the cursor, so it writes without SafeStream.
+    """
     from tqdm import tqdm
 
-    return tqdm(file=getattr(sys.stderr, "stream", sys.stderr), **{"disable": None} | options)
+    class Lines(tqdm):
+        monitor_interval = 0  # no thread that would write earlier
+
+        def display(self, **_: object) -> None:
+            print(self, file=sys.stderr, flush=True)
+
+    options = {"unit": " tokens", "unit_scale": True} | options
+    stream = getattr(sys.stderr, "stream", sys.stderr)
+    if stream.isatty():
+        return tqdm(file=stream, **options)
+    line = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}"
+    every = {"delay": LOG_SECONDS, "mininterval": LOG_SECONDS, "miniters": 1}
+    return Lines(file=io.StringIO(), bar_format=line, **every, **options)
 
 
 def columns(text: str) -> int:

@@ -21,12 +21,12 @@ def pooled_features(
     pooling: str,
     all_layers: bool,
     batch_tokens: int,
-    progress: Callable[[int], object] = lambda rows: None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> Tensor:
     """`pooled_state` of many prompts: fp32 (n, S, D) on the CPU.
 
     S = 1: of the last layer only. With all_layers S = L + 1: the embedding and every layer, from
-    one pass. `progress` is called with the number of rows finished.
+    one pass. `progress` is called with the prompts' tokens that are finished.
     """
     layers = model.config.num_hidden_layers + 1 if all_layers else 1
     features = torch.zeros(len(prompts), layers, model.config.hidden_size)
@@ -39,7 +39,7 @@ def pooled_features(
         pooled = [pool(stream, batch.lengths, pooling) for stream in streams or []]
         pooled.append(pool(h, batch.asked, pooling))
         features[rows] = torch.stack(pooled, dim=1)[: len(rows)].cpu()
-        progress(len(rows))
+        progress(sum(len(prompts[row].ids) for row in rows))
     return features
 
 
@@ -51,9 +51,18 @@ def pool(x: Tensor, lengths: Sequence[int], pooling: str) -> Tensor:
 
 
 def head_losses(
-    model: Qwen, weight: Tensor, prompts: Prompts, classes: Sequence[int], checkpointing: bool
+    model: Qwen,
+    weight: Tensor,
+    prompts: Prompts,
+    classes: Sequence[int],
+    checkpointing: bool,
+    weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum over rows of `head_loss`, with gradient. weight (C, D) in fp32."""
+    """Sum over rows of `head_loss`, times the class's weight in `weights` (C,), with gradient.
+
+    weight (C, D), of the head, in fp32.
+    """
     h = last_states(model, [p.ids for p in prompts], [1] * len(prompts), checkpointing)  # (rows, D)
     targets = torch.tensor(classes, device=weight.device)
-    return F.cross_entropy(F.linear(h.float(), weight), targets, reduction="sum")
+    by_class = None if weights is None else weight.new_tensor(weights)
+    return F.cross_entropy(F.linear(h.float(), weight), targets, by_class, reduction="sum")

@@ -22,11 +22,12 @@ def generate_answers(
     max_new_tokens: int,
     stop: Collection[int],
     batch_tokens: int,
-    progress: Callable[[int], object] = lambda rows: None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[list[int] | None]:
     """The new token ids of each prompt, as `greedy`. batch_tokens bounds the tokens of one batch.
 
-    A text that has ended leaves its batch. `progress` is called with the number of rows finished.
+    A text that has ended leaves its batch. `progress` is called with the
+    prompts' tokens that are finished.
     """
     answers: list[list[int] | None] = [[] for _ in prompts]
     # The cache also holds the answer.
@@ -49,5 +50,5 @@ def generate_answers(
             active = [active[i] for i in going]
             cache = [[layer[i] for i in going] for layer in cache]
             texts = [Text([tokens[i]]) for i in going]
-        progress(len(rows))
+        progress(sum(len(prompts[row].ids) for row in rows))
     return answers

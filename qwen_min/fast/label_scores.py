@@ -54,12 +54,12 @@ def score_labels(
     model: Qwen,
     prompts: Sequence[Prompt],
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
-    progress: Callable[[int], object] = lambda rows: None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> np.ndarray:
     """`score_label` of all labels for all prompts: float64 (n, C), in the order given.
 
-    batch_tokens limits the tokens of one forward; `progress` is called with the number of rows
-    finished. Batch size and order change scores only by float rounding.
+    batch_tokens limits the tokens of one forward; `progress` is called with the prompts' tokens
+    that are finished. Batch size and order change scores only by float rounding.
     """
     shared = common_prefix([prompt.ids for prompt in prompts])
     prefix: Cache | None = None
@@ -70,7 +70,7 @@ def score_labels(
     for rows in token_budget_batches(lengths, batch_tokens):
         batch = [(prompts[row].ids[shared:], label_tree(prompts[row].labels)) for row in rows]
         scores[rows] = score_batch(model, batch, prefix)
-        progress(len(rows))
+        progress(sum(len(prompts[row].ids) for row in rows))
     return scores
 
 
@@ -153,12 +153,23 @@ def last_states(
 
 
 def label_losses(
-    model: Qwen, prompts: Sequence[Prompt], classes: Sequence[int], checkpointing: bool = False
+    model: Qwen,
+    prompts: Sequence[Prompt],
+    classes: Sequence[int],
+    checkpointing: bool = False,
+    weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum over rows of `label_loss` for the true class, with gradient."""
+    """Sum over rows of `label_loss` for the true class, with gradient.
+
+    weights (C,): each row's loss is multiplied by its class's weight.
+    """
     labels = [prompt.labels[y] for prompt, y in zip(prompts, classes, strict=True)]
     # A label's last token is a target only, not an input.
     texts = [(*p.ids, *label[:-1]) for p, label in zip(prompts, labels, strict=True)]
     h = last_states(model, texts, [len(label) for label in labels], checkpointing)
     targets = torch.tensor([token for label in labels for token in label], device=h.device)
-    return F.cross_entropy(model.logits(h), targets, reduction="sum")
+    if weights is None:
+        return F.cross_entropy(model.logits(h), targets, reduction="sum")
+    losses = F.cross_entropy(model.logits(h), targets, reduction="none")  # (tokens,)
+    by_token = [weights[y] for y, label in zip(classes, labels, strict=True) for _ in label]
+    return losses @ losses.new_tensor(by_token)

@@ -14,7 +14,8 @@ COUNT, SEED = range(1, 2**63), range(2**63)
 # older runs lack some.
 SCHEMAS = {
     str: "model data labels template device output layer lora_targets",
-    (str, None): "encoding text_column label_column system adapter feature_cache export",
+    (str, None): "encoding text_column label_column system adapter feature_cache export dev "
+    "class_weights",
     COUNT: "max_text_tokens batch_tokens batch_size epochs r save_every",
     (COUNT, None): "limit eval_every",
     SEED: "seed data_seed",

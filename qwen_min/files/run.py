@@ -49,7 +49,7 @@ def read_run(directory: str | Path, **fields: object) -> dict:
 # What may differ when a run is resumed: paths, because what they name is compared by `check_same`;
 # the device, because the first may be gone (dropout draws other numbers on another); and, without
 # dropout, --batch-tokens, which then changes only the rounding of sums.
-FREE = ("output", "resume", "export", "model", "data", "encoding", "feature_cache")
+FREE = ("output", "resume", "export", "model", "data", "dev", "encoding", "feature_cache")
 FREE += ("text_column", "label_column")
 FREE += ("device", "batch_tokens")
 # What a run depends on beside its arguments, by key of run.json, and what an error calls it. The
@@ -57,6 +57,7 @@ FREE += ("device", "batch_tokens")
 DEPENDS_ON = dict.fromkeys(("base_fingerprint", "frozen_before"), "model")
 DEPENDS_ON |= {"tokenizer_hash": "tokenizer"}
 DEPENDS_ON |= {"template": "chat template", "adapter_hash": "adapter", "data_hash": "data"}
+DEPENDS_ON |= {"dev_hash": "held-out data (--dev)"}
 
 
 @contextlib.contextmanager
@@ -113,7 +114,8 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
         return args
     before = read_run(args.output, arguments={"method": str})["arguments"]
     dropout = before["method"] != "head_only" and before.get("dropout")
-    free = [name for name in FREE if not (dropout and name == "batch_tokens")]
+    fixed = {"batch_tokens": dropout, "dev": not before.get("dev")}
+    free = [name for name in FREE if not fixed.get(name)]
     for name, value in given.items():
         if name not in free and before.get(name) != value:
             found = f"--{name.replace('_', '-')} is {value!r} but the run has {before.get(name)!r}"
