@@ -151,7 +151,7 @@ def classify_all(
         form = csv_rows(labels) if args.output.endswith(".csv") else json_rows(labels)
     else:
         form = table(labels)
-    with progress_bar(unit=" rows", disable=None if file else True) as bar:
+    with progress_bar(disable=not file) as bar:
         for numbered, prompts in chunks(args, classifier, texts):
             rows, error = score_rows(classifier, numbered, prompts, bar.update)
             if error:

@@ -19,8 +19,12 @@ def keep_freed_memory() -> None:
     come and go.
     Torch is asked for large pages as well, which takes hold at its first large allocation. Without
     glibc (macOS, musl) nothing happens.
+
+    oneDNN, which multiplies bf16 matrices on a CPU, compiles code for each number of rows and keeps
+    up to 1,024 of these, 0.2 GB after 20,000 texts. Batches seldom have equal numbers: it keeps 64.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
