@@ -170,10 +170,10 @@ WRITTEN = "some labels are both a word of --labels and the number of another cla
     ("labels", "found", "expected", "note"),
     [
         (STARS, "12345", [0, 1, 2, 3, 4], None),  # "5" is no index
-        (STARS, "01234", [0, 1, 2, 3, 4], "class numbers 0..4"),  # "0" is no word
-        (STARS, "1234", [0, 1, 2, 3], "words"),  # both fit
-        (STARS, "4123", [3, 0, 1, 2], "words"),
-        (("1", "0"), "0110", [1, 0, 0, 1], "words"),
+        (STARS, "01234", [0, 1, 2, 3, 4], "class numbers (0..4)"),  # "0" is no word
+        (STARS, "1234", [0, 1, 2, 3], "words (1, 2, 3, 4, 5)"),  # both fit
+        (STARS, "4123", [3, 0, 1, 2], "words (1, 2, 3, 4, 5)"),
+        (("1", "0"), "0110", [1, 0, 0, 1], "words (1, 0)"),
         (("0", "1"), "0110", [0, 1, 1, 0], None),  # both fit and agree
         (("-1", "1"), ["-1", "1"], [0, 1], None),
         (("0.5", "1.5"), ["1.5", "0.5"], [1, 0], None),
@@ -195,7 +195,7 @@ def test_the_whole_file_decides_what_digits_are_even_with_a_limit(tmp_path, caps
             assert list(in_every_format(tmp_path, found, STARS, limit=limit)) == expected
     capsys.readouterr()
     # "0" alone says that the file has indices, and "5" that it has words.
-    with pytest.raises(UserError, match=r"line 4: found the label '5', expected an index 0\.\.4"):
+    with pytest.raises(UserError, match=r"line 4: found the label '5', expected words"):
         next(in_every_format(tmp_path, "1052", STARS))
     with pytest.raises(UserError, match="line 4: found the label '5'"):
         next(in_every_format(tmp_path, "1052", STARS, limit=1))
@@ -216,28 +216,30 @@ def test_limit_reads_and_validates_the_first_rows_only(tmp_path):
 
 # --- what is refused ------------------------------------------------------------------------------
 
-NO_QUOTING = "a .tsv has no quoting: remove tabs and newlines from its texts, or save it as .csv"
-FIELDS = "as in the header: " + NO_QUOTING
+QUOTING = (
+    'a .csv has "..." around a field with commas or newlines, and "" for a quote in it; a .tsv has '
+    "no quoting, so save texts with tabs or newlines as .csv"
+)
+FIELDS = "as in the header: " + QUOTING
 NO_ROWS = "{path}: found no rows, expected examples: give the right file"
 TEXT_COLUMN = "expected one column of texts: name it by --text-column, or begin the file with the "
 TEXT_COLUMN += "columns' names"
 LABEL_COLUMN = TEXT_COLUMN.replace("text", "label")
-SEPARATE = "expected one column of texts: separate them with tabs, unquoted, or with commas"
 WORKBOOK = (
     "{path}: found an old workbook, a Parquet file or an archive, expected text: save it as .csv "
-    "in its program (df.to_csv, Dataset.to_csv), or unpack it"
+    "in its program, or unpack it"
 )
 ARCHIVE = (
-    "{path}: not a workbook that openpyxl reads (File is not a zip file); save it as .csv in its "
-    "program, or unpack it"
+    "{path}: a workbook or archive that cannot be read (File is not a zip file); install openpyxl, "
+    "or save it as .csv in its program"
 )
-TEXT = "expected characters, not all of them spaces: correct or remove the row"
+TEXT = "expected valid characters, not all of them spaces: correct or remove the row"
 LABEL = (
-    "expected an index 0..1 or one of 负面, 正面, one kind in all rows: correct it, or name the "
-    "words with --labels"
+    "expected words (负面, 正面) or class numbers (0..1), one kind in all rows: correct it, or "
+    "name the words with --labels"
 )
-OBJECT = 'expected {"label": 1, "text": "..."}: correct the line'
-CSV = 'write a field with commas, newlines or quotes in "...", and " inside it as ""'
+NAME = "name the file's encoding by --encoding"
+OBJECT = 'expected {"label": 1, "text": "..."}: correct it'
 HEAD = "label\ttext\n"
 GOOD = '{"label": 1, "text": "好"}\n'
 
@@ -265,17 +267,7 @@ REFUSED = {
     "duplicate column": (
         "a.tsv",
         "label\ttext\tlabel\n1\t好\t0\n",
-        "{path}, line 1: two columns are called 'label': rename one",
-    ),
-    "duplicate column that is not needed": (
-        "a.csv",
-        "label,text,x,x\n1,好,0,0\n",
-        "{path}, line 1: two columns are called 'x': rename one",
-    ),
-    "all fields quoted": (
-        "a.tsv",
-        '"label"\t"text"\n"1"\t"好"\n',
-        """{path}, line 1: found the columns '"label"', '"text"', """ + SEPARATE,
+        "{path}, line 1: found the columns 'label', 'label', " + LABEL_COLUMN,
     ),
     "a quoted tab": (
         "a.tsv",
@@ -310,17 +302,17 @@ REFUSED = {
     "unquoted comma, after a row of three lines": (
         "a.csv",
         'label,text\n1,"a\nb\nc"\n1,a,b\n',
-        "{path}, line 5: found 3 fields, expected 2 as in the header: " + CSV,
+        "{path}, line 5: found 3 fields, expected 2 as in the header: " + QUOTING,
     ),
     "quote not closed": (
         "a.csv",
         'label,text\n1,a\n1,"b\n0,c\n',
-        "{path}, line 3: not valid CSV (unexpected end of data): " + CSV,
+        "{path}, line 3: not valid CSV (unexpected end of data): " + QUOTING,
     ),
     "characters after a quote": (
         "a.csv",
         'label,text\n1,"b"c\n',
-        "{path}, line 2: not valid CSV (',' expected after '\"'): " + CSV,
+        "{path}, line 2: not valid CSV (',' expected after '\"'): " + QUOTING,
     ),
     "empty text": ("a.tsv", HEAD + "1\t好\n0\t\n", "{path}, line 3: found the text '', " + TEXT),
     "spaces alone": (
@@ -336,18 +328,17 @@ REFUSED = {
     "half a surrogate pair": (
         "a.jsonl",
         GOOD + r'{"label": 1, "text": "\ud83d"}',
-        r"{path}, line 2: found the text '\ud83d', expected a string of valid characters: correct "
-        "or remove the row",
+        r"{path}, line 2: found the text '\ud83d', " + TEXT,
     ),
     "not json": (
         "a.jsonl",
         GOOD + "好\n",
-        "{path}, line 2: not a JSON object (Expecting value); " + OBJECT,
+        "{path}, line 2: not JSON objects (Expecting value); " + OBJECT,
     ),
     "json of another kind": (
         "a.jsonl",
         GOOD + '[1, "好"]\n',
-        "{path}, line 2: not a JSON object (a value of another kind); " + OBJECT,
+        "{path}, line 2: not JSON objects (found [1, '好']); " + OBJECT,
     ),
     "label outside": (
         "a.tsv",
@@ -419,7 +410,7 @@ def test_refused_in_one_line(tmp_path, case):
 
 def test_json_too_deep_for_the_parser(tmp_path):
     # The reason in brackets is the interpreter's own, in words that differ between versions.
-    start = f"{tmp_path / 'a.jsonl'}, line 2: not a JSON object ("
+    start = f"{tmp_path / 'a.jsonl'}, line 2: not JSON objects ("
     assert refusal(tmp_path, "a.jsonl", GOOD + "[" * 200_000).startswith(start)
 
 
@@ -429,7 +420,7 @@ def test_another_encoding_is_refused_with_its_byte_and_line(tmp_path):
     offset = len(head) + len("0\t")
     assert content[offset] == 0xB2  # the first byte of 差 in GB18030, no start of a UTF-8 sequence
     path = tmp_path / "a.tsv"
-    expected = f"{path}, line 3: byte offset {offset} is not valid utf-8: try --encoding gb18030"
+    expected = f"{path}, line 3: byte offset {offset} is not valid utf-8: {NAME}"
     assert refusal(tmp_path, "a.tsv", content, encoding="utf-8") == expected
     assert read(tmp_path, "a.tsv", content, encoding="gb18030")[1].text == "差"
 
@@ -442,7 +433,7 @@ def test_another_encoding_is_refused_with_its_byte_and_line(tmp_path):
 def test_a_wrong_gb18030_is_not_answered_with_gb18030(tmp_path):
     content = b"label\ttext\n1\t\xff\n"
     assert refusal(tmp_path, "a.tsv", content, encoding="GB18030") == (
-        f"{tmp_path / 'a.tsv'}, line 2: byte offset 13 is not valid GB18030: try --encoding utf-8"
+        f"{tmp_path / 'a.tsv'}, line 2: byte offset 13 is not valid GB18030: {NAME}"
     )
 
 
@@ -451,17 +442,18 @@ def test_line_of_a_bad_byte_in_utf16_is_counted_in_characters(tmp_path):
     content = "label\ttext\n1\t上上上\n".encode("utf-16-le") + b"\x00\xdc"
     assert refusal(tmp_path, "a.tsv", content, encoding="utf-16-le") == (
         f"{tmp_path / 'a.tsv'}, line 3: byte offset {len(content) - 2} is not valid utf-16-le: "
-        "try --encoding gb18030"
+        + NAME
     )
 
 
 @pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
-@pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "latin-1"])
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
 def test_utf16_is_recognised_by_its_mark(tmp_path, codec, encoding):
     content = "\ufefflabel\ttext\n1\t好\n".encode(codec)
     assert refusal(tmp_path, "a.tsv", content, encoding=encoding) == (
-        f"{tmp_path / 'a.tsv'}: found a UTF-16 byte-order mark: add --encoding utf-16"
+        f"{tmp_path / 'a.tsv'}, line 1: byte offset 0 is not valid {encoding}: {NAME}"
     )
+    assert read(tmp_path, "a.tsv", content)[0].text == "好"
 
 
 @pytest.mark.parametrize("encoding", ["nope", "hex", "", "idna", "undefined", "utf-8\0", "编码"])

@@ -1,6 +1,7 @@
 """Data files in the shapes that pandas, Excel, Label Studio and the datasets library write."""
 
 import codecs
+import csv
 import io
 import json
 import sys
@@ -42,6 +43,13 @@ def quoted(delimiter: str, names: str, index: bool = False) -> str:
     return "\n".join([*lines, ""])
 
 
+def all_quoted() -> str:
+    data = io.StringIO()
+    rows = [("text", "label"), *zip(TEXTS, LABELS, strict=True)]
+    csv.writer(data, delimiter="\t", quoting=csv.QUOTE_ALL).writerows(rows)
+    return data.getvalue()
+
+
 def objects(names: str = "text,label") -> list[dict]:
     text, label = names.split(",")
     return [{text: t, label: y} for t, y in zip(TEXTS, LABELS, strict=True)]
@@ -76,6 +84,7 @@ SHAPES = {
     "Excel, Unicode text": ("a.txt", quoted("\t", "text,label").encode("utf-16")),
     "Excel, GB18030": ("a.csv", quoted(",", "内容,类别").encode("gb18030")),
     "the ending is wrong": ("a.tsv", quoted(";", "sentence,category")),
+    "tabs, all quoted": ("a.tsv", all_quoted()),
     "records": ("a.json", json.dumps(objects())),
     "records, indented": ("a.txt", json.dumps(objects("评论,标签"), indent=1, ensure_ascii=False)),
     "JSON lines": ("a.json", "\n".join(map(json.dumps, objects("review,label")))),
@@ -100,7 +109,7 @@ def test_what_is_not_the_usual_is_said_in_one_line(capsys):
     read_examples(write("a.csv", quoted(",", "内容,类别"), "gb18030"), WORDS)
     assert capsys.readouterr().err.splitlines() == [
         "note: a.csv: not valid UTF-8, read as GB18030; if texts look wrong, give --encoding",
-        "note: a.csv: texts are read from the column '内容', labels from '类别'",
+        "note: a.csv: columns read: texts from '内容', labels from '类别'",
     ]
     read_examples(write("a.csv", quoted(",", "text,label")), WORDS)
     assert capsys.readouterr().err == ""
@@ -108,7 +117,7 @@ def test_what_is_not_the_usual_is_said_in_one_line(capsys):
     with pytest.raises(UserError, match=r"line 2: byte offset .* is not valid utf-8"):
         read_examples(write("a.csv", quoted(",", "text,label"), "gb18030"), WORDS, "utf-8")
     with pytest.raises(
-        UserError, match=r"line 3: .* not valid utf-8 nor is the file GB18030: name"
+        UserError, match=r"line 3: .* not valid gb18030, nor is the file utf-8: name"
     ):
         read_examples(write("a.csv", b"text,label\na,1\n\xff\xff,0\n"), WORDS)
 
@@ -127,6 +136,12 @@ def test_columns_are_named_by_the_user_or_missed_in_one_line(capsys):
     with pytest.raises(UserError, match="found the columns 'Text', 'content', expected one col"):
         list(read_texts(write("b.csv", "Text,content\na,b\n")))
     assert list(read_texts("b.csv", text_column="content")) == [(2, "b")]
+    found = read_examples(write("c.csv", " Text ,label,x,x\n一,1,,\n"), WORDS)  # x is not needed
+    assert [e.text for e in found] == ["一"]
+    assert list(read_texts(write("a.tsv", "text\n一, 二\n"))) == [(2, "一, 二")]
+    for other in ('{"data": [{"text": "a"}]}', '[["a", 1]]', '["a"]', '"\ufefftext",label\na,1\n'):
+        with pytest.raises(UserError, match="found the columns"):
+            read_examples(write("a.json", "\ufeff" + other), WORDS)
 
 
 def test_tasks_without_one_choice_are_skipped_and_counted(capsys):
@@ -156,7 +171,7 @@ def test_tasks_without_one_choice_are_skipped_and_counted(capsys):
     ]
     write("min.json", json.dumps(flat))
     assert [e.line for e in read_examples("min.json", WORDS, label_column="sentiment")] == [2]
-    with pytest.raises(UserError, match="line 1: not a task of Label Studio"):
+    with pytest.raises(UserError, match=r"a\.json: not JSON objects"):
         read_examples(write("a.json", '[{"data": {"text": "a"}, "annotations": [1]}]'), WORDS)
 
 
@@ -198,7 +213,7 @@ def test_memory_does_not_grow_with_the_file(name, head, row):
 
 def test_a_workbook_without_openpyxl(monkeypatch):
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(UserError, match=r"a.xlsx: found a workbook .*: install openpyxl, or save"):
+    with pytest.raises(UserError, match=r"a.xlsx: a workbook .*; install openpyxl, or save"):
         read_examples(write("a.xlsx", workbook()), WORDS)
 
 
@@ -239,11 +254,20 @@ def test_labels_of_a_file(labels, expected, said, capsys):
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        (["a", "a"], r"a.csv: 1 different labels \('a'\), expected 2 to 1,000: name their column"),
-        ([f"x{i}" for i in range(1001)], r"1001 different labels \('x0', 'x1', 'x10', …\)"),
-        (["a", '"b,c"'], "line 3: found the label 'b,c', expected a word without comma and ="),
-        (["a", "b=c"], "line 3: found the label 'b=c'"),
-        (["a", ""], "line 3: found the label ''"),
+        (
+            ["a", "a"],
+            r"a.csv: found the labels a \(2\), expected 2 to 1,000 words .* name their col",
+        ),
+        (
+            [f"x{i}" for i in range(1001)],
+            r"found the labels x0 \(1\), x1 .*… 1001 in all, expected",
+        ),
+        (
+            ["a", '"b,c"'],
+            r"found the labels b,c \(1\), expected 2 to 1,000 words without comma and =",
+        ),
+        (["a", "b=c"], r"found the labels b=c \(1\)"),
+        (["a", ""], r"found the labels  \(1\)"),
     ],
 )
 def test_labels_of_a_file_that_cannot_be_classes(labels, said):

@@ -78,13 +78,13 @@ def read_examples(
     path = Path(path)
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}, expected at least 1 row: give a positive number")
-    with closing(read_table(path, encoding, text_column, label_column)) as table:
-        records = _checked(str(path), table, empty_texts)
-        rows = list(islice(records, limit and min(limit, sys.maxsize)))
+    table = read_table(path, encoding, text_column, label_column, empty_texts=empty_texts)
+    with closing(table):
+        rows = list(islice(table, limit and min(limit, sys.maxsize)))
         if not rows:
             raise UserError(f"{path}: found no rows, expected examples: give the right file")
-        classes, read_as = _class_indices(path, rows, records, labels, read_as)
-    return [Example(row[2], y, row[0], read_as) for row, y in zip(rows, classes, strict=True)]
+        classes, read_as = _class_indices(path, rows, table, labels, read_as)
+    return [Example(row[1], y, row[0], read_as) for row, y in zip(rows, classes, strict=True)]
 
 
 def read_texts(
@@ -96,8 +96,7 @@ def read_texts(
     without a header holds one text a line. Raises UserError as `read_examples` does.
     """
     for line, text, _ in read_table(source, encoding, text_column, labelled=False):
-        name = "standard input" if source == "-" else source
-        yield line, _checked_text(f"{name}, line {line}", text)
+        yield line, text
 
 
 def parse_names(
@@ -132,30 +131,21 @@ def find_labels(
     value. stderr gets a line that says which labels were taken. Raises UserError as
     `read_examples` does, and for labels that cannot be those of classes.
     """
-    lines, table = defaultdict(list), read_table(path, encoding, text_column, label_column)
     with redirect_stderr(io.StringIO()):  # its notes come when the examples are read
-        for line, label, _ in _checked(str(path), table, empty=True):
-            lines[label.strip()].append(line)
-    if lines.keys() <= {*DEFAULT_LABELS, "0", "1"}:
+        counts = Counter(row[2] for row in read_table(path, encoding, text_column, label_column))
+    if counts.keys() <= {*DEFAULT_LABELS, "0", "1"}:
         return ",".join(DEFAULT_LABELS)
-    numbers = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", label) for label in lines)
-    found = sorted(lines, key=float if numbers else None)
-    if not 2 <= len(found) <= MOST_LABELS:
-        some = ", ".join(map(reprlib.repr, found[:3])) + ", …" * (len(found) > 3)
-        expected = f"expected 2 to {MOST_LABELS:,}: name their column by --label-column"
-        advice = f"{expected}, or all words by --labels"
-        raise UserError(f"{path}: {len(found)} different labels ({some}), {advice}")
-    for label in found:
-        if not label or re.search("[,，=]", label):
-            odd = f"{path}, line {lines[label][0]}: found the label {reprlib.repr(label)}"
-            raise UserError(f"{odd}, expected a word without comma and =: rename it in the file")
-    shown = [f"{reprlib.repr(label)[1:-1]} ({len(lines[label])})" for label in found[:10]]
-    shown += [f"… {len(found)} in all"] * (len(found) > 10)
+    numbers = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", label) for label in counts)
+    found = sorted(counts, key=float if numbers else None)
+    odd = [label for label in found if not label or re.search("[,，=]", label)]
+    shown = [f"{reprlib.repr(label)[1:-1]} ({counts[label]})" for label in (odd or found)[:10]]
+    said = ", ".join(shown) + f", … {len(found)} in all" * (len(found) > 10)
+    if odd or not 2 <= len(found) <= MOST_LABELS:
+        expected = f"expected 2 to {MOST_LABELS:,} words without comma and ="
+        advice = "correct them, name their column by --label-column, or all words by --labels"
+        raise UserError(f"{path}: found the labels {said}, {expected}: {advice}")
     advice = "; scoring them as label words needs words with a meaning: --labels '0=WORD,1=WORD,…'"
-    note(
-        str(path),
-        f"--labels are the file's own, with their rows: {', '.join(shown)}{advice * numbers}",
-    )
+    note(str(path), f"--labels are the file's own, with their rows: {said}{advice * numbers}")
     return ",".join(found)
 
 
@@ -215,64 +205,41 @@ def class_counts(examples: Sequence[Example], num_classes: int) -> list[int]:
     return [counts[label] for label in range(num_classes)]
 
 
-def _checked(name: str, table: Iterator, empty: bool) -> Iterator[tuple[int, str, str]]:
-    """Line, label and text of each row. empty: whether a text of nothing but spaces is accepted."""
-    for line, text, label in table:
-        place = f"{name}, line {line}"
-        text = _checked_text(place, text)
-        if not text.strip() and not empty:
-            found = f"found the text {reprlib.repr(text)}, expected characters"
-            raise UserError(f"{place}: {found}, not all of them spaces: correct or remove the row")
-        if type(label) not in (str, int, float):  # nor bool: true is no class number
-            found = f"found the label {reprlib.repr(label)}"
-            raise UserError(f"{place}: {found}, expected a string or a number: correct it")
-        yield line, str(label), text
-
-
-def _checked_text(place: str, text: object) -> str:
-    """A row's text; null and NaN are empty. Raises UserError for what is no text."""
-    if text is None or text != text:  # NaN alone differs from itself
-        return ""
-    # JSON can escape half of a surrogate pair, which no tokenizer and no file can encode.
-    if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
-        found = f"found the text {reprlib.repr(text)}, expected a string of valid characters"
-        raise UserError(f"{place}: {found}: correct or remove the row")
-    return text
-
-
 def _class_indices(
     path: Path, rows: list, rest: Iterator, labels: Sequence[str], read_as: str | None
 ) -> tuple[list[int], str]:
-    """One class index for each of `rows`: (line, label, text); and the reading that was taken.
+    """One class index for each of `rows`: (line, text, label); and the reading that was taken.
 
     The whole file decides between words and indices: `rest`, the rows after these, is read only if
     it can change the classes. read_as: as in `read_examples`.
     """
     words = {word.strip(): i for i, word in enumerate(labels)}
-    indices = {str(i): i for i in range(len(labels))}
-
-    def classes(kind: dict[str, int]) -> list[int | None]:
-        return [kind.get(label.strip()) for _, label, _ in rows]
-
-    number, as_words, as_indices = len(rows), classes(words), classes(indices)
+    numbers = {str(i): i for i in range(len(labels))}
+    shown = (f"words ({', '.join(labels)})", f"class numbers (0..{len(labels) - 1})")
+    shown = dict(zip(READINGS, shown, strict=True))
     fixed = read_as is not None and any(map(NUMBER.fullmatch, words))
-    if not fixed and None not in [*as_words, *as_indices] and as_words != as_indices:
+
+    def classes() -> list[list[int | None]]:
+        return [[kind.get(label) for *_, label in rows] for kind in (words, numbers)]
+
+    count, (as_words, as_numbers) = len(rows), classes()
+    if not fixed and None not in [*as_words, *as_numbers] and as_words != as_numbers:
         rows = [*rows, *rest]
-        as_words, as_indices = classes(words), classes(indices)
-    kinds = dict(zip(READINGS, (as_words, as_indices), strict=True))
+        as_words, as_numbers = classes()
+    kinds = dict(zip(READINGS, (as_words, as_numbers), strict=True))
     if not fixed:  # the kind that fits more rows from the start is the file's; words if both fit
         read_as = max(kinds, key=lambda kind: [*kinds[kind], None].index(None))
     if None in (taken := kinds[read_as]):
-        line, label, _ = rows[taken.index(None)]
-        found = f"{path}, line {line}: found the label {reprlib.repr(label)}"
-        kinds = f"an index 0..{len(labels) - 1} or one of {', '.join(labels)}, one kind in all rows"
-        if fixed:
-            kinds = {READINGS[0]: ", ".join(labels), READINGS[1]: f"0..{len(labels) - 1}"}[read_as]
-            kinds = f"{read_as} ({kinds}), as in the training data or the other file"
-        raise UserError(f"{found}, expected {kinds}: correct it, or name the words with --labels")
-    pairs = zip(as_words, as_indices, strict=True)
-    if None not in as_indices and any(word not in (None, index) for word, index in pairs):
-        kind = read_as + f" 0..{len(labels) - 1}" * (taken is as_indices)
+        line, _, label = rows[taken.index(None)]
+        expected = f"{shown[read_as]}, as in the training data or the other file"
+        if not fixed:
+            expected = f"{' or '.join(shown.values())}, one kind in all rows"
+        found = f"found the label {reprlib.repr(label)}, expected {expected}"
+        raise UserError(
+            f"{path}, line {line}: {found}: correct it, or name the words with --labels"
+        )
+    pairs = zip(as_words, as_numbers, strict=True)
+    if None not in as_numbers and any(word not in (None, number) for word, number in pairs):
         found = "some labels are both a word of --labels and the number of another class"
-        print(f"note: {path}: {found}; all are read as {kind}", file=sys.stderr)
-    return taken[:number], read_as
+        note(str(path), f"{found}; all are read as {shown[read_as]}")
+    return taken[:count], read_as
