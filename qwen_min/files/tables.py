@@ -171,8 +171,8 @@ def _rows(
 
     def lines() -> Iterator[str]:
         stream.seek(0)
-        yield stream.readline().removeprefix("\ufeff")
-        yield from stream
+        for i, line in enumerate(stream):
+            yield line if i else line.removeprefix("\ufeff")
 
     first, suffix = next(filter(str.strip, lines()), ""), Path(name).suffix.lower()
     delimiter = max("\t,;" if suffix == ".tsv" else ",;\t", key=first.count)
