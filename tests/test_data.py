@@ -216,10 +216,7 @@ def test_limit_reads_and_validates_the_first_rows_only(tmp_path):
 
 # --- what is refused ------------------------------------------------------------------------------
 
-QUOTING = (
-    'a .csv has "..." around a field with commas or newlines, and "" for a quote in it; a .tsv has '
-    "no quoting, so save texts with tabs or newlines as .csv"
-)
+QUOTING = 'a .csv has "..." around a field with a comma or newline; save a .tsv with quotes as .csv'
 FIELDS = "as in the header: " + QUOTING
 NO_ROWS = "{path}: found no rows, expected examples: give the right file"
 TEXT_COLUMN = "expected one column of texts: name it by --text-column, or begin the file with the "
@@ -463,13 +460,6 @@ def test_unknown_encoding(tmp_path, encoding):
     )
 
 
-@pytest.mark.parametrize("limit", [0, -1])
-def test_limit_below_one(tmp_path, limit):
-    assert refusal(tmp_path, "a.tsv", HEAD + "1\t好\n", limit=limit) == (
-        f"--limit is {limit}, expected at least 1 row: give a positive number"
-    )
-
-
 def test_no_file(tmp_path):
     for name, reason in [
         ("none.tsv", "No such file or directory"),
@@ -595,12 +585,6 @@ def test_split_refuses_what_cannot_be_split():
             held_out_split(examples)
         assert str(caught.value) == (
             f"found {min(1, len(examples))} distinct texts, at least 2 are needed: add data"
-        )
-    for fraction in (0, 1, -0.1, float("nan")):
-        with pytest.raises(UserError) as caught:
-            held_out_split(MIXED, fraction)
-        assert str(caught.value) == (
-            f"held-out fraction is {fraction}, expected between 0 and 1: try 0.1"
         )
 
 

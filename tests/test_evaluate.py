@@ -280,8 +280,10 @@ def test_many_label_words_make_few_warnings(capsys):
     ids = [(1,), *((1, n) for n in range(2, 1000))]
     warn_about_labels(ids, [f"w{n}" for n in range(len(ids))])
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 5 and lines[1] == "warning: w1 begins with w0, so w0 can never score lower"
-    assert lines[-1] == "warning: 998 label words in all begin with another one"
+    assert len(lines) == 2 and lines[1].startswith(
+        "warning: w1 begins with w0, w2 begins with w0, "
+    )
+    assert lines[1].endswith(", … 998 in all: the shorter one can never score lower")
 
 
 @pytest.mark.parametrize(
@@ -498,17 +500,17 @@ SEEN_BEFORE_LOADING: dict[str, tuple[Callable[[], object] | None, dict, tuple[st
     "another encoding": (
         lambda: write(HEADER + "1\t很好\n", encoding="gbk"),
         {"encoding": "utf-8"},
-        ("reviews.tsv, line 2", "not valid utf-8", "--encoding gb18030"),
+        ("reviews.tsv, line 2", "not valid utf-8", "by --encoding"),
     ),
     "no label column": (
         lambda: write("stars\ttext_a\n1\t很好\n"),
         {},
-        ("reviews.tsv, line 1", "'stars'", "'label'", "--label-column"),
+        ("reviews.tsv, line 1", "'stars'", "--label-column"),
     ),
     "no text column": (
         lambda: write("label\tbody\n1\t很好\n"),
         {},
-        ("reviews.tsv, line 1", "'body'", "'text'", "--text-column"),
+        ("reviews.tsv, line 1", "'body'", "--text-column"),
     ),
     "a label outside the set": (
         lambda: write(HEADER + "1\t很好\n2\t不好\n"),

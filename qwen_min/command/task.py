@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from qwen_min.lab.chat import Chat
 
 # A label that answers the question of the default template.
-SENTIMENT = "[正负積积极消差好坏优劣喜赞]|中性|不满|满意|pos|neg|neutral|good|bad|great|poor|mixed"
-SENTIMENT = re.compile(SENTIMENT, re.IGNORECASE)
+SENTIMENT = re.compile("(?i)[正负積积极消差好坏优劣喜赞满]|中性|pos|neg|neutral|good|bad|mixed")
 
 
 @dataclass(frozen=True)
@@ -181,8 +180,7 @@ def warn_about_labels(label_ids: Sequence[tuple[int, ...]], labels: Sequence[str
     # All beginnings of a word, so that 1,000 words need no million comparisons.
     beginnings = [(ids[:n], ids) for ids in label_ids for n in range(1, len(ids))]
     pairs = [(word_of[a], word_of[b]) for a, b in beginnings if a in word_of]
-    for word, other in pairs[:3]:
-        said = f"{other} begins with {word}, so {word} can never score lower"
-        print(f"warning: {said}", file=sys.stderr)
-    if len(pairs) > 3:
-        print(f"warning: {len(pairs)} label words in all begin with another one", file=sys.stderr)
+    if pairs:
+        shown = ", ".join(f"{other} begins with {word}" for word, other in pairs[:3])
+        shown += f", … {len(pairs)} in all" * (len(pairs) > 3)
+        print(f"warning: {shown}: the shorter one can never score lower", file=sys.stderr)

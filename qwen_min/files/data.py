@@ -76,8 +76,6 @@ def read_examples(
     Raises UserError, one line that names the file and if possible the line in it.
     """
     path = Path(path)
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit is {limit}, expected at least 1 row: give a positive number")
     table = read_table(path, encoding, text_column, label_column, empty_texts=empty_texts)
     with closing(table):
         rows = list(islice(table, limit and min(limit, sys.maxsize)))
@@ -119,20 +117,16 @@ def parse_names(
     return names, words
 
 
-def find_labels(
-    path: str | Path,
-    encoding: str | None = None,
-    text_column: str | None = None,
-    label_column: str | None = None,
-) -> str:
+def find_labels(path: str | Path, *how: str | None) -> str:
     """What --labels would be for a file: the default, or else the file's own labels, sorted.
 
+    how: encoding and columns, as in `read_table`.
     The default fits a file with no labels but its words and their indices. Numbers are sorted by
     value. stderr gets a line that says which labels were taken. Raises UserError as
     `read_examples` does, and for labels that cannot be those of classes.
     """
     with redirect_stderr(io.StringIO()):  # its notes come when the examples are read
-        counts = Counter(row[2] for row in read_table(path, encoding, text_column, label_column))
+        counts = Counter(label for *_, label in read_table(path, *how))
     if counts.keys() <= {*DEFAULT_LABELS, "0", "1"}:
         return ",".join(DEFAULT_LABELS)
     numbers = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", label) for label in counts)
@@ -172,10 +166,8 @@ def held_out_split(
     A text is also skipped if no other text of a class would be left to train on; if that is so of
     every text, a class is lost.
 
-    Raises UserError unless 0 < fraction < 1 and there are at least two distinct texts.
+    fraction: between 0 and 1. Raises UserError unless there are at least two distinct texts.
     """
-    if not 0 < fraction < 1:
-        raise UserError(f"held-out fraction is {fraction}, expected between 0 and 1: try 0.1")
     rows_of = defaultdict(list)
     for index, example in enumerate(examples):
         rows_of[example.text].append(index)

@@ -50,14 +50,12 @@ def read_run(directory: str | Path, **fields: object) -> dict:
 # the device, because the first may be gone (dropout draws other numbers on another); and, without
 # dropout, --batch-tokens, which then changes only the rounding of sums.
 FREE = ("output", "resume", "export", "model", "data", "dev", "encoding", "feature_cache")
-FREE += ("text_column", "label_column")
-FREE += ("device", "batch_tokens")
+FREE += ("text_column", "label_column", "device", "batch_tokens")
 # What a run depends on beside its arguments, by key of run.json, and what an error calls it. The
 # template is the whole one, with the chat template's markup.
 DEPENDS_ON = dict.fromkeys(("base_fingerprint", "frozen_before"), "model")
-DEPENDS_ON |= {"tokenizer_hash": "tokenizer"}
-DEPENDS_ON |= {"template": "chat template", "adapter_hash": "adapter", "data_hash": "data"}
-DEPENDS_ON |= {"dev_hash": "held-out data (--dev)"}
+DEPENDS_ON |= {"tokenizer_hash": "tokenizer", "template": "chat template"}
+DEPENDS_ON |= {"adapter_hash": "adapter", "data_hash": "data", "dev_hash": "held-out data (--dev)"}
 
 
 @contextlib.contextmanager

@@ -31,10 +31,8 @@ BINARY = re.compile(rb"\xd0\xcf\x11\xe0|PAR1|\x1f\x8b")
 JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*(\{|\]|$))')
 # A whole field in quotes, as CSV writes it; it may go over several lines.
 QUOTED = re.compile(rb'"(?<![^\t\n]")[^"]*(?:""[^"]*)*"(?![^\t\r\n])')
-QUOTING = 'a .csv has "..." around a field with commas or newlines, and "" for a quote in it; '
-QUOTING += "a .tsv has no quoting, so save texts with tabs or newlines as .csv"
+QUOTING = 'a .csv has "..." around a field with a comma or newline; save a .tsv with quotes as .csv'
 ADVICE = 'expected {"label": 1, "text": "..."}: correct it'
-MALFORMED = (KeyError, TypeError, AttributeError, ValueError, RecursionError)
 # The names that columns of texts and of labels usually have; letter case does not count.
 USUAL = {
     "text": ("text", "text_a", "sentence", "content", "review", "评论", "内容", "文本"),
@@ -113,10 +111,10 @@ def _column(place: str, names: Sequence[str], kind: str, wanted: str | None) -> 
     found = [name for name in names if name == wanted] or _named(names, usual)
     if len(found) == 1:
         return found[0]
-    shown = [reprlib.repr(name) for name in (found or names)[:8]] + ["…"] * (len(names) > 8)
+    shown = reprlib.repr(found or [*names])[1:-1]
     advice = f"name it by --{kind}-column, or begin the file with the columns' names"
     expected = f"one column of {kind}s" if wanted is None else repr(wanted)
-    raise UserError(f"{place}: found the columns {', '.join(shown)}, expected {expected}: {advice}")
+    raise UserError(f"{place}: found the columns {shown}, expected {expected}: {advice}")
 
 
 def _named(names: Iterable[str], usual: Sequence[str]) -> list[str]:
@@ -220,7 +218,7 @@ def _json_rows(
         rows = [[source]]
         if source.strip():
             place = name if is_list else f"{name}, line {i}"
-            with one_line_error(place, ADVICE, "not JSON objects", MALFORMED):
+            with refuse_malformed(place, "JSON objects", ADVICE):
                 found = json.loads(source)
                 rows = [_flat(row, control) for row in (found if is_list else [found])]
         yield from enumerate(rows, start=i)
@@ -235,10 +233,9 @@ def _flat(row: object, control: str | None) -> dict:
         raise ValueError(f"found {reprlib.repr(row)}")
     if not isinstance(row.get("data"), dict) or "annotations" not in row:
         return row
-    done = [a for a in row["annotations"] if not a.get("was_cancelled")]
-    results = [r for a in done for r in a["result"] if r["type"] == "choices"]
+    results = [r for a in row["annotations"] for r in a["result"] if not a.get("was_cancelled")]
     own = [r for r in results if control in (None, "label", r["from_name"])]
-    choices = {choice for r in own for choice in r["value"]["choices"]}
+    choices = {choice for r in own if r["type"] == "choices" for choice in r["value"]["choices"]}
     return row["data"] | {control or "label": {"choices": [*choices]}}
 
 

@@ -61,19 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def audit(args: argparse.Namespace) -> int:
     """Read the files, count, print."""
     columns = (args.text_column, args.label_column)
-    typed = args.labels
-    if typed is None:
-        typed = find_labels(args.first, args.encoding, *columns)
-    labels = parse_names(typed)[0]
+    labels = parse_names(args.labels or find_labels(args.first, args.encoding, *columns))[0]
     tokenizer = read_tokenizer(resolve_model(args.model)) if args.model else None
     names = [args.first, *filter(None, [args.second])]
     if len(set(map(os.path.realpath, names))) < len(names):
         raise UserError(f"{args.second}: given twice; name two files, or one alone")
-    rows, read_as = {}, None
+    files, read_as = [], None
     for name in names:  # what the labels of the first file are read as holds for the second
-        rows[name] = read_examples(name, labels, args.encoding, None, read_as, *columns, True)
-        read_as = rows[name][0].read_as
-    files = [file_of(name, examples, tokenizer) for name, examples in rows.items()]
+        examples = read_examples(name, labels, args.encoding, None, read_as, *columns, True)
+        read_as = examples[0].read_as
+        files.append(file_of(name, examples, tokenizer))
     print(format_audit(files, labels, args.max_text_tokens))
     if args.list:
         print("\n".join(["", *findings(files, labels, args.max_text_tokens)]))
