@@ -491,7 +491,7 @@ def test_shard_missing(tmp_path):
     (tmp_path / "b.safetensors").unlink()
     refused(read_tensors, tmp_path, tmp_path / "b.safetensors", "no such file")
     (tmp_path / "b.safetensors").mkdir()
-    refused(read_tensors, tmp_path, tmp_path / "b.safetensors", "not a regular file")
+    refused(read_tensors, tmp_path, tmp_path / "b.safetensors", "Is a directory")
 
 
 @pytest.mark.parametrize(

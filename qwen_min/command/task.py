@@ -16,14 +16,7 @@ from qwen_min.files.data import Example, find_labels, parse_names, read_examples
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.tokens import read_tokenizer
 from qwen_min.files.weights import load_model
-from qwen_min.prompt import (
-    DEFAULT_LABELS,
-    DEFAULT_TEMPLATE,
-    Prompt,
-    build_prompts,
-    check_lengths,
-    parse_template,
-)
+from qwen_min.prompt import DEFAULT_TEMPLATE, Prompt, build_prompts, check_lengths, parse_template
 from qwen_min.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -104,8 +97,7 @@ def read_task(args: argparse.Namespace, record: dict | None = None) -> Task:
     """
     if args.labels is None:  # recorded as if typed; of texts without labels, the default's
         how = [vars(args).get(name) for name in ("encoding", "text_column", "label_column")]
-        data = vars(args).get("data")
-        args.labels = find_labels(data, *how) if data else ",".join(DEFAULT_LABELS)
+        args.labels = find_labels(vars(args).get("data"), *how)
     # As older versions read them, with their white space.
     labels = words = tuple(args.labels.split(","))
     own = record and (record["arguments"]["labels"], tuple(record["labels"]))

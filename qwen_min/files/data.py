@@ -117,16 +117,17 @@ def parse_names(
     return names, words
 
 
-def find_labels(path: str | Path, *how: str | None) -> str:
+def find_labels(path: str | Path | None, *how: str | None) -> str:
     """What --labels would be for a file: the default, or else the file's own labels, sorted.
 
-    how: encoding and columns, as in `read_table`.
-    The default fits a file with no labels but its words and their indices. Numbers are sorted by
-    value. stderr gets a line that says which labels were taken. Raises UserError as
-    `read_examples` does, and for labels that cannot be those of classes.
+    The default fits no file (None), and a file with no labels but its words and their indices.
+    how: encoding and columns, as in `read_table`. Numbers are sorted by value. stderr gets a line
+    that says which labels were taken. Raises UserError as `read_examples` does, and for labels that
+    cannot be those of classes.
     """
+    table = read_table(path, *how) if path else ()
     with redirect_stderr(io.StringIO()):  # its notes come when the examples are read
-        counts = Counter(label for *_, label in read_table(path, *how))
+        counts = Counter(label for *_, label in table)
     if counts.keys() <= {*DEFAULT_LABELS, "0", "1"}:
         return ",".join(DEFAULT_LABELS)
     numbers = all(re.fullmatch(r"[-+]?\d+(\.\d+)?", label) for label in counts)

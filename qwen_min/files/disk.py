@@ -238,8 +238,7 @@ def read_safetensors(path: Path, kind: str, advice: str) -> tuple[dict[str, Tens
     Raises UserError as `refuse_malformed` does.
     """
     with refuse_malformed(path, kind, advice):
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("it is not a regular file")
-    with refuse_malformed(path, kind, advice), safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, file.metadata() or {}
+        open_regular(path).close()  # a pipe is refused
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}

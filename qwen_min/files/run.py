@@ -68,10 +68,9 @@ def lock_run(args: argparse.Namespace) -> Iterator[None]:
     """
     import fcntl  # not on Windows, where the report, which imports this module, can be made
 
-    if not args.resume and not args.method:
-        raise UserError("--method is missing; name the method to train")
-    if args.output is None and not args.method:
-        raise UserError("--resume needs --output, the directory of the run to continue")
+    if not args.method and not (args.resume and args.output):
+        advice = "name the method to train, or with --resume the directory of the run by --output"
+        raise UserError(f"--method is missing; {advice}")
     args.output = f"runs/{args.method}" if args.output is None else args.output
     run, advice = Path(args.output), "name another directory with --output"
     with contextlib.ExitStack() as at_end:

@@ -75,9 +75,14 @@ def read_table(
             plain = not labelled and text_column is None
             for line, row in _rows(name, file, encoding, plain, label_column):
                 place = f"{name}, line {line}"
-                if isinstance(row, list) and not "".join(row).strip():
-                    skipped["blank rows"].append(line)
-                    continue
+                if isinstance(row, list):
+                    if not "".join(row).strip():
+                        skipped["blank rows"].append(line)
+                        continue
+                    header = header or row
+                    if len(row) != len(header):
+                        found = f"found {len(row)} fields, expected {len(header)} as in the header"
+                        raise UserError(f"{place}: {found}: {QUOTING}")
                 names = tuple(header or row)  # an object has its own
                 if names not in chosen:
                     taken = {kind: _column(place, names, kind, wanted[kind]) for kind in wanted}
@@ -85,21 +90,14 @@ def read_table(
                         said = [f"{kind}s from {column!r}" for kind, column in taken.items()]
                         note(name, f"columns read: {', '.join(said)}")
                     chosen[names] = taken
-                if isinstance(row, list):
-                    if header is None:
-                        header = names
-                        continue
-                    if len(row) != len(header):
-                        found = f"found {len(row)} fields, expected {len(header)} as in the header"
-                        raise UserError(f"{place}: {found}: {QUOTING}")
-                    row = dict(zip(names, row, strict=True))
-                text, label = (row.get(chosen[names].get(kind), "") for kind in USUAL)
-                if isinstance(label, dict) and isinstance(choices := label.get("choices"), list):
-                    if len(choices) != 1:
-                        skipped["tasks with none or several choices"].append(line)
-                        continue
-                    label = choices[0]
-                yield line, _text(place, text, empty_texts), _label(place, label)
+                if row is header:
+                    continue
+                record = dict(zip(header, row, strict=True)) if header else row
+                text, label = (record.get(chosen[names].get(kind), "") for kind in USUAL)
+                if isinstance(label, dict) and "choices" in label:
+                    skipped["tasks with none or several choices"].append(line)
+                    continue
+                yield line, *_checked(place, text, label, empty_texts)
         finally:  # also where the reader wants no more rows
             for what, lines in skipped.items():
                 note(name, f"{what} skipped: {len(lines)} (the first: line {lines[0]})")
@@ -121,22 +119,19 @@ def _named(names: Iterable[str], usual: Sequence[str]) -> list[str]:
     return [name for name in names if name.strip().casefold() in usual]
 
 
-def _text(place: str, text: object, empty: bool) -> str:
+def _checked(place: str, text: object, label: object, empty_texts: bool) -> tuple[str, str]:
+    """A row's text and label; null and NaN are an empty text. Raises UserError for other values."""
     if text is None or text != text:  # NaN alone differs from itself
         text = ""
     # JSON can escape half of a surrogate pair, which no tokenizer and no file can encode.
     valid = isinstance(text, str) and not re.search("[\ud800-\udfff]", text)
-    if not valid or not (empty or text.strip()):
+    if not valid or not (empty_texts or text.strip()):
         found = f"found the text {reprlib.repr(text)}, expected valid characters"
         raise UserError(f"{place}: {found}, not all of them spaces: correct or remove the row")
-    return text
-
-
-def _label(place: str, label: object) -> str:
     if type(label) not in (str, int, float):  # nor bool: true is no class number
         found = f"found the label {reprlib.repr(label)}"
         raise UserError(f"{place}: {found}, expected a string or a number: correct it")
-    return str(label).strip()
+    return text, str(label).strip()
 
 
 def _opened(source: str | Path) -> BinaryIO:
@@ -174,8 +169,7 @@ def _rows(
 
     first, suffix = next(filter(str.strip, lines()), ""), Path(name).suffix.lower()
     delimiter = max("\t,;" if suffix == ".tsv" else ",;\t", key=first.count)
-    names = first.replace('"', "").split(delimiter)
-    has_header = _named(names, USUAL["text"]) and (len(names) == 1 or _named(names, USUAL["label"]))
+    has_header = _named(first.replace('"', "").split(delimiter), USUAL["text"])
     bare = (line.removesuffix("\n").removesuffix("\r") for line in lines())
     if JSON.match(first):
         return _json_rows(name, lines(), first.lstrip().startswith("["), control)
@@ -225,7 +219,8 @@ def _json_rows(
 
 
 def _flat(row: object, control: str | None) -> dict:
-    """An object; of a task of Label Studio its data, and as label what its annotators chose.
+    """An object; a task of Label Studio as its short export has it: its data, and as label the
+    choice of its annotators, or an object with their choices where these are none or several.
 
     control: the name of the control whose choices count; None or "label": all do.
     """
@@ -236,7 +231,9 @@ def _flat(row: object, control: str | None) -> dict:
     results = [r for a in row["annotations"] for r in a["result"] if not a.get("was_cancelled")]
     own = [r for r in results if control in (None, "label", r["from_name"])]
     choices = {choice for r in own if r["type"] == "choices" for choice in r["value"]["choices"]}
-    return row["data"] | {control or "label": {"choices": [*choices]}}
+    return row["data"] | {
+        control or "label": choices.pop() if len(choices) == 1 else {"choices": choices}
+    }
 
 
 def _workbook_rows(name: str, file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
