@@ -138,7 +138,9 @@ def test_columns_are_named_by_the_user_or_missed_in_one_line(capsys):
     assert list(read_texts("b.csv", text_column="content")) == [(2, "b")]
     found = read_examples(write("c.csv", " Text ,label,x,x\n一,1,,\n"), WORDS)  # x is not needed
     assert [e.text for e in found] == ["一"]
-    assert list(read_texts(write("a.tsv", "text\n一, 二\n"))) == [(2, "一, 二")]
+    for name in ("a.tsv", "a.txt"):
+        assert list(read_texts(write(name, "text\n一, 二\n"))) == [(2, "一, 二")]
+    assert list(read_texts(write("b.txt", "id\t内容\n1\t一\n"))) == [(2, "一")]
     for other in ('{"data": [{"text": "a"}]}', '[["a", 1]]', '["a"]', '"\ufefftext",label\na,1\n'):
         with pytest.raises(UserError, match="found the columns"):
             read_examples(write("a.json", "\ufeff" + other), WORDS)

@@ -53,13 +53,13 @@ def read_examples(
     label_column: str | None = None,
     empty_texts: bool = False,
 ) -> list[Example]:
-    """The examples of a .tsv, .csv or .jsonl file, in file order.
+    """The examples of a data file, in file order; encoding and columns as in `read_table`.
 
-    .tsv: a header row; fields are separated by tabs and not quoted, `"` is an ordinary character.
-    If a whole field stands in quotes, as pandas writes it, stderr gets a note.
-    .csv: a header row; quoted fields may contain commas, newlines and doubled quotes (RFC 4180).
-    .jsonl: one object a line. In each, the names are `label` and `text_a` (or `text`); others are
-    ignored.
+    Separated by tabs: a header row; fields are not quoted, `"` is an ordinary character, unless the
+    header is quoted. If a whole field stands in quotes, as pandas writes it, stderr gets a note.
+    Separated by commas or semicolons: a header row; quoted fields may contain these, newlines and
+    doubled quotes (RFC 4180). JSON: one object a line, or a list. Other columns are ignored.
+    empty_texts: whether a text may be empty.
 
     Labels are the words in `labels` or the indices 0..C-1, one kind for the whole file, without
     white space around them. A JSON number counts as its digits, so all formats give the same
