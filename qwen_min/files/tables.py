@@ -168,7 +168,7 @@ def _rows(
             yield line if i else line.removeprefix("\ufeff")
 
     first, suffix = next(filter(str.strip, lines()), ""), Path(name).suffix.lower()
-    # One column has no delimiter: in a .csv it may be quoted, elsewhere commas belong to texts.
+    # A single column has no delimiter: commas then belong to the texts of a .tsv or .txt.
     delimiter = max("\t,;" if suffix in (".tsv", ".txt") else ",;\t", key=first.count)
     has_header = _named(first.replace('"', "").split(delimiter), USUAL["text"])
     bare = (line.removesuffix("\n").removesuffix("\r") for line in lines())
