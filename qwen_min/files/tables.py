@@ -259,6 +259,7 @@ def _encoding(name: str, file: BinaryIO, encoding: str | None) -> str:
         tried = ["utf-16"]
     try:
         for candidate in tried:
+            b"\xff".decode(candidate, "replace")  # refuses codecs that are not for texts
             if (wrong := _first_wrong_byte(file, candidate)) is None:
                 if candidate != tried[0]:
                     how = "read as GB18030; if texts look wrong, give --encoding"
