@@ -21,7 +21,7 @@ from qwen_min.errors import UserError
 from qwen_min.files.disk import parse_json, read_json, read_regular, refuse_malformed
 from qwen_min.files.run import WRITTEN, read_run
 from qwen_min.metrics import confusion_matrix, mcnemar_exact, paired_bootstrap, wilson_interval
-from qwen_min.prompt import parse_labels
+from qwen_min.report.settings import identify
 
 # Numbers of a row, and their headings. The recall of each class stands between the two.
 HEADLINE = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
@@ -35,14 +35,6 @@ NEEDED |= dict.fromkeys((*HEADLINE, *OTHERS), (float, None)) | {"accuracy": floa
 NEEDED |= dict.fromkeys(("base_fingerprint", "tokenizer_hash"), (str, None))
 NEEDED["arguments"] = dict.fromkeys(("run", "predictions", "model", "template"), (str, None))
 KIND = "results of evaluate.py"
-# Arguments that change no prediction: names of outputs, and what is measured besides.
-NEUTRAL = {"method", "seed", "run", "output", "predictions", "changed", "resume", "export"}
-NEUTRAL |= {"merge", "feature_cache", "train_data", "calibrate", "explain", "label_sets"}
-NEUTRAL |= {"errors", "explain_row"}
-ROWS = {"data", "limit", "encoding", "text_column", "label_column"}  # these have a hash
-# Arguments of the LoRA methods, which head_only records and ignores.
-IGNORED = {"lora_targets", "train_embeddings", "r", "alpha", "rslora", "dropout", "epochs", "lr"}
-IGNORED |= {"warmup", "batch_size", "clip", "eval_every", "save_every", "checkpointing"}
 
 
 class Predictions(NamedTuple):
@@ -74,12 +66,6 @@ class Result(NamedTuple):
         values = self.results | more | (self.results["macro"] if len(classes) > 2 else {})
         return {key: values.get(key) for key in (*HEADLINE, *more, *OTHERS, "accuracy_interval")}
 
-    @property
-    def scored(self) -> Predictions | None:
-        """The predictions, if they have scores."""
-        found = self.predictions
-        return found if found and found.scores is not None else None
-
 
 class Method(NamedTuple):
     """One row of the table: the results of one method by seed, in ascending order."""
@@ -104,12 +90,11 @@ class Method(NamedTuple):
             return {self.name: self.first}
         return {f"{self.name}, seed {seed}": result for seed, result in self.seeds.items()}
 
-    def majority(self) -> dict:
-        """What always predicting the most frequent class gets: class, n, accuracy, interval."""
-        rows = np.sum(self.first.results["confusion_matrix"], axis=1)
-        c, n = int(rows.argmax()), int(rows.sum())
-        found = {"class": self.classes[c], "n": n, "accuracy": rows[c] / n}
-        return found | {"accuracy_interval": list(wilson_interval(int(rows[c]), n))}
+    def majority(self) -> tuple[int, float, float, float]:
+        """The most frequent class; the accuracy of always predicting it, and its interval."""
+        support, n = np.sum(self.first.results["confusion_matrix"], axis=1), self.first.results["n"]
+        c = int(support.argmax())
+        return c, float(support[c] / n), *wilson_interval(int(support[c]), n)
 
     def summary(self) -> tuple[dict, dict]:
         """Mean and sample standard deviation of each number over the seeds; None if undefined."""
@@ -180,66 +165,6 @@ def read_result(path: Path) -> Result:
     return Result(path, results, *depends_on, seed, predictions, run)
 
 
-def identify(results: dict, training: dict) -> tuple[dict, dict, dict]:
-    """(shown, hashes, identity): settings as arguments, hashes of some, and what makes a method.
-
-    Results are seeds of one method only if their identity is equal. In it a file stands by the hash
-    of its content or, if an older version recorded no hash, by its name, which never equals a hash.
-    Of what was trained as it is evaluated it has the latter alone. training: the arguments of the
-    run, if there is one.
-    """
-    arguments, method = results["arguments"], results["method"]
-    # Label words as they were used, however they were typed; "name=word" scores another word.
-    typed, own = str(arguments.get("labels")), training.get("labels")
-    names = ",".join(row["name"] for row in results["per_class"])
-    words = ",".join(parse_labels(typed)) if "=" in typed else names
-    shown = {"examples": f"{results['n']} of {Path(str(arguments.get('data'))).name}"}
-    shown |= {name: v for name, v in arguments.items() if name not in NEUTRAL | ROWS}
-    shown |= {"labels": words, "template": whole_template(results.get("template"), arguments)}
-    # Found when it ran: dtype and device can be "auto" as arguments.
-    found = ("dtype", "device", "tokenizer_hash", "stop_ids")
-    shown |= {name: results[name] for name in found if results.get(name) is not None}
-
-    # The model of an evaluation is always that of the training.
-    unused = NEUTRAL | ROWS | {"model", "device", "dtype"}
-    unused |= IGNORED if method == "head_only" else set()
-    settings = {name: v for name, v in training.items() if name not in unused}
-    if own:
-        settings["labels"] = words if own == typed else ",".join(parse_labels(str(own)))
-    if training:
-        settings["template"] = whole_template(results.get("training_template"), training)
-        part = f", first {training['limit']} rows" if training.get("limit") else ""
-        shown["train_data"] = f"{training.get('data')}{part}"
-    trained_in = results.get("training_dtype") or training.get("dtype")
-    if trained_in not in (None, "auto"):  # older runs recorded none
-        settings["dtype"] = trained_in
-    identity = dict(shown)
-    for name, value in settings.items():
-        key = f"train_{name}" if name in identity else name
-        shown[key] = value
-        if value != identity.get(name):
-            identity[key] = value
-
-    hashes = {"examples": results["examples_hash"], "model": results.get("base_fingerprint")}
-    hashes |= dict.fromkeys(("adapter", "train_adapter"), results.get("adapter_hash"))
-    hashes["train_data"] = results.get("training_data_hash")
-    hashes = {name: value for name, value in hashes.items() if value and shown.get(name)}
-    given = {name: v for name, v in identity.items() if v is not None and v is not False}
-    identity = {name: hashes.get(name, v) for name, v in given.items()} | {"method": method}
-    clean = results.get("clean") or {}
-    seen = results["n"] - clean["n"] if "n" in clean else None  # older results lack both
-    measured = {"texts shortened": results.get("truncated_rows")}
-    measured["rows seen in training"] = 0 if method.startswith("zero_shot") else seen
-    shown |= {name: count for name, count in measured.items() if count is not None}
-    return shown, hashes, identity
-
-
-def whole_template(known: str | None, arguments: dict) -> str | None:
-    """The template with its chat markup; if an older version did not record it, as typed."""
-    typed = arguments.get("template")
-    return known or (typed and str(typed).replace("\\n", "\n"))
-
-
 def read_predictions(path: Path, results: dict) -> Predictions | None:
     """The predictions beside a results file; None if there is no such file.
 
@@ -301,6 +226,36 @@ def gather(results: Sequence[Result]) -> list[Method]:
         name = f"{method} {nth[method]}" if nth[method] > 1 else method
         methods.append(Method(name, dict(sorted((r.seed, r) for r in group))))
     return methods
+
+
+def differences(methods: Sequence[Method]) -> dict[str, dict[str, str]]:
+    """What differs between the rows besides the method: {setting: {name of the row: its value}}.
+
+    A row that has no such setting, or whose older version did not record it, is left out. Values
+    with hashes differ if these differ.
+    """
+    firsts = {method.name: method.first for method in methods}
+    found = {}
+    for key in dict.fromkeys(key for result in firsts.values() for key in result.shown):
+        having = {name: r for name, r in firsts.items() if key in r.shown}
+        texts = {name: as_text(r.shown[key]) for name, r in having.items()}
+        hashes = {name: r.hashes[key] for name, r in having.items() if key in r.hashes}
+        if len(hashes) == len(texts):
+            texts = {name: f"{text} ({hashes[name][:8]})" for name, text in texts.items()}
+        else:
+            hashes = texts
+        if len({*hashes.values()}) > 1:
+            found[key] = texts
+    names = [result.results["method"] for result in firsts.values()]
+    several = {n: str(r.path) for n, r in firsts.items() if names.count(r.results["method"]) > 1}
+    return found | ({"file": several} if several else {})
+
+
+def as_text(value: object) -> str:
+    """The value of a setting; an option that was not given is "no"."""
+    if value is None or isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value).replace("\n", "\\n")
 
 
 def compare(a: Method, b: Method) -> dict:

@@ -8,7 +8,7 @@ as in \\u6b63; no empty boxes are drawn.
 
 import io
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 
@@ -29,8 +29,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DPI = 150
 BINS = 15  # as in metrics.expected_calibration_error
 
-Logs = list[tuple[str, str, list[list], list[dict]]]  # as `training_logs` returns
-
 
 def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -> list[Path]:
     """Draw all pictures for which there is data; return their files.
@@ -39,14 +37,11 @@ def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -
     of all other files have the examples' hash. stderr names characters that cannot be drawn.
     inputs: the files read, which no picture replaces.
     """
-    directory, logs = Path(directory), training_logs(methods)
-    fonts, drawable = find_fonts()
+    directory, (fonts, drawable) = Path(directory), find_fonts()
     words = "".join(word for method in methods for word in (method.name, *method.classes))
     if missing := "".join(dict.fromkeys(char for char in words if ord(char) not in drawable)):
         print(NO_FONT.format(missing, matplotlib.get_cachedir()), file=sys.stderr)
-
-    def named(items: Iterable[tuple[str, object]]) -> dict[str, object]:
-        return {readable(name, drawable): item for name, item in items if item}
+    methods = [method._replace(name=readable(method.name, drawable)) for method in methods]
 
     pictures: dict[str, Figure] = {}
     style = {"font.family": fonts, "text.parse_math": False, "text.usetex": False}
@@ -54,18 +49,16 @@ def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -
         for examples in dict.fromkeys(m.first.results["examples_hash"] for m in methods):
             same = [m for m in methods if m.first.results["examples_hash"] == examples]
             words = [readable(word, drawable) for word in same[0].classes]
-            rows = named(item for m in same for item in m.titled.items())
-            base = same[0].majority()
-            base["class"] = readable(base["class"], drawable)
-            kinds = {"accuracy": plot_accuracies(rows, base)}
+            rows = {name: result for m in same for name, result in m.titled.items()}
+            kinds = {"accuracy": plot_accuracies(rows, words, same[0].majority())}
             kinds["confusion"] = plot_confusion(rows, words)
-            if scored := {name: row.scored for name, row in rows.items() if row.scored}:
-                seeds = ((m.name, [r.scored for r in m.seeds.values() if r.scored]) for m in same)
-                kinds["roc"] = plot_roc(named(seeds), words)
+            found = {name: row.predictions for name, row in rows.items() if row.predictions}
+            if scored := {name: p for name, p in found.items() if p.scores is not None}:
+                seeds = {m.name: [scored[t] for t in m.titled if t in scored] for m in same}
+                kinds["roc"] = plot_roc(seeds, words)
                 kinds["reliability"] = plot_reliability(scored)
             pictures |= {f"{kind}-{examples[:12]}.png": kinds[kind] for kind in kinds}
-        if logs:
-            logs = [(readable(name, drawable), *rest) for name, *rest in logs]
+        if logs := training_logs(methods):
             pictures["training.png"] = plot_training(logs)
         with one_line_error(directory, "name a directory that you can write to"):
             directory.mkdir(parents=True, exist_ok=True)
@@ -76,24 +69,23 @@ def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -
     return [directory / name for name in pictures]
 
 
-def training_logs(methods: Sequence[Method]) -> Logs:
+def training_logs(methods: Sequence[Method]) -> list[tuple]:
     """(row, kind of loss, [steps, losses, learning rates], history) of each run with a log.
 
     history: the held-out losses. A run is named by its first row; of several seeds with its seed.
     """
-    found, seen = [], set()
+    found = {}
     named = [item for method in methods for item in method.titled.items()]
     for name, run in ((name, result.run) for name, result in named if result.run):
         path = run / "log.jsonl"
-        if run not in seen and path.exists() and path.stat().st_size:  # head_only has no steps
+        if run not in found and path.exists() and path.stat().st_size:  # head_only has no steps
             with refuse_malformed(path, "a log with step, loss, lr", "move it away to do without"):
                 log = [list(map(float, c)) for c in read_columns(path, "step", "loss", "lr")]
             schema = {"history": [{"step": int, "held_out_log_loss": float}]}
             record = read_run(run, **schema if "history" in read_run(run) else {})
             over = "vocabulary" if record.get("method") == "lora_label_scoring" else "classes"
-            found.append((name, over, log, record.get("history", [])))  # unfinished: none
-        seen.add(run)
-    return found
+            found[run] = (name, over, log, record.get("history", []))  # unfinished: none
+    return list(found.values())
 
 
 def grid(panels: int, width: float, height: float) -> tuple[Figure, list[SubFigure]]:
@@ -202,8 +194,8 @@ def plot_bins(upper: Axes, lower: Axes, name: str, predictions: Predictions) -> 
     finish(lower, xlabel=axis, ylabel="rows", xlim=(left, 1.02))
 
 
-def plot_training(runs: Logs) -> Figure:
-    """Training loss, held-out log-loss and learning rate of each run over its steps.
+def plot_training(runs: Sequence[tuple]) -> Figure:
+    """Training loss, held-out log-loss and learning rate of each run, as in `training_logs`.
 
     Each kind of training loss has a panel: lora_label_scoring trains over the whole vocabulary,
     lora_head over the classes. The held-out log-loss is over the classes in both.
@@ -233,21 +225,23 @@ def plot_training(runs: Logs) -> Figure:
     return figure
 
 
-def plot_accuracies(rows: Mapping[str, Result], base: dict) -> Figure:
+def plot_accuracies(
+    rows: Mapping[str, Result], words: Sequence[str], base: tuple[int, float, float, float]
+) -> Figure:
     """Accuracy of each result with its interval, and the majority baseline as a line.
 
-    base: as `Method.majority` returns it, with a class that can be drawn.
+    words: the classes, to show. base: as `Method.majority` returns it.
     """
     figure = Figure(figsize=(7.5, 0.4 * len(rows) + 1.7), layout="constrained")
-    axes = figure.subplots()
-    label = fill(f"majority baseline: always {base['class']}", 60)
-    axes.axvline(base["accuracy"], color="0.4", linestyle="--", label=label)
+    axes, always = figure.subplots(), fill(f"majority baseline: always {words[base[0]]}", 60)
+    axes.axvline(base[1], color="0.4", linestyle="--", label=always)
     accuracies = np.array([row.results["accuracy"] for row in rows.values()])
     ends = np.transpose([row.results["accuracy_interval"] for row in rows.values()])
     style = {"fmt": "ko", "markersize": 4.5, "capsize": 2, "label": "95 % interval"}
     axes.errorbar(accuracies, range(len(rows)), xerr=np.abs(ends - accuracies), **style)
     axes.set_yticks(range(len(rows)), [fill(name, 40) for name in rows])
-    finish(axes, xlabel=f"accuracy ({base['n']} examples)", ylim=(len(rows) - 0.4, -0.6))
+    n = next(iter(rows.values())).results["n"]
+    finish(axes, xlabel=f"accuracy ({n} examples)", ylim=(len(rows) - 0.4, -0.6))
     legend_below(figure, 2)
     return figure
 

@@ -15,14 +15,14 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import combinations, zip_longest
+from itertools import chain, combinations, zip_longest
 
 from qwen_min.command.cli import make_parser, run_command
 from qwen_min.command.terminal import WIDTH, columns, text_table
 from qwen_min.errors import UserError
 from qwen_min.files.output import commit_outputs, open_outputs
-from qwen_min.report.compare import HEADLINE, OTHERS, Method, compare, files_read, gather, read_all
-from qwen_min.report.differences import differences
+from qwen_min.report import compare
+from qwen_min.report.compare import HEADLINE, OTHERS, Method
 
 DECIMALS = {"trained_parameters": 0, "training_seconds": 1, "seconds": 1}  # others: 4
 PAIRS = "Pairs on the same examples (A - B: accuracy of A minus that of B, with a paired "
@@ -45,10 +45,10 @@ def report(args: argparse.Namespace) -> int:
     """Read and compare the results, print or write the report, then draw the pictures."""
     if args.plots and find_spec("matplotlib") is None:
         raise UserError("--plots needs matplotlib, which is not installed: pip install matplotlib")
-    results = read_all(args.results)
-    (output,) = open_outputs([args.output], files_read(results))
-    methods = gather(results)
-    pairs = [compare(a, b) for a, b in combinations(methods, 2)]
+    results = compare.read_all(args.results)
+    (output,) = open_outputs([args.output], compare.files_read(results))
+    methods = compare.gather(results)
+    pairs = [compare.compare(a, b) for a, b in combinations(methods, 2)]
     if args.format == "json":
         text = json.dumps(as_json(methods, pairs), ensure_ascii=False, indent=2)
     else:
@@ -59,7 +59,7 @@ def report(args: argparse.Namespace) -> int:
     if args.plots:
         from qwen_min.report.plots import draw  # here, because it imports matplotlib
 
-        for path in draw(methods, args.plots, files_read(results)):
+        for path in draw(methods, args.plots, compare.files_read(results)):
             print(path, file=sys.stderr)
     return 0
 
@@ -73,7 +73,7 @@ def as_json(methods: Sequence[Method], pairs: Sequence[dict]) -> dict:
         seeds = [{"seed": seed, "file": str(r.path), **r.row} for seed, r in method.seeds.items()]
         numbers = {"mean": mean, "standard_deviation": sd, "seeds": seeds}
         rows.append({"name": method.name} | shared | numbers)
-    return {"methods": rows, "pairs": list(pairs), "differences": differences(methods)}
+    return {"methods": rows, "pairs": list(pairs), "differences": compare.differences(methods)}
 
 
 def format_report(methods: Sequence[Method], pairs: Sequence[dict], markdown: bool) -> str:
@@ -95,7 +95,7 @@ def format_report(methods: Sequence[Method], pairs: Sequence[dict], markdown: bo
             seed_rows += [[name, *cells(row, measures)] for name, row in named.items()]
         rows.append([method.name, str(method.first.results["n"]), *cells(values, measures)])
     parts = [draw(["method", "n", *measures.values()], rows), "\n".join(notes(methods))]
-    if apart := differences(methods):
+    if apart := compare.differences(methods):
         parts.append("What differs besides the method, among the rows for which it is known:")
         parts.append("\n".join(bullet + difference(*item) for item in apart.items()))
     if seed_rows:
@@ -113,8 +113,7 @@ def format_report(methods: Sequence[Method], pairs: Sequence[dict], markdown: bo
     refused = [(f"{pair['a']} and {pair['b']}", pair["not_compared"]) for pair in pairs]
     refused = [f"{bullet}{names}: not compared, {why}" for names, why in refused if why]
     text = "\n\n".join(filter(None, [*parts, "\n".join(refused)]))
-    lines = text.split("\n")
-    return text if markdown else "\n".join(part for line in lines for part in wrapped(line))
+    return text if markdown else "\n".join(chain.from_iterable(map(wrapped, text.split("\n"))))
 
 
 def difference(what: str, said: dict[str, str]) -> str:
@@ -144,10 +143,10 @@ def notes(methods: Sequence[Method]) -> list[str]:
         more = "precision, recall, F1 and AUC are means over the classes; Brier is summed over them"
         lines.append(f"More than two classes: {more}.")
     for examples, method in {m.first.results["examples_hash"]: m for m in methods}.items():
-        base = method.majority()
-        which = f"{base['n']} examples with hash {examples[:8]}"
-        values = "{:.4f} ({:.4f} to {:.4f})".format(base["accuracy"], *base["accuracy_interval"])
-        lines.append(f"Majority baseline ({which}): always {base['class']} has accuracy {values}.")
+        c, accuracy, low, high = method.majority()
+        which = f"{method.first.results['n']} examples with hash {examples[:8]}"
+        said = f"always {method.classes[c]} has accuracy {accuracy:.4f} ({low:.4f} to {high:.4f})"
+        lines.append(f"Majority baseline ({which}): {said}.")
     return lines
 
 
