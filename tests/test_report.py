@@ -527,7 +527,7 @@ def test_shortened_texts_and_rows_seen_in_training(tmp_path):
 def test_the_majority_baseline(tmp_path):
     path = evaluated(tmp_path, "zero_shot")
     counts = np.bincount(labels_of(1))
-    c, accuracy, *ends = gather(read_all([path]))[0].majority()
+    c, accuracy, *ends = read_all([path])[0].majority()
     interval = stats.binomtest(int(counts.max()), N).proportion_ci(method="wilson")
     assert (c, accuracy) == (counts.argmax(), counts.max() / N)
     assert ends == pytest.approx([interval.low, interval.high], rel=1e-9)
@@ -785,7 +785,7 @@ def test_no_legend_covers_a_point(n, words, tmp_path, seeds):
     log = [[1, 2], [1.0, 0.9], [0.1, 0.1]]
     figures = [plots.plot_roc({name: [r.predictions] for name, r in rows.items()}, words)]
     figures.append(plots.plot_reliability({name: r.predictions for name, r in rows.items()}))
-    figures.append(plots.plot_accuracies(rows, words, methods[0].majority()))
+    figures.append(plots.plot_accuracies(rows, words))
     figures.append(plots.plot_training([(name, "classes", log, []) for name in rows]))
     assert [overlaps(figure) for figure in figures] == [[]] * 4
 
@@ -793,7 +793,7 @@ def test_no_legend_covers_a_point(n, words, tmp_path, seeds):
 def test_the_pictures_of_a_users_own_runs_show_the_numbers(seeds):
     methods = gather(read_all(seeds))
     rows = {name: r for m in methods for name, r in m.titled.items()}
-    axes = plots.plot_accuracies(rows, WORDS, methods[0].majority()).axes[0]
+    axes = plots.plot_accuracies(rows, WORDS).axes[0]
     names = ["zero_shot", *(f"lora_head, seed {seed}" for seed in range(3))]
     assert [text.get_text() for text in axes.get_yticklabels()] == names
     dots, _, (bars,) = axes.containers[0]

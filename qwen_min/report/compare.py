@@ -66,6 +66,12 @@ class Result(NamedTuple):
         values = self.results | more | (self.results["macro"] if len(classes) > 2 else {})
         return {key: values.get(key) for key in (*HEADLINE, *more, *OTHERS, "accuracy_interval")}
 
+    def majority(self) -> tuple[int, float, float, float]:
+        """The most frequent class; the accuracy of always predicting it, and its interval."""
+        support = np.sum(self.results["confusion_matrix"], axis=1).tolist()
+        most, n = max(support), sum(support)
+        return support.index(most), most / n, *wilson_interval(most, n)
+
 
 class Method(NamedTuple):
     """One row of the table: the results of one method by seed, in ascending order."""
@@ -89,12 +95,6 @@ class Method(NamedTuple):
         if len(self.seeds) == 1:
             return {self.name: self.first}
         return {f"{self.name}, seed {seed}": result for seed, result in self.seeds.items()}
-
-    def majority(self) -> tuple[int, float, float, float]:
-        """The most frequent class; the accuracy of always predicting it, and its interval."""
-        support, n = np.sum(self.first.results["confusion_matrix"], axis=1), self.first.results["n"]
-        c = int(support.argmax())
-        return c, float(support[c] / n), *wilson_interval(int(support[c]), n)
 
     def summary(self) -> tuple[dict, dict]:
         """Mean and sample standard deviation of each number over the seeds; None if undefined."""
@@ -240,11 +240,9 @@ def differences(methods: Sequence[Method]) -> dict[str, dict[str, str]]:
         having = {name: r for name, r in firsts.items() if key in r.shown}
         texts = {name: as_text(r.shown[key]) for name, r in having.items()}
         hashes = {name: r.hashes[key] for name, r in having.items() if key in r.hashes}
-        if len(hashes) == len(texts):
+        if known := len(hashes) == len(texts):
             texts = {name: f"{text} ({hashes[name][:8]})" for name, text in texts.items()}
-        else:
-            hashes = texts
-        if len({*hashes.values()}) > 1:
+        if len({*(hashes if known else texts).values()}) > 1:
             found[key] = texts
     names = [result.results["method"] for result in firsts.values()]
     several = {n: str(r.path) for n, r in firsts.items() if names.count(r.results["method"]) > 1}
@@ -266,8 +264,7 @@ def compare(a: Method, b: Method) -> dict:
     only_a and only_b (rows that only one has right) and p (exact McNemar).
     """
     first, other = a.first.results, b.first.results
-    results = [*a.seeds.values(), *b.seeds.values()]
-    without = [result.path for result in results if result.predictions is None]
+    without = [r.path for m in (a, b) for r in m.seeds.values() if r.predictions is None]
     seeds, reason = paired_seeds(a, b), None
     if first["examples_hash"] != other["examples_hash"]:
         about = [f"{r['n']} examples with hash {r['examples_hash'][:8]}" for r in (first, other)]

@@ -50,7 +50,7 @@ def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -
             same = [m for m in methods if m.first.results["examples_hash"] == examples]
             words = [readable(word, drawable) for word in same[0].classes]
             rows = {name: result for m in same for name, result in m.titled.items()}
-            kinds = {"accuracy": plot_accuracies(rows, words, same[0].majority())}
+            kinds = {"accuracy": plot_accuracies(rows, words)}
             kinds["confusion"] = plot_confusion(rows, words)
             found = {name: row.predictions for name, row in rows.items() if row.predictions}
             if scored := {name: p for name, p in found.items() if p.scores is not None}:
@@ -113,9 +113,8 @@ def curve_style(i: int) -> dict:
 
 def finish(axes: Axes, **properties: object) -> None:
     """Set labels and limits, and draw a grid."""
-    axes.set(**properties)
+    axes.set(axisbelow=True, **properties)
     axes.grid(color="0.9")
-    axes.set_axisbelow(True)
 
 
 def roc_curve(positive: np.ndarray, ranking: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -225,23 +224,23 @@ def plot_training(runs: Sequence[tuple]) -> Figure:
     return figure
 
 
-def plot_accuracies(
-    rows: Mapping[str, Result], words: Sequence[str], base: tuple[int, float, float, float]
-) -> Figure:
+def plot_accuracies(rows: Mapping[str, Result], words: Sequence[str]) -> Figure:
     """Accuracy of each result with its interval, and the majority baseline as a line.
 
-    words: the classes, to show. base: as `Method.majority` returns it.
+    words: the classes, to show.
     """
     figure = Figure(figsize=(7.5, 0.4 * len(rows) + 1.7), layout="constrained")
-    axes, always = figure.subplots(), fill(f"majority baseline: always {words[base[0]]}", 60)
-    axes.axvline(base[1], color="0.4", linestyle="--", label=always)
+    axes, first = figure.subplots(), next(iter(rows.values()))
+    c, share, *_ = first.majority()
+    label = fill(f"majority baseline: always {words[c]}", 60)
+    axes.axvline(share, color="0.4", linestyle="--", label=label)
     accuracies = np.array([row.results["accuracy"] for row in rows.values()])
     ends = np.transpose([row.results["accuracy_interval"] for row in rows.values()])
     style = {"fmt": "ko", "markersize": 4.5, "capsize": 2, "label": "95 % interval"}
     axes.errorbar(accuracies, range(len(rows)), xerr=np.abs(ends - accuracies), **style)
     axes.set_yticks(range(len(rows)), [fill(name, 40) for name in rows])
-    n = next(iter(rows.values())).results["n"]
-    finish(axes, xlabel=f"accuracy ({n} examples)", ylim=(len(rows) - 0.4, -0.6))
+    about = f"accuracy ({first.results['n']} examples)"
+    finish(axes, xlabel=about, ylim=(len(rows) - 0.4, -0.6))
     legend_below(figure, 2)
     return figure
 

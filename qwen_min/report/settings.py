@@ -36,8 +36,7 @@ def identify(results: dict, training: dict) -> tuple[dict, dict, dict]:
     shown |= {name: results[name] for name in found if results.get(name) is not None}
 
     # The model of an evaluation is always that of the training.
-    unused = NEUTRAL | {"model", "device", "dtype"}
-    unused |= IGNORED if method == "head_only" else set()
+    unused = NEUTRAL | {"model", "device", "dtype"} | (IGNORED if method == "head_only" else set())
     settings = {name: v for name, v in training.items() if name not in unused}
     if own:
         settings["labels"] = words if own == typed else ",".join(parse_labels(str(own)))
@@ -61,11 +60,11 @@ def identify(results: dict, training: dict) -> tuple[dict, dict, dict]:
     hashes = {name: value for name, value in hashes.items() if value and shown.get(name)}
     given = {name: v for name, v in identity.items() if v is not None and v is not False}
     identity = {name: hashes.get(name, v) for name, v in given.items()} | {"method": method}
-    clean = results.get("clean") or {}
-    seen = results["n"] - clean["n"] if "n" in clean else None  # older results lack both
-    measured = {"texts shortened": results.get("truncated_rows")}
-    measured["rows seen in training"] = 0 if method.startswith("zero_shot") else seen
-    shown |= {name: count for name, count in measured.items() if count is not None}
+    if "truncated_rows" in results:  # older versions counted neither
+        shown["texts shortened"] = results["truncated_rows"]
+    n, clean = results["n"], results.get("clean") or {}
+    if method.startswith("zero_shot") or "n" in clean:
+        shown["rows seen in training"] = 0 if method.startswith("zero_shot") else n - clean["n"]
     return shown, hashes, identity
 
 

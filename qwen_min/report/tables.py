@@ -143,7 +143,7 @@ def notes(methods: Sequence[Method]) -> list[str]:
         more = "precision, recall, F1 and AUC are means over the classes; Brier is summed over them"
         lines.append(f"More than two classes: {more}.")
     for examples, method in {m.first.results["examples_hash"]: m for m in methods}.items():
-        c, accuracy, low, high = method.majority()
+        c, accuracy, low, high = method.first.majority()
         which = f"{method.first.results['n']} examples with hash {examples[:8]}"
         said = f"always {method.classes[c]} has accuracy {accuracy:.4f} ({low:.4f} to {high:.4f})"
         lines.append(f"Majority baseline ({which}): {said}.")
