@@ -28,11 +28,11 @@ HEADLINE = {"accuracy": "accuracy", "precision": "precision", "recall": "recall"
 OTHERS = {"auc_roc": "AUC", "brier": "Brier", "ece": "ECE", "trained_parameters": "trained"}
 OTHERS |= {"training_seconds": "train s", "seconds": "eval s"}
 PER_CLASS = dict.fromkeys(("precision", "recall", "f1"), float)
-NEEDED = {"failed": None, "accuracy_interval": [float], "training_dtype": (str, None)}
+NEEDED = {"failed": None, "accuracy_interval": [float], "clean": (dict, None)}
 NEEDED |= {"method": str, "examples_hash": str, "n": int, "per_class": [{"name": str} | PER_CLASS]}
 NEEDED |= {"confusion_matrix": [[int]], "macro": PER_CLASS, "training_arguments": (dict, None)}
 NEEDED |= dict.fromkeys((*HEADLINE, *OTHERS), (float, None)) | {"accuracy": float, "seconds": float}
-NEEDED |= dict.fromkeys(("base_fingerprint", "tokenizer_hash"), (str, None))
+NEEDED |= dict.fromkeys(("base_fingerprint", "tokenizer_hash", "training_dtype"), (str, None))
 NEEDED["arguments"] = dict.fromkeys(("run", "predictions", "model", "template"), (str, None))
 KIND = "results of evaluate.py"
 

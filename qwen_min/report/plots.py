@@ -48,10 +48,11 @@ def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -
     with matplotlib.rc_context(style):
         for examples in dict.fromkeys(m.first.results["examples_hash"] for m in methods):
             same = [m for m in methods if m.first.results["examples_hash"] == examples]
-            words = [readable(word, drawable) for word in same[0].classes]
+            own = {t: [readable(w, drawable) for w in m.classes] for m in same for t in m.titled}
+            words = next(iter(own.values()))
             rows = {name: result for m in same for name, result in m.titled.items()}
             kinds = {"accuracy": plot_accuracies(rows, words)}
-            kinds["confusion"] = plot_confusion(rows, words)
+            kinds["confusion"] = plot_confusion(rows, own)
             found = {name: row.predictions for name, row in rows.items() if row.predictions}
             if scored := {name: p for name, p in found.items() if p.scores is not None}:
                 seeds = {m.name: [scored[t] for t in m.titled if t in scored] for m in same}
@@ -245,19 +246,23 @@ def plot_accuracies(rows: Mapping[str, Result], words: Sequence[str]) -> Figure:
     return figure
 
 
-def plot_confusion(rows: Mapping[str, Result], words: Sequence[str]) -> Figure:
-    """A confusion matrix for each result: counts, and shares of the true class, which shade it."""
-    side, heads = max(3.6, 0.75 * len(words) + 2), [fill(word, 8) for word in words]
-    turned = 45 if len(words) * max(map(len, heads)) > 20 else 0
+def plot_confusion(rows: Mapping[str, Result], words: Mapping[str, Sequence[str]]) -> Figure:
+    """A confusion matrix for each result: counts, and shares of the true class, which shade it.
+
+    words: the classes of each result, to show.
+    """
+    side = max(3.6, 0.75 * max(map(len, words.values())) + 2)
     figure, parts = grid(len(rows), side, side)
     for part, (name, row) in zip(parts, rows.items(), strict=True):
         axes, counts = part.subplots(), np.array(row.results["confusion_matrix"])
+        heads = [fill(word, 8) for word in words[name]]
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
         for (i, j), share in np.ndenumerate(shares):
             style = {"color": "white" if share > 0.5 else "black", "fontsize": "small"}
             axes.text(j, i, f"{counts[i, j]}\n{share:.1%}", ha="center", va="center", **style)
         predicted = [*heads, "off track"][: counts.shape[1]]
+        turned = 45 if len(heads) * max(map(len, heads)) > 20 else 0
         axes.set_xticks(range(len(predicted)), predicted, rotation=turned)
         axes.set_yticks(range(len(heads)), heads)
         axes.set(title=fill(name, 30), xlabel="predicted", ylabel="true")

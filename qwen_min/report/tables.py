@@ -136,9 +136,8 @@ def table_columns(methods: Sequence[Method]) -> dict[str, str]:
 def notes(methods: Sequence[Method]) -> list[str]:
     """What the columns mean: this depends on the number of classes."""
     lines = []
-    if positive := {method.classes[1] for method in methods if len(method.classes) == 2}:
-        named = ", ".join(sorted(positive))
-        lines.append(f"Two classes: precision, recall and F1 of class 1 ({named}).")
+    if positive := dict.fromkeys(m.classes[1] for m in methods if len(m.classes) == 2):
+        lines.append(f"Two classes: precision, recall and F1 of class 1 ({', '.join(positive)}).")
     if any(len(method.classes) > 2 for method in methods):
         more = "precision, recall, F1 and AUC are means over the classes; Brier is summed over them"
         lines.append(f"More than two classes: {more}.")
