@@ -116,10 +116,13 @@ def test_a_kept_file_was_made_by_its_command(path):
     for line in before if ROWS[size, path.stem].train else ():
         expected = vars(train.build_parser().parse_args(shlex.split(line)[2:]))
         recorded = results["training_arguments"]
-        later = ("resume", "plain")  # not part of what a run is, or younger than the kept files
-        assert {name: recorded[name] for name in expected if name not in later} == {
-            name: value for name, value in expected.items() if name not in later
-        }
+        known = recorded.keys() - {"resume"}  # it lacks the options younger than the kept files
+        assert len(known) > 20
+        expected = {name: value for name, value in expected.items() if name in known}
+        # Both were defaults; left out, they are found in the file now.
+        older = {"encoding": "utf-8", "labels": "负面,正面"}
+        expected |= {name: value for name, value in older.items() if expected[name] is None}
+        assert {name: recorded[name] for name in expected} == expected
     assert results["n"] == 1200
     assert set(results["commits"]) == {*(["trained"] if before else []), "evaluated"}
     assert all(re.fullmatch("[0-9a-f]{12}", commit) for commit in results["commits"].values())
@@ -160,10 +163,10 @@ def test_every_picture_is_shown():
     assert all(f"({name}.png)" in ENGLISH for name in pictures.PICTURES)
 
 
-def test_the_font_is_chosen_for_every_word_that_is_drawn():
+def test_every_character_that_is_drawn_has_a_font():
     figures = [make() for make in pictures.PICTURES.values()]
     drawn = {c for figure in figures for text in figure.findobj(Text) for c in text.get_text()}
-    assert {c for c in drawn if ord(c) > 127} <= set(pictures.WORDS)
+    assert {*map(ord, drawn - {"\n"})} <= pictures.DRAWABLE
 
 
 def test_the_pictures_show_the_kept_accuracies():

@@ -6,6 +6,7 @@ belong to one method (`identify`).
 
 import json
 import os
+import reprlib
 import statistics
 import sys
 from collections import Counter, defaultdict
@@ -19,28 +20,21 @@ import numpy as np
 from qwen_min.errors import UserError
 from qwen_min.files.disk import parse_json, read_json, read_regular, refuse_malformed
 from qwen_min.files.run import WRITTEN, read_run
-from qwen_min.metrics import confusion_matrix, mcnemar_exact, paired_bootstrap
-from qwen_min.prompt import parse_labels
-from qwen_min.report.differences import UNUSED, rows_apart, short
+from qwen_min.metrics import confusion_matrix, mcnemar_exact, paired_bootstrap, wilson_interval
+from qwen_min.report.settings import identify
 
 # Numbers of a row, and their headings. The recall of each class stands between the two.
 HEADLINE = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
 OTHERS = {"auc_roc": "AUC", "brier": "Brier", "ece": "ECE", "trained_parameters": "trained"}
 OTHERS |= {"training_seconds": "train s", "seconds": "eval s"}
 PER_CLASS = dict.fromkeys(("precision", "recall", "f1"), float)
-NEEDED = {"failed": None, "accuracy_interval": [float], "training_dtype": (str, None)}
+NEEDED = {"failed": None, "accuracy_interval": [float], "clean": (dict, None)}
 NEEDED |= {"method": str, "examples_hash": str, "n": int, "per_class": [{"name": str} | PER_CLASS]}
 NEEDED |= {"confusion_matrix": [[int]], "macro": PER_CLASS, "training_arguments": (dict, None)}
 NEEDED |= dict.fromkeys((*HEADLINE, *OTHERS), (float, None)) | {"accuracy": float, "seconds": float}
-NEEDED |= dict.fromkeys(("base_fingerprint", "tokenizer_hash"), (str, None))
+NEEDED |= dict.fromkeys(("base_fingerprint", "tokenizer_hash", "training_dtype"), (str, None))
 NEEDED["arguments"] = dict.fromkeys(("run", "predictions", "model", "template"), (str, None))
 KIND = "results of evaluate.py"
-# Arguments that change no prediction: names of outputs, and what is measured besides.
-NEUTRAL = {"method", "seed", "run", "output", "predictions", "changed", "resume", "export"}
-NEUTRAL |= {"merge", "feature_cache", "train_data", "calibrate", "explain", "label_sets"}
-NEUTRAL |= {"errors", "explain_row"}
-# Which rows are read: these have a hash.
-ROWS = {"data", "limit", "encoding", "text_column", "label_column"}
 
 
 class Predictions(NamedTuple):
@@ -56,10 +50,10 @@ class Result(NamedTuple):
 
     path: Path
     results: dict  # the content of the file
-    identity: dict  # what the predictions depend on besides the seed, as `identify` returns it
-    shown: dict  # the same, with arguments instead of hashes
+    shown: dict  # settings as arguments; this and the next two: as `identify` returns them
+    hashes: dict  # of some settings
+    identity: dict  # what the predictions depend on besides the seed
     seed: int  # of training; of the evaluation if nothing was trained
-    trained: bool
     predictions: Predictions | None  # None if the file is missing
     run: Path | None
 
@@ -71,6 +65,12 @@ class Result(NamedTuple):
         more |= {f"recall_{c}": row["recall"] for c, row in enumerate(classes)}
         values = self.results | more | (self.results["macro"] if len(classes) > 2 else {})
         return {key: values.get(key) for key in (*HEADLINE, *more, *OTHERS, "accuracy_interval")}
+
+    def majority(self) -> tuple[int, float, float, float]:
+        """The most frequent class; the accuracy of always predicting it, and its interval."""
+        support = np.sum(self.results["confusion_matrix"], axis=1).tolist()
+        most, n = max(support), sum(support)
+        return support.index(most), most / n, *wilson_interval(most, n)
 
 
 class Method(NamedTuple):
@@ -88,6 +88,13 @@ class Method(NamedTuple):
     def classes(self) -> list[str]:
         """The word for each class."""
         return [row["name"] for row in self.first.results["per_class"]]
+
+    @property
+    def titled(self) -> dict[str, Result]:
+        """The results, each by the method's name and, of several, its seed."""
+        if len(self.seeds) == 1:
+            return {self.name: self.first}
+        return {f"{self.name}, seed {seed}": result for seed, result in self.seeds.items()}
 
     def summary(self) -> tuple[dict, dict]:
         """Mean and sample standard deviation of each number over the seeds; None if undefined."""
@@ -112,17 +119,17 @@ def read_columns(path: Path, *keys: str) -> list[list]:
 def read_all(arguments: Sequence[str]) -> list[Result]:
     """The results in files and run directories, in the order given; each file is read once."""
     paths: dict[str, Path] = {}
+    skipped = []
     for argument in map(Path, arguments):
         found = sorted(argument.glob("results-*.json")) if argument.is_dir() else [argument]
-        make = f"python evaluate.py --run {argument} --data FILE"
-        if not found and not (argument / "run.json").exists():
-            raise UserError(f"{argument}: holds no results-*.json; make one with: {make}")
         if not found:
-            print(f"{argument}: not evaluated yet, skipped; {make}", file=sys.stderr)
-        for path in found:
-            paths.setdefault(os.path.realpath(path), path)
+            make = f"make one with: python evaluate.py --run {argument} --data FILE"
+            skipped.append(f"{argument}: holds no results-*.json; {make}")
+        paths |= {os.path.realpath(path): path for path in found}
     if not paths:
-        raise UserError(f"found no results, expected those of one run or more; make one: {make}")
+        raise UserError("; ".join(skipped))
+    for line in skipped:
+        print(f"skipped {line}", file=sys.stderr)
     return [read_result(path) for path in paths.values()]
 
 
@@ -153,59 +160,9 @@ def read_result(path: Path) -> Result:
         if len(results["accuracy_interval"]) != 2 or len(results["per_class"]) < 2:
             raise ValueError("accuracy_interval has not two numbers, or per_class not two")
         if type(seed) is not int:
-            raise ValueError(f"seed is {short(str(seed), 24)}, expected a whole number")
+            raise ValueError(f"seed is {reprlib.repr(seed)}, expected a whole number")
     depends_on, predictions = identify(results, training or {}), read_predictions(path, results)
-    return Result(path, results, *depends_on, seed, training is not None, predictions, run)
-
-
-def identify(results: dict, training: dict) -> tuple[dict, dict]:
-    """What the predictions of `results` depend on besides the seed: by hashes, and as arguments.
-
-    Results are seeds of one method only if all of it is equal. A file is identified by the hash of
-    its content or, if an older version recorded no hash, by its name, which never equals a hash.
-    training: the arguments of the run, if there is one.
-    """
-    arguments, data_hash = results["arguments"], results.get("training_data_hash")
-    # Label words as they were used, however they were typed; "name=word" scores another word.
-    words = ",".join(row["name"] for row in results["per_class"])
-    if "=" in (typed := str(arguments.get("labels"))):  # other words than the names are scored
-        words = ",".join(parse_labels(typed))
-    if own := training.get("labels"):
-        same = own == arguments.get("labels")
-        training = training | {"labels": words if same else ",".join(parse_labels(str(own)))}
-    arguments = arguments | {"labels": words}
-    shown = {name: v for name, v in arguments.items() if name not in NEUTRAL | ROWS}
-    # The model of an evaluation is always that of the training. Other equal values: listed once.
-    known = {"model", "template"} | (ROWS - {"data"} if data_hash else set())
-    unused = UNUSED.get(results["method"], set())
-    for name, value in training.items():
-        if name not in NEUTRAL | known | unused and (name, value) not in shown.items():
-            shown[f"train_{name}" if name in arguments else name] = value
-    shown["template"] = whole_template(results.get("template"), arguments)
-    trained_on = whole_template(results.get("training_template"), training)
-    shown["train_template"] = trained_on if trained_on != shown["template"] else None
-    # Found when it ran: dtype and device can be "auto" as arguments.
-    found = ("dtype", "device", "tokenizer_hash", "stop_ids")
-    shown |= {name: results[name] for name in found if name in results}
-    if trained_in := results.get("training_dtype"):  # older runs recorded none
-        shown["train_dtype"] = trained_in if trained_in != shown.get("dtype") else None
-    shown = {name: v for name, v in shown.items() if v is not None and v is not False}
-    file = Path(str(arguments.get("data"))).name
-    shown = {"examples": f"{results['n']} of {file}", **shown, "method": results["method"]}
-    if data_hash and "train_data" in shown:
-        limit = training.get("limit")
-        part = f", first {limit} rows" if limit else ""
-        shown["train_data"] = Path(str(shown["train_data"])).name + part
-    hashes = {"model": results.get("base_fingerprint"), "train_data": data_hash}
-    hashes |= dict.fromkeys(("adapter", "train_adapter"), results.get("adapter_hash"))
-    hashes["examples"] = results["examples_hash"]
-    return {name: hashes.get(name) or value for name, value in shown.items()}, shown
-
-
-def whole_template(known: str | None, arguments: dict) -> str | None:
-    """The template with its chat markup; if an older version did not record it, as typed."""
-    typed = arguments.get("template")
-    return known or (typed and str(typed).replace("\\n", "\n"))
+    return Result(path, results, *depends_on, seed, predictions, run)
 
 
 def read_predictions(path: Path, results: dict) -> Predictions | None:
@@ -247,22 +204,56 @@ def files_read(results: Sequence[Result]) -> list[Path]:
     return [place for place in places if place.exists()]
 
 
-def gather(results: Sequence[Result]) -> tuple[list[Method], dict[str, dict[str, str]]]:
-    """Group the seeds of each method, in the order given; returns what `rows_apart` finds, too."""
+def gather(results: Sequence[Result]) -> list[Method]:
+    """Group the seeds of each method, in the order given.
+
+    A row's name is the method, with a number from the second row of the method on.
+    """
     groups, seen, tokenizers = defaultdict(list), Counter(), defaultdict(set)
     for identity in (result.identity for result in results):
         tokenizers[identity.get("model")].add(identity.get("tokenizer_hash"))
     for result in results:
         # An older version recorded none: it is the only one that is known of the same weights.
         if len(only := tokenizers[result.identity.get("model")] - {None}) == 1:
-            result.identity["tokenizer_hash"] = result.shown["tokenizer_hash"] = min(only)
+            result.identity["tokenizer_hash"] = min(only)
         same = json.dumps(result.identity, sort_keys=True)
         # A method with a seed that occurs twice becomes two rows.
         seen[same, result.seed] += 1
         groups[same, seen[same, result.seed]].append(result)
-    rows = [dict(sorted((r.seed, r) for r in group)) for group in groups.values()]
-    names, apart = rows_apart([list(row.values()) for row in rows])
-    return [Method(name, row) for name, row in zip(names, rows, strict=True)], apart
+    methods, nth = [], Counter()
+    for group in groups.values():
+        nth[method := group[0].results["method"]] += 1
+        name = f"{method} {nth[method]}" if nth[method] > 1 else method
+        methods.append(Method(name, dict(sorted((r.seed, r) for r in group))))
+    return methods
+
+
+def differences(methods: Sequence[Method]) -> dict[str, dict[str, str]]:
+    """What differs between the rows besides the method: {setting: {name of the row: its value}}.
+
+    A row that has no such setting, or whose older version did not record it, is left out. Values
+    with hashes differ if these differ.
+    """
+    firsts = {method.name: method.first for method in methods}
+    found = {}
+    for key in dict.fromkeys(key for result in firsts.values() for key in result.shown):
+        having = {name: r for name, r in firsts.items() if key in r.shown}
+        texts = {name: as_text(r.shown[key]) for name, r in having.items()}
+        hashes = {name: r.hashes[key] for name, r in having.items() if key in r.hashes}
+        if known := len(hashes) == len(texts):
+            texts = {name: f"{text} ({hashes[name][:8]})" for name, text in texts.items()}
+        if len({*(hashes if known else texts).values()}) > 1:
+            found[key] = texts
+    names = [result.results["method"] for result in firsts.values()]
+    several = {n: str(r.path) for n, r in firsts.items() if names.count(r.results["method"]) > 1}
+    return found | ({"file": several} if several else {})
+
+
+def as_text(value: object) -> str:
+    """The value of a setting; an option that was not given is "no"."""
+    if value is None or isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value).replace("\n", "\\n")
 
 
 def compare(a: Method, b: Method) -> dict:
@@ -273,8 +264,7 @@ def compare(a: Method, b: Method) -> dict:
     only_a and only_b (rows that only one has right) and p (exact McNemar).
     """
     first, other = a.first.results, b.first.results
-    results = [*a.seeds.values(), *b.seeds.values()]
-    without = [result.path for result in results if result.predictions is None]
+    without = [r.path for m in (a, b) for r in m.seeds.values() if r.predictions is None]
     seeds, reason = paired_seeds(a, b), None
     if first["examples_hash"] != other["examples_hash"]:
         about = [f"{r['n']} examples with hash {r['examples_hash'][:8]}" for r in (first, other)]
@@ -291,7 +281,7 @@ def compare(a: Method, b: Method) -> dict:
 def paired_seeds(a: Method, b: Method) -> list[tuple[int, int]]:
     """Pairs (seed of A, seed of B) to test: equal seeds; every seed with an untrained method."""
     single = [method.first for method in (a, b) if len(method.seeds) == 1]
-    if len(single) == 2 or not all(result.trained for result in single):
+    if len(single) == 2 or not all("train_data" in result.shown for result in single):
         return list(product(a.seeds, b.seeds))
     return [(seed, seed) for seed in a.seeds if seed in b.seeds]
 

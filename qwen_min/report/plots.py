@@ -7,31 +7,27 @@ as in \\u6b63; no empty boxes are drawn.
 """
 
 import io
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from qwen_min.files.disk import one_line_error, refuse_malformed, write_atomically
 from qwen_min.files.output import Paths, open_outputs
 from qwen_min.files.run import read_run
 from qwen_min.metrics import expected_calibration_error, log_odds, softmax, wilson_interval
 from qwen_min.report.compare import Method, Predictions, Result, read_columns
-from qwen_min.report.fonts import find_font, readable, warn_of_missing
-from qwen_min.report.intervals import accuracy_interval, majority
+from qwen_min.report.fonts import NO_FONT, find_fonts, readable
 
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-SMALL = {"fontsize": "small", "handlelength": 3.5}  # of a legend
 DPI = 150
 BINS = 15  # as in metrics.expected_calibration_error
-
-Scored = Sequence[tuple[str, dict[int, Predictions]]]  # name and predictions by seed of each method
-Logs = list[tuple[str, str, list[list], list[dict]]]  # as `training_logs` returns
 
 
 def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -> list[Path]:
@@ -41,27 +37,29 @@ def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -
     of all other files have the examples' hash. stderr names characters that cannot be drawn.
     inputs: the files read, which no picture replaces.
     """
-    directory, logs = Path(directory), training_logs(methods)
-    words = [word for method in methods for word in (method.name, *method.classes)]
-    font, drawable = find_font("".join(words))
-    warn_of_missing("".join(words), drawable)
-    style = {"font.family": ["DejaVu Sans", *filter(None, [font])]}
-    style |= {"text.parse_math": False, "text.usetex": False}
+    directory, (fonts, drawable) = Path(directory), find_fonts()
+    words = "".join(word for method in methods for word in (method.name, *method.classes))
+    if missing := "".join(dict.fromkeys(char for char in words if ord(char) not in drawable)):
+        print(NO_FONT.format(missing, matplotlib.get_cachedir()), file=sys.stderr)
+    methods = [method._replace(name=readable(method.name, drawable)) for method in methods]
 
     pictures: dict[str, Figure] = {}
+    style = {"font.family": fonts, "text.parse_math": False, "text.usetex": False}
     with matplotlib.rc_context(style):
         for examples in dict.fromkeys(m.first.results["examples_hash"] for m in methods):
             same = [m for m in methods if m.first.results["examples_hash"] == examples]
-            names = [readable(m.name, drawable) for m in same]
-            words = [[readable(word, drawable) for word in m.classes] for m in same]
-            pictures[f"accuracy-{examples[:12]}.png"] = plot_accuracies(names, same, words[0])
-            pictures[f"confusion-{examples[:12]}.png"] = plot_confusion(names, same, words)
-            seeds = zip(names, map(scored_seeds, same), strict=True)
-            if scored := [(name, found) for name, found in seeds if found]:
-                pictures[f"roc-{examples[:12]}.png"] = plot_roc(scored, words[0])
-                pictures[f"reliability-{examples[:12]}.png"] = plot_reliability(scored)
-        if logs:
-            logs = [(readable(name, drawable), *rest) for name, *rest in logs]
+            own = {t: [readable(w, drawable) for w in m.classes] for m in same for t in m.titled}
+            words = next(iter(own.values()))
+            rows = {name: result for m in same for name, result in m.titled.items()}
+            kinds = {"accuracy": plot_accuracies(rows, words)}
+            kinds["confusion"] = plot_confusion(rows, own)
+            found = {name: row.predictions for name, row in rows.items() if row.predictions}
+            if scored := {name: p for name, p in found.items() if p.scores is not None}:
+                seeds = {m.name: [scored[t] for t in m.titled if t in scored] for m in same}
+                kinds["roc"] = plot_roc(seeds, words)
+                kinds["reliability"] = plot_reliability(scored)
+            pictures |= {f"{kind}-{examples[:12]}.png": kinds[kind] for kind in kinds}
+        if logs := training_logs(methods):
             pictures["training.png"] = plot_training(logs)
         with one_line_error(directory, "name a directory that you can write to"):
             directory.mkdir(parents=True, exist_ok=True)
@@ -72,36 +70,39 @@ def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -
     return [directory / name for name in pictures]
 
 
-def scored_seeds(method: Method) -> dict[int, Predictions]:
-    """The predictions of a method that have scores, by seed."""
-    found = {seed: result.predictions for seed, result in method.seeds.items()}
-    return {seed: p for seed, p in found.items() if p and p.scores is not None}
-
-
-def training_logs(methods: Sequence[Method]) -> Logs:
+def training_logs(methods: Sequence[Method]) -> list[tuple]:
     """(row, kind of loss, [steps, losses, learning rates], history) of each run with a log.
 
-    history: the held-out losses. A run is named by its first row, preferably of a method that was
-    trained in it; of several seeds also with its seed.
+    history: the held-out losses. A run is named by its first row; of several seeds with its seed.
     """
-    rows: dict[Path, str] = {}
-    trained = [m for m in methods if m.first.results["method"] != "transplanted_head"]
-    for method in [*trained, *methods]:
-        for seed, result in method.seeds.items():
-            if result.run:
-                name = method.name + (f", seed {seed}" if len(method.seeds) > 1 else "")
-                rows.setdefault(result.run, name)
-    found = []
-    for run, name in rows.items():
-        path, record = run / "log.jsonl", read_run(run)
-        if path.exists() and path.stat().st_size:  # head_only has no steps
+    found = {}
+    named = [item for method in methods for item in method.titled.items()]
+    for name, run in ((name, result.run) for name, result in named if result.run):
+        path = run / "log.jsonl"
+        if run not in found and path.exists() and path.stat().st_size:  # head_only has no steps
             with refuse_malformed(path, "a log with step, loss, lr", "move it away to do without"):
                 log = [list(map(float, c)) for c in read_columns(path, "step", "loss", "lr")]
             schema = {"history": [{"step": int, "held_out_log_loss": float}]}
-            record = read_run(run, **schema if "history" in record else {})
+            record = read_run(run, **schema if "history" in read_run(run) else {})
             over = "vocabulary" if record.get("method") == "lora_label_scoring" else "classes"
-            found.append((name, over, log, record.get("history", [])))  # unfinished: none
-    return found
+            found[run] = (name, over, log, record.get("history", []))  # unfinished: none
+    return list(found.values())
+
+
+def grid(panels: int, width: float, height: float) -> tuple[Figure, list[SubFigure]]:
+    """A figure, and a part of it for each panel, at most three in a row."""
+    across = min(3, panels)
+    down = -(-panels // across)
+    figure = Figure(figsize=(max(width * across, 5), height * down), layout="constrained")
+    return figure, list(figure.subfigures(down, across, squeeze=False).flat)[:panels]
+
+
+def legend_below(figure: Figure | SubFigure, columns: int = 1) -> None:
+    """One legend for all axes, outside of them."""
+    found = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
+    handles = {label: handle for entries in found for handle, label in entries}
+    style = {"loc": "outside lower center", "fontsize": "small", "handlelength": 3.5}
+    figure.legend(handles.values(), handles.keys(), ncols=columns, **style)
 
 
 def curve_style(i: int) -> dict:
@@ -113,9 +114,8 @@ def curve_style(i: int) -> dict:
 
 def finish(axes: Axes, **properties: object) -> None:
     """Set labels and limits, and draw a grid."""
-    axes.set(**properties)
+    axes.set(axisbelow=True, **properties)
     axes.grid(color="0.9")
-    axes.set_axisbelow(True)
 
 
 def roc_curve(positive: np.ndarray, ranking: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -131,21 +131,19 @@ def roc_curve(positive: np.ndarray, ranking: np.ndarray) -> tuple[np.ndarray, np
     return np.append(0, false) / false[-1], np.append(0, hits) / hits[-1]
 
 
-def plot_roc(scored: Scored, classes: Sequence[str]) -> Figure:
+def plot_roc(scored: Mapping[str, Sequence[Predictions]], classes: Sequence[str]) -> Figure:
     """A panel for class 1 of two classes, or for each class of more; a curve for each result.
 
-    classes: the words to show. Seeds of one method share a style and one entry in the legend, with
-    their mean AUC.
+    scored: the predictions of each method, by seed. They share a style and one entry in the legend,
+    with their mean AUC. classes: the words to show.
     """
     two = len(classes) == 2
     shown = [1] if two else range(len(classes))
-    size = (5.6 * len(shown), 6.6 + 0.3 * len(scored))
-    figure = Figure(figsize=size, layout="constrained")
-    parts = figure.subfigures(1, len(shown), squeeze=False)[0]
+    figure, parts = grid(len(shown), 5.6, 6.6 + 0.3 * len(scored))
     for c, part in zip(shown, parts, strict=True):
         axes = part.subplots()
-        for i, (name, seeds) in enumerate(scored):
-            found = [roc_curve(p.labels == c, log_odds(p.scores)[:, c]) for p in seeds.values()]
+        for i, (name, seeds) in enumerate(scored.items()):
+            found = [roc_curve(p.labels == c, log_odds(p.scores)[:, c]) for p in seeds]
             curves = [curve for curve in found if curve]
             areas = [np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) for x, y in curves]
             several = f", mean of {len(areas)} seeds" if len(areas) > 1 else ""
@@ -158,24 +156,16 @@ def plot_roc(scored: Scored, classes: Sequence[str]) -> Figure:
         x_label = fill(f"false positive rate: share of {rest} taken for {name}", 48)
         y_label = fill(f"true positive rate: share of {name} found", 48)
         finish(axes, title=title, xlabel=x_label, ylabel=y_label, aspect="equal")
-        part.legend(loc="outside lower center", **SMALL)
+        legend_below(part)
     return figure
 
 
-def plot_reliability(scored: Scored) -> Figure:
+def plot_reliability(scored: Mapping[str, Predictions]) -> Figure:
     """A reliability diagram for each result, above the number of rows in each bin."""
-    panels = {}
-    for name, seeds in scored:
-        single = len(seeds) == 1
-        panels |= {name if single else f"{name}, seed {s}": p for s, p in seeds.items()}
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    figure = Figure(figsize=(max(3.9 * across, 5), 4.9 * down + 0.3), layout="constrained")
-    parts = figure.subfigures(down, across, squeeze=False).flat
-    for part, (name, predictions) in zip(parts, panels.items(), strict=False):
+    figure, parts = grid(len(scored), 3.9, 5)
+    for part, (name, predictions) in zip(parts, scored.items(), strict=True):
         plot_bins(*part.subplots(2, 1, sharex=True, height_ratios=[3, 1]), name, predictions)
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize="small")
+    legend_below(figure, 2)
     return figure
 
 
@@ -204,8 +194,8 @@ def plot_bins(upper: Axes, lower: Axes, name: str, predictions: Predictions) -> 
     finish(lower, xlabel=axis, ylabel="rows", xlim=(left, 1.02))
 
 
-def plot_training(runs: Logs) -> Figure:
-    """Training loss, held-out log-loss and learning rate of each run over its steps.
+def plot_training(runs: Sequence[tuple]) -> Figure:
+    """Training loss, held-out log-loss and learning rate of each run, as in `training_logs`.
 
     Each kind of training loss has a panel: lora_label_scoring trains over the whole vocabulary,
     lora_head over the classes. The held-out log-loss is over the classes in both.
@@ -231,71 +221,49 @@ def plot_training(runs: Logs) -> Figure:
         finish(axes, ylabel=f"training loss over the\n{kind} (nats per row)")
     finish(held_out, ylabel="held-out log-loss over\nthe classes (nats per row)")
     finish(rate, ylabel="learning rate (no unit)", xlabel="step (batches trained on)")
-    figure.legend(loc="outside lower center", **SMALL)
+    legend_below(figure)
     return figure
 
 
-def draw_accuracies(
-    axes: Axes, rows: Sequence[Sequence[Result]], y: Sequence[float], name: str, style: dict
-) -> None:
-    """A dot with the 95 % interval for each row's seeds, at the heights y; below it, each seed."""
-    mean = np.array([np.mean([r.results["accuracy"] for r in row]) for row in rows])
-    low, high = np.transpose([accuracy_interval(row) for row in rows])
-    bars, black = [mean - low, high - mean], {"color": "black", "markersize": 4.5, "capsize": 2}
-    axes.errorbar(mean, y, xerr=bars, label=f"{name}95 % interval", **black | style)
-    seeds = [
-        (result.results["accuracy"], place + 0.25)
-        for row, place in zip(rows, y, strict=True)
-        for result in row
-        if len(row) > 1
-    ]
-    if seeds:
-        axes.plot(*np.transpose(seeds), "|", color="0.4", label=f"{name}single seeds")
+def plot_accuracies(rows: Mapping[str, Result], words: Sequence[str]) -> Figure:
+    """Accuracy of each result with its interval, and the majority baseline as a line.
 
-
-def plot_accuracies(names: Sequence[str], rows: Sequence[Method], words: Sequence[str]) -> Figure:
-    """Accuracy of each row with its interval, and the majority baseline as a line."""
-    figure = Figure(figsize=(7.5, 0.4 * len(rows) + 1.7), layout="constrained")
-    axes, base = figure.subplots(), majority(rows[0].first)
-    always = words[rows[0].classes.index(base["class"])]
-    label = fill(f"majority baseline: always {always}", 60)
-    axes.axvline(base["accuracy"], color="0.4", linestyle="--", label=label)
-    groups = [list(row.seeds.values()) for row in rows]
-    draw_accuracies(axes, groups, range(len(rows)), "", {"fmt": "o"})
-    axes.set_yticks(range(len(rows)), [fill(name, 40) for name in names])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    finish(axes, xlabel=f"accuracy ({base['n']} examples)")
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    return figure
-
-
-def plot_confusion(
-    names: Sequence[str], rows: Sequence[Method], words: Sequence[Sequence[str]]
-) -> Figure:
-    """A confusion matrix for each row: counts, added over its seeds, and shares of the true class.
-
-    The shade is the share. words: of each row, its classes.
+    words: the classes, to show.
     """
-    across, C = min(3, len(rows)), len(words[0])
-    side, down = max(3.6, 0.75 * C + 2), -(-len(rows) // across)
-    figure = Figure(figsize=(side * across, side * down), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False).flat
-    for axes, name, row, own in zip(panels, names, rows, words, strict=False):
-        counts = sum(np.array(r.results["confusion_matrix"]) for r in row.seeds.values())
-        total = counts.sum(axis=1, keepdims=True)
-        shares = counts / np.maximum(total, 1)
+    figure = Figure(figsize=(7.5, 0.4 * len(rows) + 1.7), layout="constrained")
+    axes, first = figure.subplots(), next(iter(rows.values()))
+    c, share, *_ = first.majority()
+    label = fill(f"majority baseline: always {words[c]}", 60)
+    axes.axvline(share, color="0.4", linestyle="--", label=label)
+    accuracies = np.array([row.results["accuracy"] for row in rows.values()])
+    ends = np.transpose([row.results["accuracy_interval"] for row in rows.values()])
+    style = {"fmt": "ko", "markersize": 4.5, "capsize": 2, "label": "95 % interval"}
+    axes.errorbar(accuracies, range(len(rows)), xerr=np.abs(ends - accuracies), **style)
+    axes.set_yticks(range(len(rows)), [fill(name, 40) for name in rows])
+    about = f"accuracy ({first.results['n']} examples)"
+    finish(axes, xlabel=about, ylim=(len(rows) - 0.4, -0.6))
+    legend_below(figure, 2)
+    return figure
+
+
+def plot_confusion(rows: Mapping[str, Result], words: Mapping[str, Sequence[str]]) -> Figure:
+    """A confusion matrix for each result: counts, and shares of the true class, which shade it.
+
+    words: the classes of each result, to show.
+    """
+    side = max(3.6, 0.75 * max(map(len, words.values())) + 2)
+    figure, parts = grid(len(rows), side, side)
+    for part, (name, row) in zip(parts, rows.items(), strict=True):
+        axes, counts = part.subplots(), np.array(row.results["confusion_matrix"])
+        heads = [fill(word, 8) for word in words[name]]
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
         for (i, j), share in np.ndenumerate(shares):
-            color = "white" if share > 0.5 else "black"
-            text = f"{counts[i, j]}\n{share:.1%}"
-            axes.text(j, i, text, ha="center", va="center", color=color, fontsize="small")
-        heads = [fill(word, 8) for word in own]
-        more = ["off track"] * (counts.shape[1] > len(own))
-        turned = 45 if C * max(map(len, heads)) > 20 else 0
-        axes.set_xticks(range(counts.shape[1]), heads + more, rotation=turned)
-        axes.set_yticks(range(len(own)), heads)
-        several = f"\n{len(row.seeds)} seeds added" if len(row.seeds) > 1 else ""
-        axes.set(title=fill(name, 30) + several, xlabel="predicted", ylabel="true")
-    for axes in list(figure.axes)[len(rows) :]:
-        axes.remove()
+            style = {"color": "white" if share > 0.5 else "black", "fontsize": "small"}
+            axes.text(j, i, f"{counts[i, j]}\n{share:.1%}", ha="center", va="center", **style)
+        predicted = [*heads, "off track"][: counts.shape[1]]
+        turned = 45 if len(heads) * max(map(len, heads)) > 20 else 0
+        axes.set_xticks(range(len(predicted)), predicted, rotation=turned)
+        axes.set_yticks(range(len(heads)), heads)
+        axes.set(title=fill(name, 30), xlabel="predicted", ylabel="true")
     return figure

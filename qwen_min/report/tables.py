@@ -15,17 +15,16 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import combinations, zip_longest
+from itertools import chain, combinations, zip_longest
 
 from qwen_min.command.cli import make_parser, run_command
-from qwen_min.command.terminal import columns, text_table
+from qwen_min.command.terminal import WIDTH, columns, text_table
 from qwen_min.errors import UserError
 from qwen_min.files.output import commit_outputs, open_outputs
-from qwen_min.report.compare import HEADLINE, OTHERS, Method, compare, files_read, gather, read_all
-from qwen_min.report.intervals import majority
+from qwen_min.report import compare
+from qwen_min.report.compare import HEADLINE, OTHERS, Method
 
 DECIMALS = {"trained_parameters": 0, "training_seconds": 1, "seconds": 1}  # others: 4
-WIDTH = 80  # columns of a terminal
 PAIRS = "Pairs on the same examples (A - B: accuracy of A minus that of B, with a paired "
 PAIRS += "bootstrap interval; McNemar p: exact, two-sided):"
 
@@ -46,26 +45,26 @@ def report(args: argparse.Namespace) -> int:
     """Read and compare the results, print or write the report, then draw the pictures."""
     if args.plots and find_spec("matplotlib") is None:
         raise UserError("--plots needs matplotlib, which is not installed: pip install matplotlib")
-    results = read_all(args.results)
-    (output,) = open_outputs([args.output], files_read(results))
-    methods, apart = gather(results)
-    pairs = [compare(a, b) for a, b in combinations(methods, 2)]
+    results = compare.read_all(args.results)
+    (output,) = open_outputs([args.output], compare.files_read(results))
+    methods = compare.gather(results)
+    pairs = [compare.compare(a, b) for a, b in combinations(methods, 2)]
     if args.format == "json":
-        text = json.dumps(as_json(methods, pairs, apart), ensure_ascii=False, indent=2)
+        text = json.dumps(as_json(methods, pairs), ensure_ascii=False, indent=2)
     else:
-        text = format_report(methods, pairs, apart, args.format == "markdown")
+        text = format_report(methods, pairs, args.format == "markdown")
     commit_outputs([(output, text + "\n")])
     if not args.output:
         print(text)
     if args.plots:
         from qwen_min.report.plots import draw  # here, because it imports matplotlib
 
-        for path in draw(methods, args.plots, files_read(results)):
+        for path in draw(methods, args.plots, compare.files_read(results)):
             print(path, file=sys.stderr)
     return 0
 
 
-def as_json(methods: Sequence[Method], pairs: Sequence[dict], apart: dict) -> dict:
+def as_json(methods: Sequence[Method], pairs: Sequence[dict]) -> dict:
     """The report for a program: all numbers, not rounded."""
     rows = []
     for method in methods:
@@ -74,22 +73,15 @@ def as_json(methods: Sequence[Method], pairs: Sequence[dict], apart: dict) -> di
         seeds = [{"seed": seed, "file": str(r.path), **r.row} for seed, r in method.seeds.items()]
         numbers = {"mean": mean, "standard_deviation": sd, "seeds": seeds}
         rows.append({"name": method.name} | shared | numbers)
-    return {"methods": rows, "pairs": list(pairs), "differences": apart, "majority": bases(methods)}
+    return {"methods": rows, "pairs": list(pairs), "differences": compare.differences(methods)}
 
 
-def format_report(
-    methods: Sequence[Method], pairs: Sequence[dict], apart: dict, markdown: bool
-) -> str:
+def format_report(methods: Sequence[Method], pairs: Sequence[dict], markdown: bool) -> str:
     """The report for a person: a table of methods, of their seeds, and of the paired tests.
 
     As text it is at most WIDTH columns wide; Markdown has one table of each kind.
     """
-    draw = markdown_table if markdown else text_blocks
-    bullet = "- " if markdown else ""
-
-    def lines(found: Sequence[str], bullet: str = "") -> str:
-        return "\n".join(bullet + row for x in found for row in ([x] if markdown else wrapped(x)))
-
+    draw, bullet = (markdown_table, "- ") if markdown else (text_blocks, "")
     measures = table_columns(methods)
     rows, seed_rows = [], []
     for method in methods:
@@ -98,43 +90,36 @@ def format_report(
             mean, sd = method.summary()
             interval = f"sd {sd['accuracy']:.4f}, {len(method.seeds)} seeds"
             values = mean | {"accuracy_interval": interval}
-            named = {"sd": sd | {"accuracy_interval": ""}}
-            named |= {f"seed {seed}": result.row for seed, result in method.seeds.items()}
-            seed_rows += [
-                [f"{method.name}, {k}", *cells(row, measures)] for k, row in named.items()
-            ]
+            named = {title: result.row for title, result in method.titled.items()}
+            named[f"{method.name}, sd"] = sd
+            seed_rows += [[name, *cells(row, measures)] for name, row in named.items()]
         rows.append([method.name, str(method.first.results["n"]), *cells(values, measures)])
-    parts = [draw(["method", "n", *measures.values()], rows), lines(notes(methods))]
-    if apart:
-        parts.append("What differs besides the method:")
-        parts.append(lines([difference(what, said) for what, said in apart.items()], bullet))
+    parts = [draw(["method", "n", *measures.values()], rows), "\n".join(notes(methods))]
+    if apart := compare.differences(methods):
+        parts.append("What differs besides the method, among the rows for which it is known:")
+        parts.append("\n".join(bullet + difference(*item) for item in apart.items()))
     if seed_rows:
         seed_table = draw(["method", *measures.values()], seed_rows)
         parts += ["Seeds (sd: sample standard deviation):", seed_table]
 
-    several = {method.name for method in methods if len(method.seeds) > 1}
-    tests = [pair_row(pair, test, several) for pair in pairs for test in pair["tests"]]
+    titles = {(m.name, r.seed): title for m in methods for title, r in m.titled.items()}
+    tests = [pair_row(pair, test, titles) for pair in pairs for test in pair["tests"]]
     if tests:
         heads = ["A", "B", "A - B", "95 % interval", "McNemar p", "only A right", "only B right"]
-        parts += [lines([PAIRS]), draw(heads, tests, words=2)]
+        parts += [PAIRS, draw(heads, tests, words=2)]
     if (n := len(tests)) > 1:
         chance = f"{n} tests: where nothing differs, one in twenty has p < 0.05 by chance."
-        parts.append(lines([f"{chance} p < {0.05 / n:.2g} (0.05 / {n}) stands up to that."]))
+        parts.append(f"{chance} p < {0.05 / n:.2g} (0.05 / {n}) stands up to that.")
     refused = [(f"{pair['a']} and {pair['b']}", pair["not_compared"]) for pair in pairs]
-    refused = [f"{names}: not compared, {reason}" for names, reason in refused if reason]
-    return "\n\n".join(filter(None, [*parts, lines(refused, bullet)]))
+    refused = [f"{bullet}{names}: not compared, {why}" for names, why in refused if why]
+    text = "\n\n".join(filter(None, [*parts, "\n".join(refused)]))
+    return text if markdown else "\n".join(chain.from_iterable(map(wrapped, text.split("\n"))))
 
 
 def difference(what: str, said: dict[str, str]) -> str:
     """One line: each value, and the rows that have it."""
     values = [f"{text} ({', '.join(n for n in said if said[n] == text)})" for text in said.values()]
     return f"{what}: {' | '.join(dict.fromkeys(values))}"
-
-
-def bases(methods: Sequence[Method]) -> list[dict]:
-    """The majority baseline of each set of examples."""
-    sets = {m.first.results["examples_hash"]: m for m in methods}
-    return [{"examples_hash": key} | majority(method.first) for key, method in sets.items()]
 
 
 def table_columns(methods: Sequence[Method]) -> dict[str, str]:
@@ -151,19 +136,16 @@ def table_columns(methods: Sequence[Method]) -> dict[str, str]:
 def notes(methods: Sequence[Method]) -> list[str]:
     """What the columns mean: this depends on the number of classes."""
     lines = []
-    positive = {method.classes[1] for method in methods if len(method.classes) == 2}
-    if positive:
-        named = f" ({min(positive)})" if len(positive) == 1 else ""
-        lines.append(f"Two classes: precision, recall and F1 of class 1{named}.")
+    if positive := dict.fromkeys(m.classes[1] for m in methods if len(m.classes) == 2):
+        lines.append(f"Two classes: precision, recall and F1 of class 1 ({', '.join(positive)}).")
     if any(len(method.classes) > 2 for method in methods):
         more = "precision, recall, F1 and AUC are means over the classes; Brier is summed over them"
         lines.append(f"More than two classes: {more}.")
-    found = bases(methods)
-    for base in found:
-        which = f" ({base['n']} examples with hash {base['examples_hash'][:8]})" * (len(found) > 1)
-        low, high = base["accuracy_interval"]
-        share = f"accuracy {base['accuracy']:.4f} ({low:.4f} to {high:.4f})"
-        lines.append(f"Majority baseline{which}: always {base['class']} has {share}.")
+    for examples, method in {m.first.results["examples_hash"]: m for m in methods}.items():
+        c, accuracy, low, high = method.first.majority()
+        which = f"{method.first.results['n']} examples with hash {examples[:8]}"
+        said = f"always {method.classes[c]} has accuracy {accuracy:.4f} ({low:.4f} to {high:.4f})"
+        lines.append(f"Majority baseline ({which}): {said}.")
     return lines
 
 
@@ -180,10 +162,9 @@ def cells(values: dict, measures: dict[str, str]) -> list[str]:
     return [cell(measure, values.get(measure)) for measure in measures]
 
 
-def pair_row(pair: dict, test: dict, several: set[str]) -> list[str]:
-    """One test as a row of the table of pairs. The methods in `several` are named with the seed."""
-    seeds = {side: f", seed {test[f'seed_{side}']}" for side in "ab"}
-    names = [pair[side] + seeds[side] * (pair[side] in several) for side in "ab"]
+def pair_row(pair: dict, test: dict, titles: dict[tuple[str, int], str]) -> list[str]:
+    """One test as a row of the table of pairs. titles: by the method's name and the seed."""
+    names = [titles[pair[side], test[f"seed_{side}"]] for side in "ab"]
     interval = "{:+.4f} to {:+.4f}".format(*test["interval"])
     counts = [str(test["only_a"]), str(test["only_b"])]
     return [*names, f"{test['difference']:+.4f}", interval, p_value(test["p"]), *counts]
@@ -209,17 +190,16 @@ def wrapped(text: str, width: int = WIDTH) -> list[str]:
 def text_blocks(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
     """As `terminal.text_table`, in blocks of at most WIDTH columns that repeat the first words."""
     most = 30 if words == 1 else 19  # so that an interval and a p fit beside two names
-    table = []
+    lines = []
     for row in [heads, *rows]:
-        cells = [wrapped(cell, most) for cell in row]
-        table += zip_longest(*cells, fillvalue="")
-    widths = [max(columns(row[i]) for row in table) + 2 for i in range(len(heads))]
-    fixed, blocks = sum(widths[:words]), [[]]
-    for i in range(words, len(heads)):
-        if blocks[-1] and fixed + sum(widths[j] for j in [*blocks[-1], i]) - 2 > WIDTH:
-            blocks.append([])
-        blocks[-1].append(i)
-    shown = [[[row[i] for i in [*range(words), *block]] for row in table] for block in blocks]
+        lines += zip_longest(*(wrapped(cell, most) for cell in row), fillvalue="")
+    table = list(zip(*lines, strict=True))  # by column
+    blocks = [table[:words]]
+    for column in table[words:]:
+        if sum(max(map(columns, part)) + 2 for part in [*blocks[-1], column]) - 2 > WIDTH:
+            blocks.append(table[:words])
+        blocks[-1].append(column)
+    shown = [list(zip(*block, strict=True)) for block in blocks]
     return "\n\n".join(text_table(head, body, words) for head, *body in shown)
 
 

@@ -19,7 +19,6 @@ from experiment import CURVE, KEPT, MODELS, SEEDS
 
 from qwen_min.metrics import log_odds, mcnemar_exact
 from qwen_min.report.compare import Result, read_result
-from qwen_min.report.intervals import correct, mean_interval
 
 LABELS_KEPT, OTHERS_KEPT = ", only 负面/正面 kept as trained", ", all kept but 负面/正面"
 VECTORS = "`lora_label_scoring --train-embeddings --lora-targets none`"
@@ -96,6 +95,30 @@ def clean(path: Path) -> np.ndarray:
     """Boolean mask (n,): True where the text of a dev row is not among the training rows."""
     lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
     return np.array([json.loads(line)["clean"] for line in lines])
+
+
+def correct(result: Result) -> np.ndarray:
+    """Boolean mask (n,): True where the prediction is correct."""
+    return result.predictions.predicted == result.predictions.labels
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of (n,) numbers.
+
+    It equals `metrics.paired_bootstrap`, but also takes means over seeds. The numbers take few
+    distinct values, so one multinomial draw says how often each value occurs in a resample.
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    draws = np.random.default_rng(0).multinomial(len(values), counts / len(values), size=10_000)
+    low, high = np.quantile(draws @ distinct / len(values), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def accuracy_interval(results: Sequence[Result]) -> tuple[float, float]:
+    """95 % interval: Wilson's for one result; a bootstrap of the mean for several seeds."""
+    if len(results) == 1:
+        return tuple(results[0].results["accuracy_interval"])
+    return mean_interval(np.mean([correct(result) for result in results], axis=0))
 
 
 def ranking(result: Result) -> np.ndarray:

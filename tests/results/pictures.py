@@ -5,27 +5,47 @@ the drawing code, so a test sees when a picture is out of date.
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
-from experiment import CURVE, KEPT, REPO, SETS, TRAINING_ROWS
-from kept import METHODS, TRAINED, find, first, with_rows
+from experiment import CURVE, KEPT, REPO, TRAINING_ROWS
+from kept import METHODS, TRAINED, accuracy_interval, find, first, with_rows
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qwen_min.report.fonts import find_font, readable
-from qwen_min.report.plots import LINES, MARKERS, draw_accuracies, plot_reliability, plot_roc
+from qwen_min.report.compare import Result
+from qwen_min.report.fonts import find_fonts, readable
+from qwen_min.report.plots import LINES, MARKERS, plot_reliability, plot_roc
 
-DRAWING = ("plots.py", "fonts.py", "intervals.py")  # of qwen_min.report
+DRAWING = ("plots.py", "fonts.py")  # of qwen_min.report
 RANKED = ("zero_shot", "head_only", "transplanted_head", "lora_head", "lora_label_scoring")
 CALIBRATED = ("zero_shot", "head_only", "lora_head", "lora_label_scoring")
 CALIBRATED += ("probe-of-lora_head", "probe-of-lora_label_scoring")
-WORDS = "".join([*METHODS.values(), *SETS.values()])
-FONT, DRAWABLE = find_font(WORDS)
+FONTS, DRAWABLE = find_fonts()
 
 
 def plain(name: str) -> str:
     """Title of a method without Markdown, in characters that the font has."""
     return readable(METHODS[name].replace("`", ""), DRAWABLE)
+
+
+def draw_accuracies(
+    axes: Axes, rows: Sequence[Sequence[Result]], y: Sequence[float], name: str, style: dict
+) -> None:
+    """A dot with the 95 % interval for each row's seeds, at the heights y; below it, each seed."""
+    mean = np.array([np.mean([r.results["accuracy"] for r in row]) for row in rows])
+    low, high = np.transpose([accuracy_interval(row) for row in rows])
+    bars, black = [mean - low, high - mean], {"color": "black", "markersize": 4.5, "capsize": 2}
+    axes.errorbar(mean, y, xerr=bars, label=f"{name}95 % interval", **black | style)
+    seeds = [
+        (result.results["accuracy"], place + 0.25)
+        for row, place in zip(rows, y, strict=True)
+        for result in row
+        if len(row) > 1
+    ]
+    if seeds:
+        axes.plot(*np.transpose(seeds), "|", color="0.4", label=f"{name}single seeds")
 
 
 def accuracies() -> Figure:
@@ -85,14 +105,14 @@ def curve() -> Figure:
 
 def roc() -> Figure:
     """ROC curves of the main methods, every seed."""
-    scored = [(name, {s: r.predictions for s, r in find(name).items()}) for name in RANKED]
+    scored = {name: [result.predictions for result in find(name).values()] for name in RANKED}
     words = [readable(e["name"], DRAWABLE) for e in first("zero_shot").results["per_class"]]
     return plot_roc(scored, words)
 
 
 def reliability() -> Figure:
     """Reliability of the main methods, seed 0."""
-    return plot_reliability([(plain(name), {0: first(name).predictions}) for name in CALIBRATED])
+    return plot_reliability({plain(name): first(name).predictions for name in CALIBRATED})
 
 
 PICTURES = {"accuracies": accuracies, "curve": curve, "roc": roc, "reliability": reliability}
@@ -112,6 +132,6 @@ def digest() -> str:
 def draw() -> None:
     """Write all pictures to this directory."""
     metadata = {"Description": digest(), "Software": None}
-    with matplotlib.rc_context({"font.family": ["DejaVu Sans", *filter(None, [FONT])]}):
+    with matplotlib.rc_context({"font.family": FONTS}):
         for name, make in PICTURES.items():
             make().savefig(KEPT / f"{name}.png", dpi=90, metadata=metadata)

@@ -20,6 +20,7 @@ from kept import (
     METHODS,
     OTHERS_KEPT,
     TRAINED,
+    accuracy_interval,
     auc_components,
     auc_interval,
     auc_mean,
@@ -35,7 +36,6 @@ from kept import (
 from qwen_min.lab.calibration import NAMES
 from qwen_min.metrics import wilson_interval
 from qwen_min.report.compare import Method, Result
-from qwen_min.report.intervals import accuracy_interval
 from qwen_min.report.tables import markdown_table, p_value
 
 ENGLISH_HEADS = ["method", "accuracy", "95 % interval", "precision", "F1", "recall 负面"]
