@@ -359,8 +359,17 @@ def test_evaluate_decides_by_corrected_scores(name, capsys):
     Path("train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     raw_results, raw = evaluated(*SOURCES["zero_shot"], "--calibrate", *training)
     assert "applied_calibration" not in raw_results
-    results, rows = evaluated(*SOURCES["zero_shot"], "--calibration", name, *training)
+    both = ["--calibration", name, "--calibrate", "--label-sets", "好,差"]
+    results, rows = evaluated(*SOURCES["zero_shot"], *both, *training)
     assert f"calibration   {name}" in capsys.readouterr().out
+    # What is compared is what the raw scores give.
+    for other, found in raw_results["calibration"].items():
+        again = results["calibration"][other]
+        assert again["log_loss"] == pytest.approx(found["log_loss"], abs=1e-4)
+        assert again["predicted"] == found["predicted"]
+    own, _ = results["label_sets"]
+    assert own["log_loss"] == pytest.approx(raw_results["log_loss"], abs=1e-4)
+    assert own["predicted"] == raw_results["calibration"]["raw"]["predicted"]
     applied, compared = results["applied_calibration"], raw_results["calibration"][name]
     assert applied["applied"] == name == results["arguments"]["calibration"]
     # The figures that --calibrate printed for it are the results now.
