@@ -7,12 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_min.command.arguments import (
-    CALIBRATIONS,
-    add_machine_arguments,
-    add_prompt_arguments,
-    with_run,
-)
+from qwen_min.command import arguments
 from qwen_min.command.classifier import Progress, Scorer, Source, forms
 from qwen_min.command.cli import choose_device, positive_int
 from qwen_min.command.inside import correction_of
@@ -149,18 +144,18 @@ def add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter", metavar="DIR", help=adapter)
     names = "tiny (comes with the project), a directory, or a hub name: Qwen/Qwen2.5-1.5B[@REV]"
     add("--model", default="tiny", help=names)
-    names = ", ".join(CALIBRATIONS[:3])
+    names = ", ".join(arguments.CALIBRATIONS[:3])
     corrected = f"correct the scores of label words: {names}, or results of evaluate.py "
     add("--calibration", metavar="NAME", help=corrected + "--calibration, whose prior is taken")
     most = "at most this many tokens in one forward pass"
     add("--batch-tokens", type=positive_int, metavar="N", default=DEFAULT_BATCH_TOKENS, help=most)
-    add_prompt_arguments(parser)
-    add_machine_arguments(parser)
+    arguments.add_prompt_arguments(parser)
+    arguments.add_machine_arguments(parser)
 
 
 def read_source(args: argparse.Namespace, given: dict) -> Source:
     """Where the classifier of these arguments comes from; reads no weights."""
     if not (args.run or args.adapter or args.method):
         args.method = "zero_shot"
-    args, record = with_run(args, given)
+    args, record = arguments.with_run(args, given)
     return Source(args, read_task(args, record), choose_device(args.device), record)
