@@ -29,17 +29,10 @@ from functools import partial
 
 import numpy as np
 
-from qwen_min.command import arguments
+from qwen_min.command import arguments, inside
 from qwen_min.command.classifier import Evaluation, Outcome, Scorer, Source
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.finite import NotFinite
-from qwen_min.command.inside import (
-    apply_calibration,
-    explain,
-    look_inside,
-    neutral_prompts,
-    print_inside,
-)
 from qwen_min.command.outcome import circumstances, raise_failures, try_parts
 from qwen_min.command.summary import format_results, majority
 from qwen_min.command.task import read_rows, read_task, row_prompts, warn_about_labels
@@ -138,7 +131,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     task, device = read_task(args, record), choose_device(args.device)
     source = Source(args, task, device, record)
     if args.explain is not None or args.explain_row is not None:
-        return explain(source, METHODS[args.method])
+        return inside.explain(source, METHODS[args.method])
     examples = read_rows(args, task, record, empty_texts=True)
     inputs = [task.directory, args.data, args.train_data, args.adapter, args.run]
     if args.run:
@@ -154,15 +147,15 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     columns = (args.text_column, args.label_column)
     training = training_examples(args.train_data, *how, columns)
     corrected = args.calibrate or args.calibration
-    neutral = neutral_prompts(source, examples, training) if corrected else None
+    neutral = inside.neutral_prompts(source, examples, training) if corrected else None
     started = time.perf_counter()
     scorer = METHODS[args.method](source)
     load_seconds = time.perf_counter() - started
     evaluation = Evaluation(source, scorer, examples, prompts, neutral)
-    applied, outcome = apply_calibration(evaluation, classify(evaluation))
+    applied, outcome = inside.apply_calibration(evaluation, classify(evaluation))
     parts = {
         "metrics": partial(measure, evaluation, outcome),
-        **look_inside(evaluation, outcome),
+        **inside.look_inside(evaluation, outcome),
         "clean": partial(clean_part, training, examples, outcome.predictions, fed),
     }
     found, failures = try_parts(evaluation, outcome, parts)
@@ -186,7 +179,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     finally:
         if "accuracy" in results:
             print(format_results(results))
-            print_inside(evaluation, outcome, results)
+            inside.print_inside(evaluation, outcome, results)
     raise_failures(args, failures)
     if written := [str(file.path) for file in files if file]:
         print("\nwritten       " + f"\n{'':14}".join(written))

@@ -8,6 +8,7 @@ from scipy.optimize import minimize_scalar
 
 from qwen_min.files.data import HELD_OUT, Example, held_out_split
 from qwen_min.lab.calibration import (
+    NAMES,
     TEMPERATURE_ROWS,
     Neutral,
     best_threshold,
@@ -36,12 +37,24 @@ def drawn(n: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return labels, scores
 
 
+def neutral(classes: int, held_out: bool) -> Neutral:
+    """Scores in the place of prompts."""
+    sizes = {"contextual": 3, "domain_context": 20, "pmi_dc": 1}
+    found = {name: drawn(m, classes, seed=m)[1] for name, m in sizes.items()}
+    labels, scores = drawn(50, classes, 4)
+    return Neutral(found | {"temperature": scores} if held_out else found, labels)
+
+
+def given(scores: np.ndarray) -> np.ndarray:
+    return scores
+
+
 # Formulas, by hand
 
 
 def test_length_normalised():
-    scores, lengths, other = np.array([[-6.0, -4.0]]), np.array([[3, 1]]), np.zeros((1, 2))
-    found = calibrations(np.array([0]), scores, lengths, Neutral(other, other, other, None))
+    scores, ids = np.array([[-6.0, -4.0]]), [((7, 8, 9), (7,))]
+    found = calibrations(np.array([0]), scores, ids, neutral(2, held_out=False), given)
     # Three tokens of -2 each beat one of -4.
     assert found["raw"]["accuracy"] == 0 and found["length_normalised"]["accuracy"] == 1
     expected = log_loss(np.array([0]), np.array([[-2.0, -4.0]]))
@@ -55,10 +68,8 @@ def test_the_prior_of_two_inputs_is_the_mean_of_renormalised_probabilities():
 
 def corrected_by(name: str, scores: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     """The scores after one correction, of which `inputs` are what it learns from."""
-    other = np.full((1, scores.shape[1]), -1.0)  # no other correction's inputs may matter
-    of = {"contextual": "content_free", "domain_context": "random", "pmi_dc": "premise"}
-    fields = {key: inputs if of.get(name) == key else other for key in of.values()}
-    return scores - learn(name, scores, Neutral(**fields, held_out=None)).log_prior
+    others = {other: np.full_like(inputs, -1.0) for other in NAMES}  # these may not matter
+    return scores - learn(name, scores, Neutral(others | {name: inputs}, None), given).log_prior
 
 
 def test_contextual_and_domain_context():
@@ -153,21 +164,16 @@ def test_with_three_classes_a_prior_may_change_the_auc():
 # The report
 
 
-def neutral(classes: int, held_out: bool) -> Neutral:
-    make = [drawn(m, classes, seed)[1] for m, seed in ((3, 1), (20, 2), (1, 3))]
-    return Neutral(*make, drawn(50, classes, 4) if held_out else None)
-
-
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("held_out", [True, False])
 def test_all_corrections_beside_the_raw_scores(classes, held_out):
     labels, scores = drawn(80, classes)
-    lengths = np.tile(np.arange(1, classes + 1), (80, 1))
-    found = calibrations(labels, scores, lengths, neutral(classes, held_out))
+    ids = [[(7,) * n for n in range(1, classes + 1)]] * 80
+    found = calibrations(labels, scores, ids, neutral(classes, held_out), given)
     assert ("temperature" in found) == held_out
     assert found["raw"]["log_loss"] == log_loss(labels, scores)
     for name in ("contextual", "domain_context", "pmi_dc", "batch"):
-        log_prior = learn(name, scores, neutral(classes, held_out)).log_prior
+        log_prior = learn(name, scores, neutral(classes, held_out), given).log_prior
         assert found[name]["log_loss"] == log_loss(labels, scores - log_prior)
         np.testing.assert_allclose(found[name]["prior"], softmax([log_prior])[0])
     assert all(sum(row["predicted"]) == pytest.approx(1) for row in found.values())

@@ -23,6 +23,7 @@ import qwen_min
 import train
 from qwen_min.command import predict
 from qwen_min.command.arguments import CALIBRATIONS
+from qwen_min.command.terminal import columns
 from qwen_min.errors import UserError
 from qwen_min.lab.calibration import NAMES
 
@@ -100,15 +101,13 @@ def softmax(scores: list[list[float]]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_method_predicts_what_evaluate_does(source, capsys, monkeypatch):
+def test_every_method_predicts_what_evaluate_does(source, capsys):
     _, known = evaluated(*SOURCES[source])
     expected = softmax([row["scores"] for row in known])
     words = ["负面", "正面"]
     labels = [words[row["prediction"]] for row in known]
     assert len({*labels}) == 2  # otherwise this test would show little
     # Several chunks, whose batches are others than evaluate.py's.
-    monkeypatch.setattr(predict, "TEXTS", 4)
-    monkeypatch.setattr(predict, "BATCHES", 1)
     small = ["--batch-tokens", "64", "--output"]
     assert predict.main(["texts.txt", *SOURCES[source], *small, "a.jsonl"]) == 0
     assert predict.main(["rows.jsonl", *SOURCES[source], *small, "a.csv"]) == 0
@@ -127,7 +126,8 @@ def test_every_method_predicts_what_evaluate_does(source, capsys, monkeypatch):
     assert lines[0].split() == ["label", "p(负面)", "p(正面)", "text"]
     for line, text, label, row in zip(lines[1:], TEXTS, labels, expected, strict=True):
         first, *shown = line.split(maxsplit=3)
-        assert (first, shown[2]) == (label, text)  # whole, since this is no terminal
+        assert first == label and text.startswith(shown[2].removesuffix("…"))
+        assert columns(line) <= 80
         np.testing.assert_allclose([*map(float, shown[:2])], row, atol=1e-4)  # four digits
 
 
@@ -140,7 +140,7 @@ def test_the_classifier_predicts_the_same(source):
         found = qwen_min.Classifier.zero_shot("base", ["负面", "正面"], **how)
     else:
         run = "head_only" if source == "head_only" else "lora_head"
-        found = qwen_min.Classifier.from_run(run, "cpu", source)
+        found = qwen_min.Classifier.from_run(run, "cpu", method=source)
     assert found.labels == ("负面", "正面")
     np.testing.assert_allclose(found.scores(TEXTS), scores, atol=10 * FP32)  # scores of up to 40
     np.testing.assert_allclose(found.predict_proba(TEXTS), softmax(scores), atol=FP32)
@@ -201,7 +201,7 @@ def test_the_last_line_counts(capsys):
     )
 
 
-def test_more_classes_than_the_table_has_columns(capsys, monkeypatch):
+def test_more_classes_than_the_table_has_columns(capsys):
     labels = [f"{n}" for n in range(10, 35)]
     given = ["--text", "很好\n" + "好" * 99, *PROMPT, "--labels", ",".join(labels)]
     assert predict.main([*given, "--output", "a.jsonl"]) == 0
@@ -210,26 +210,21 @@ def test_more_classes_than_the_table_has_columns(capsys, monkeypatch):
     assert sum(row["probabilities"].values()) == pytest.approx(1)
     best = max(labels, key=lambda label: row["probabilities"][label])
     assert row["label"] == best
-    monkeypatch.setattr(predict.sys.stdout, "isatty", lambda: True, raising=False)
     capsys.readouterr()
     assert predict.main(given) == 0
-    out, err = capsys.readouterr()
-    head, shown = out.splitlines()
+    head, shown = capsys.readouterr().out.splitlines()
     assert head.split() == ["label", "p", "text"]
     assert shown.split()[:2] == [best, f"{row['probabilities'][best]:.4f}"]
-    assert "很好\\n好好" in shown and "--output FILE has all" in err
+    assert "很好\\n好好" in shown and columns(shown) <= 80
 
 
-def test_a_terminals_lines_fit(capsys, monkeypatch):
+def test_the_tables_lines_fit_a_terminal():
     texts = ["好" * 200, "x" * 200, "短"]
-    Path("long.txt").write_text("\n".join(texts), encoding="utf-8")
-    form = predict.table(("负面", "正面"))
-    rows = [predict.Row(i, text, "负面", [0.75, 0.25]) for i, text in enumerate(texts)]
-    assert texts[0] in form(rows)  # no terminal
-    monkeypatch.setattr(predict.sys.stdout, "isatty", lambda: True, raising=False)
-    lines = predict.table(("负面", "正面"))(rows).splitlines()
-    assert [predict.columns(line) for line in lines[1:3]] == [80, 80]  # 好 takes two
-    assert lines[3].endswith("0.7500   0.2500  短")
+    rows = [(i, text, "负面", [0.75, 0.25]) for i, text in enumerate(texts)]
+    lines = predict.table_rows(("负面", "正面"), rows, True).splitlines()
+    assert [columns(line) for line in lines[1:3]] == [80, 80]  # 好 takes two
+    assert lines[3].split() == ["负面", "0.7500", "0.2500", "短"]
+    assert predict.table_rows(("负面", "正面"), rows, False).splitlines() == lines[1:]
 
 
 def test_what_is_refused(capsys):
@@ -249,6 +244,7 @@ def test_what_is_refused(capsys):
         ("missing.txt", "--output", "labels.csv"): "missing.txt",
         ("empty.txt", "--output", "labels.csv"): "empty.txt: found no",
         ("texts.txt", "--method", "lora_head"): "needs --run",
+        ("texts.txt", "--calibration", "batch"): "batch: not results with a calibration",
     }.items():
         if said:
             more = PROMPT if not {"--model", "--run"} & {*arguments} else []
@@ -256,34 +252,27 @@ def test_what_is_refused(capsys):
     assert Path("labels.csv").read_text() == "old" and sorted(Path().rglob("*")) == before
 
 
-# Rows whose numbers are not finite
+# A command that ends early
 
 
-def test_rows_that_are_not_finite_are_empty_and_the_others_kept(kept, capsys):
+def test_a_row_that_is_not_finite_is_named_and_the_rows_before_it_kept(capsys):
     make_reference(Path("partial"), tied=False)
     tensors = load_file("partial/model.safetensors")
     tokenizer = qwen_min.load("base", device="cpu")[1]
     tensors["model.embed_tokens.weight"][tokenizer.encode(" dog")] = torch.nan
     save_file(tensors, "partial/model.safetensors", {"format": "pt"})
-    bad = [i for i, text in enumerate(TEXTS) if "dog" in text]
-    given = ["texts.txt", "--model", "partial", *PROMPT[2:]]
-    for output in ("a.csv", "a.jsonl"):
-        assert predict.main([*given, "--output", output, "--batch-tokens", "64"]) == 2
-        *_, line = capsys.readouterr().err.splitlines()
-        assert (
-            f"texts.txt, line {bad[0] + 1}: " in line and f"{len(bad)} of {len(TEXTS)} ro" in line
-        )
-    for i, (row, fields) in enumerate(zip(json_rows("a.jsonl"), csv_rows("a.csv"), strict=True)):
-        assert (row["label"] is None) == (row["probabilities"] is None) == (i in bad)
-        assert row["text"] == TEXTS[i] == fields["text"]
-        assert (fields["label"] == "") == (fields["p(正面)"] == "") == (i in bad)
-    assert predict.main(given) == 2
-    assert capsys.readouterr().out.splitlines()[bad[0] + 1].split()[:3] == ["-", "-", "-"]
-    error = error_of(capsys, "--text", "the dog", "--output", "a.csv", *given[1:])
-    assert "--text, line 1" in error and len(csv_rows("a.csv")) == len(TEXTS)  # yesterday's
-
-
-# A command that ends early
+    given = ["--model", "partial", *PROMPT[2:], "--output", "a.jsonl"]
+    Path("a.jsonl").write_text("old")
+    error = error_of(capsys, "--text", "the dog", *given)
+    assert "--text, line 1: found numbers that are not finite" in error
+    assert Path("a.jsonl").read_text() == "old"
+    good = [text for text in TEXTS if "dog" not in text]
+    Path("texts.txt").write_text("\n".join([*good, "the dog", *good]), encoding="utf-8")
+    assert predict.main(["texts.txt", *given, "--batch-tokens", "64"]) == 2
+    said, error = capsys.readouterr().err.splitlines()
+    rows = json_rows("a.jsonl")
+    assert f"texts.txt, line {len(good) + 1}: " in error and said.startswith(f"{len(rows)} texts")
+    assert rows and [row["text"] for row in rows] == good[: len(rows)]
 
 
 def begun(output: str, *more: str, **options: object) -> subprocess.Popen:
@@ -327,14 +316,16 @@ def test_killed_at_any_moment_the_file_has_whole_rows(output):
         Path(output).write_text("old\n")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_it_says_how_many_rows_there_are(number, status):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_it_says_how_many_rows_there_are(number):
     process = begun("a.csv", "--batch-tokens", "128")
     wait_for("a.csv", 1000)
     process.send_signal(number)
     err = process.communicate()[1].decode()
-    assert process.returncode == status
-    assert err == f"interrupted: {check_whole('a.csv')} rows are in a.csv\n"
+    assert process.returncode == 130
+    said, last = err.splitlines()
+    assert last == "interrupted" and said.endswith("rows/s, written to a.csv")
+    assert 0 < int(said.split()[0]) <= check_whole("a.csv")  # stopped between writing and counting
 
 
 def test_on_a_full_disk_the_whole_rows_are_kept():
@@ -344,14 +335,14 @@ def test_on_a_full_disk_the_whole_rows_are_kept():
     err = process.communicate()[1].decode()
     rows = check_whole("a.csv")
     assert process.returncode == 2 and rows > 0 and Path("a.csv").stat().st_size <= limit
-    assert err.startswith("error: a.csv: cannot be written") and err.count("\n") == 1
-    assert err.endswith(f"; the first {rows} rows are in a.csv\n")
-    # Not even the first rows fit: the old file stays.
-    Path("a.csv").write_text("old\n")
+    said, error = err.splitlines()
+    assert said.startswith(f"{rows} texts, ") and said.endswith("written to a.csv")
+    assert error.startswith("error: a.csv: cannot be written")
+    # Not even the first rows fit.
     process = begun("a.csv", **full)
     err = process.communicate()[1].decode()
-    assert process.returncode == 2 and Path("a.csv").read_text() == "old\n"
-    assert err.startswith("error: a.csv: cannot be written") and "rows are in" not in err
+    assert process.returncode == 2 and Path("a.csv").read_bytes() == b""
+    assert err.startswith("error: a.csv: cannot be written") and err.count("\n") == 1
 
 
 # Corrections of the scores
@@ -368,8 +359,17 @@ def test_evaluate_decides_by_corrected_scores(name, capsys):
     Path("train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     raw_results, raw = evaluated(*SOURCES["zero_shot"], "--calibrate", *training)
     assert "applied_calibration" not in raw_results
-    results, rows = evaluated(*SOURCES["zero_shot"], "--calibration", name, *training)
+    both = ["--calibration", name, "--calibrate", "--label-sets", "好,差"]
+    results, rows = evaluated(*SOURCES["zero_shot"], *both, *training)
     assert f"calibration   {name}" in capsys.readouterr().out
+    # What is compared is what the raw scores give.
+    for other, found in raw_results["calibration"].items():
+        again = results["calibration"][other]
+        assert again["log_loss"] == pytest.approx(found["log_loss"], abs=1e-4)
+        assert again["predicted"] == found["predicted"]
+    own, _ = results["label_sets"]
+    assert own["log_loss"] == pytest.approx(raw_results["log_loss"], abs=1e-4)
+    assert own["predicted"] == raw_results["calibration"]["raw"]["predicted"]
     applied, compared = results["applied_calibration"], raw_results["calibration"][name]
     assert applied["applied"] == name == results["arguments"]["calibration"]
     # The figures that --calibrate printed for it are the results now.
@@ -403,9 +403,6 @@ def test_evaluate_decides_by_corrected_scores(name, capsys):
         how = {"template": TEMPLATE, "device": "cpu", "calibration": given}
         classifier = qwen_min.Classifier.zero_shot("base", **how)
         np.testing.assert_allclose(classifier.scores(TEXTS), scores, atol=10 * FP32)
-    if name not in known:
-        error = error_of(capsys, "texts.txt", *PROMPT, "--calibration", name)
-        assert "is learned from data" in error
 
 
 def test_a_correction_of_another_prompt_or_model_is_refused(capsys):
@@ -413,9 +410,9 @@ def test_a_correction_of_another_prompt_or_model_is_refused(capsys):
     given = ["texts.txt", "--device", "cpu", "--calibration", "results.json"]
     same = [*PROMPT[:4], *given]
     for more, said in {
-        ("--labels", "正面,负面"): "label_ids",
-        ("--template", "评价：{text}\\n情感倾向：\\n"): "template",
-        ("--run", "lora_label_scoring"): "method, adapter_hash, training_data_hash",
+        ("--labels", "正面,负面"): "arguments.labels is",
+        ("--template", "评价：{text}\\n情感倾向：\\n"): "template is",
+        ("--run", "lora_label_scoring"): "method is 'zero_shot', expected",
         ("--run", "head_only"): "about scores of label words",
     }.items():
         error = error_of(capsys, *(same if more[0] != "--run" else given), *more)
@@ -423,7 +420,7 @@ def test_a_correction_of_another_prompt_or_model_is_refused(capsys):
     make_reference(Path("other"), kind="qwen3")
     assert "base_fingerprint" in error_of(capsys, *same, "--model", "other")
     evaluated(*SOURCES["zero_shot"])
-    assert "not results with a calibration" in error_of(capsys, *same)
+    assert "applied_calibration is None" in error_of(capsys, *same)
 
 
 def test_corrected_results_do_not_replace_raw_ones(capsys):

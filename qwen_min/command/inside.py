@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,12 +16,9 @@ from qwen_min.command.task import read_rows
 from qwen_min.command.terminal import WIDTH, clipped, one_line, progress_bar, text_table
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example
-from qwen_min.files.disk import read_json, refuse_malformed
+from qwen_min.files.disk import read_json
 from qwen_min.metrics import OFF_TRACK, softmax
-from qwen_min.prompt import Prompt, shorten
-
-if TYPE_CHECKING:
-    from qwen_min.lab.calibration import Correction
+from qwen_min.prompt import shorten
 
 
 def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict[str, Callable[[], object]]:
@@ -42,46 +38,40 @@ def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict[str, Callable[
 def neutral_prompts(
     source: Source, examples: Sequence[Example], training: tuple[str, list[Example]] | None
 ) -> tuple:
-    """The prompts that --calibrate scores besides the rows: a `Neutral`.
-
-    Without examples it has no random texts.
-    """
+    """What corrections learn from beside the rows' scores, a `Neutral`; less without examples."""
     from qwen_min.lab import calibration
 
-    task = source.task
-
-    def prompts_of(texts: Sequence[str], template: str | None = None) -> list[Prompt]:
-        places = [f"--calibrate, input {text!r}" for text in texts]
-        return task.prompts(texts, places, template=template)
-
+    args, task, rows = source.args, source.task, []
     own = source.record["arguments"] if source.record else {}
-    split, held_out = own.get("data_seed", 0), None
-    if own.get("dev"):  # all rows of its training data were trained on
+    if training and own.get("dev"):  # all rows of its training data were trained on
         print(f"note: no temperature: {own['dev']} was this run's held-out part", file=sys.stderr)
-        training = None
-    if training and (rows := calibration.held_out_rows(training[1], examples, split)):
-        held_out = np.array([row.label for row in rows]), prompts_of([row.text for row in rows])
-    if held_out is None and source.args.calibration == "temperature":
+    elif training:
+        rows = calibration.held_out_rows(training[1], examples, own.get("data_seed", 0))
+    if args.calibration == "temperature" and not rows:
         found = "no held-out rows of training data to fit it on"
         raise UserError(f"--calibration temperature: {found}; name the file by --train-data")
-    texts = [example.text for example in examples]
-    random = prompts_of(calibration.random_texts(texts, source.args.seed) if texts else [])
-    premise = prompts_of([""], calibration.premise_template(task.template))
-    return calibration.Neutral(prompts_of(calibration.CONTENT_FREE), random, premise, held_out)
+    inputs = {"contextual": calibration.CONTENT_FREE, "pmi_dc": [""]}
+    if examples:
+        texts = [example.text for example in examples]
+        inputs["domain_context"] = calibration.random_texts(texts, args.seed)
+    if rows:
+        inputs["temperature"] = [row.text for row in rows]
+    prompts = {}
+    for name, texts in inputs.items():
+        places = [f"--calibrate, input {text!r}" for text in texts]
+        template = calibration.premise_template(task.template) if name == "pmi_dc" else None
+        prompts[name] = task.prompts(texts, places, template=template)
+    return calibration.Neutral(prompts, np.array([row.label for row in rows]))
 
 
 def calibrate(evaluation: Evaluation, scores: np.ndarray) -> dict[str, dict]:
     """--calibrate: the scores (n, C) corrected in each way, and how the corrections do."""
-    from qwen_min.lab.calibration import Neutral, calibrations, token_counts
+    from qwen_min.lab.calibration import calibrations
 
-    *others, held_out = evaluation.neutral
-    parts = (*others, *(held_out or ())[1:])
-    total = sum(len(prompt.ids) for prompts in parts for prompt in prompts)
-    with progress_bar(total=total, desc="calibration") as bar:
+    rows = (evaluation.true_classes, scores, evaluation.label_ids)
+    with progress_bar(desc="calibration") as bar:
         score = partial(evaluation.scorer.scores, progress=bar.update)
-        neutral = Neutral(*map(score, others), held_out and (held_out[0], score(held_out[1])))
-    lengths = token_counts(evaluation.label_ids)
-    return calibrations(evaluation.true_classes, scores, lengths, neutral)
+        return calibrations(*rows, evaluation.neutral, score)
 
 
 def apply_calibration(evaluation: Evaluation, outcome: Outcome) -> tuple[dict, Outcome]:
@@ -89,17 +79,17 @@ def apply_calibration(evaluation: Evaluation, outcome: Outcome) -> tuple[dict, O
     name, scores = evaluation.source.args.calibration, outcome.scores
     if not name:
         return {}, outcome
-    from qwen_min.lab.calibration import learn, token_counts
+    from qwen_min.lab.calibration import learn
 
     finite = np.isfinite(scores).all(axis=1)
     correction = learn(name, scores[finite], evaluation.neutral, evaluation.scorer.scores)
-    scores = correction.apply(scores, token_counts(evaluation.label_ids))
+    scores = correction.apply(scores, evaluation.label_ids)
     applied = {"applied_calibration": correction._asdict()}
     return applied, replace(outcome, predictions=scores.argmax(axis=1), scores=scores)
 
 
-def correction_of(source: Source) -> "Callable[[Scorer], Correction]":
-    """What makes the correction of new texts: --calibration NAME, or FILE with a learned one.
+def correction_of(source: Source) -> Callable[[Scorer], tuple]:
+    """What makes the `Correction` of new texts: --calibration NAME, or FILE with a learned one.
 
     Raises UserError if it needs more than the prompt, and for results of another model or prompt.
     """
@@ -109,29 +99,13 @@ def correction_of(source: Source) -> "Callable[[Scorer], Correction]":
     if name in alone:
         neutral = neutral_prompts(source, [], None)
         return lambda scorer: learn(name, None, neutral, scorer.scores)
-    make = "evaluate.py --calibration NAME --output FILE"
-    if name in CALIBRATIONS:
-        known = f"make results with {make}, then give --calibration FILE"
-        raise UserError(f"--calibration {name} is learned from data: {known}")
     fields = {"applied": CALIBRATIONS, "log_prior": (list, None), "temperature": (float, None)}
-    kind, advice = "results with a calibration", f"give {', '.join(alone)} or a FILE of {make}"
-    needed = {"applied_calibration": fields, "method": str, "label_ids": [[int]]}
-    results = read_json(Path(name), kind, advice, **needed)
-    applied = results["applied_calibration"]
-    (prompt,) = source.task.prompts(["N/A"], ["--calibration"])
-    own = {
-        "method": source.args.method,
-        **source.identity,
-        "label_ids": [*map(list, prompt.labels)],
-    }
-    if differs := [key for key, value in own.items() if results.get(key) != value]:
-        found = f"was learned with another model, prompt or words ({', '.join(differs)} differ)"
-        raise UserError(f"--calibration {name}: {found}; {advice}")
-    with refuse_malformed(Path(name), kind, advice):
-        prior = applied["log_prior"] or [0.0] * len(prompt.labels)
-        if np.array(prior, dtype=np.float64).shape != (len(prompt.labels),):
-            raise ValueError("log_prior has not one number for each class")
-    return lambda scorer: Correction(*(applied[key] for key in fields))
+    kind = "results with a calibration of this model and prompt"
+    advice = f"give {', '.join(alone)} or results of evaluate.py --calibration NAME"
+    needed = {"applied_calibration": fields, "method": source.args.method}
+    needed |= source.identity | {"arguments": {"labels": source.args.labels}}
+    found = read_json(Path(name), kind, advice, **needed)["applied_calibration"]
+    return lambda scorer: Correction(*(found[field] for field in fields))
 
 
 def print_inside(evaluation: Evaluation, outcome: Outcome, results: dict) -> None:

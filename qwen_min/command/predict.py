@@ -16,48 +16,25 @@ import argparse
 import csv
 import io
 import json
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
-from types import FrameType
-from typing import NamedTuple
+from pathlib import Path
 
-import numpy as np
-
-from qwen_min.command import arguments
-from qwen_min.command.cli import make_parser, parse_with_given, positive_int, run_command
+from qwen_min.command.cli import make_parser, parse_with_given, run_command
 from qwen_min.command.finite import NotFinite
-from qwen_min.command.interface import Classifier, read_source
-from qwen_min.command.terminal import clipped, columns, printable, progress_bar, text_table
+from qwen_min.command.interface import Classifier, add_classifier_arguments, read_source
+from qwen_min.command.task import Task
+from qwen_min.command.terminal import WIDTH, clipped, columns, one_line, progress_bar, text_table
 from qwen_min.errors import UserError
-from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.files.data import read_texts
 from qwen_min.files.output import RowFile, open_outputs
 from qwen_min.metrics import softmax
 from qwen_min.prompt import Prompt
 
-METHODS = ("zero_shot", "head_only", "lora_head", "lora_label_scoring", "transplanted_head")
-# A chunk is read, scored and written together. With 16 batches in it most are full, of texts of
-# like length, and a slow model loses seconds if it is stopped.
-BATCHES = 16
-TEXTS = 64  # that become prompts at once
-LINE = 80  # columns of the table
-NARROWEST = 20  # of these, for the text
-
-
-class Row(NamedTuple):
-    """A text with its label and the probability of each class (C,); None if not finite."""
-
-    line: int
-    text: str
-    label: str | None
-    probabilities: Sequence[float] | None
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM."""
+Row = tuple[int, str, str, list[float]]  # line, text, label, probability of each class (C,)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,23 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("texts", metavar="TEXTS", nargs="?", help="a file of texts, or - for standard input")
     add("--text", action="append", metavar="TEXT", help="one text instead of TEXTS; repeatable")
-    add("--method", choices=METHODS, help="default: the method of --run, or zero_shot")
-    add("--run", metavar="DIR", help="a directory that train.py made")
-    adapter = "instead of --run: a LoRA in PEFT's format, for lora_head or lora_label_scoring"
-    add("--adapter", metavar="DIR", help=adapter)
-    names = "tiny (comes with the project), a directory, or a hub name: Qwen/Qwen2.5-1.5B[@REV]"
-    add("--model", default="tiny", help=names)
-    names = ", ".join(arguments.CALIBRATIONS[:3])
-    corrected = f"correct the scores of label words: {names}, or results of evaluate.py "
-    add("--calibration", metavar="NAME", help=corrected + "--calibration, whose prior is taken")
     add("--encoding", help="of the file of texts")
     add("--text-column", metavar="NAME", help="of the file of texts")
-    most = "at most this many tokens in one forward pass"
-    count = {"type": positive_int, "metavar": "N", "default": DEFAULT_BATCH_TOKENS}
-    add("--batch-tokens", **count, help=most)
     add("--output", metavar="FILE", help="write a .csv, for Excel too, or a .jsonl")
-    arguments.add_prompt_arguments(parser)
-    arguments.add_machine_arguments(parser)
+    add_classifier_arguments(parser)
     return parser
 
 
@@ -96,180 +60,91 @@ def predict(args: argparse.Namespace, given: dict) -> int:
     """Read, load, then chunk by chunk score and write."""
     if (args.texts is None) == (args.text is None):
         raise UserError("expected TEXTS, a file or - for standard input, or else --text")
-    if args.output and not args.output.endswith((".csv", ".jsonl")):
+    form = FORMS.get(Path(args.output).suffix) if args.output else table_rows
+    if form is None:
         raise UserError(f"--output {args.output}: expected a name that ends in .csv or .jsonl")
-    if not (args.run or args.adapter or args.method):
-        args.method = "zero_shot"
     source = read_source(args, given)
     inputs = [source.task.directory, args.adapter, args.run, args.run and f"{args.run}/adapter"]
     open_outputs([args.output], [*inputs, args.texts if args.texts != "-" else None])
+    write = RowFile(args.output).append if args.output else partial(print, end="", flush=True)
     texts = enumerate(args.text or (), start=1)
     if args.texts:
         texts = read_texts(args.texts, args.encoding, args.text_column)
-    first = list(islice(texts, 1))  # a file that is missing fails before the model is loaded
+    place = "standard input" if args.texts == "-" else args.texts or "--text"
+    # A chunk is read, scored and written together. With prompts of 64 tokens it fills 16 batches:
+    # most are full, of texts of like length, and a slow model loses seconds if it is stopped.
+    parts = chunks(source.task, texts, place, 1 + args.batch_tokens // 4)
+    first = next(parts, None)  # a file that is missing fails before the model is loaded
     if not first:
-        raise UserError(f"{place(args)}: found no texts; give at least one")
-    file = RowFile(args.output) if args.output else None
-    before = signal.signal(signal.SIGTERM, terminate)
+        raise UserError(f"{place}: found no texts; give at least one")
+    classifier = Classifier.load(source)
+    labels, n, shortened, started = classifier.labels, 0, 0, time.perf_counter()
     try:
-        classifier = Classifier.load(source)
-        return classify_all(args, classifier, chain(first, texts), file)
-    except UserError as error:
-        if file and file.rows:
-            raise UserError(f"{error}; the first {file.rows} rows are in {args.output}") from None
-        raise
-    except KeyboardInterrupt as stop:
-        kept = f": {file.rows} rows are in {args.output}" if file and file.rows else ""
-        print(f"interrupted{kept}", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        if file:
-            file.close()
-
-
-def place(args: argparse.Namespace) -> str:
-    """What a message calls the texts."""
-    return "standard input" if args.texts == "-" else args.texts or "--text"
-
-
-def terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM stops a command as Ctrl-C does."""
-    raise Terminated
-
-
-def classify_all(
-    args: argparse.Namespace,
-    classifier: Classifier,
-    texts: Iterable[tuple[int, str]],
-    file: RowFile | None,
-) -> int:
-    """Write a row for each text; says at the end how many. Returns the exit status."""
-    labels, failed, failure = classifier.labels, 0, ""
-    n, shortened, started = 0, 0, time.perf_counter()
-    if file:
-        form = csv_rows(labels) if args.output.endswith(".csv") else json_rows(labels)
-    else:
-        form = table(labels)
-    with progress_bar(disable=not file) as bar:
-        for numbered, prompts in chunks(args, classifier, texts):
-            rows, error = score_rows(classifier, numbered, prompts, bar.update)
-            if error:
-                first = rows[error.rows[0]].line
-                failure = failure or f"{place(args)}, line {first}: {error}"
-                if len(error.rows) == len(rows) == n + len(rows):
-                    raise UserError(failure)
-                failed += len(error.rows)
-            if file:
-                file.append(form(rows).encode(), len(rows))
-            else:
-                print(form(rows), end="", flush=True)
+        with progress_bar(desc="texts", disable=not args.output) as bar:
+            for numbered, prompts in chain([first], parts):
+                scores = classifier.score_prompts(prompts, bar.update)
+                every = zip(numbered, scores, softmax(scores).tolist(), strict=True)
+                rows = [(*text, labels[own.argmax()], p) for text, own, p in every]
+                write(form(labels, rows, n == 0))
                 if getattr(sys.stdout, "failure", None):  # nobody reads on, as with `| head`
                     break
-            n += len(rows)
-            shortened += sum(prompt.truncated for prompt in prompts)
-    seconds = time.perf_counter() - started
-    said = f"{n} texts, {n / seconds:.1f} rows/s" + f", written to {args.output}" * bool(file)
-    most = classifier.source.task.max_text_tokens
-    said += f"; {shortened} shortened to their first {most} tokens" * bool(shortened)
-    print(said, file=sys.stderr)
-    if failed:
-        raise UserError(f"{failure}; {failed} of {n} rows have no label for this reason")
+                n += len(rows)
+                shortened += sum(prompt.truncated for prompt in prompts)
+    except NotFinite as failure:
+        line, _ = numbered[failure.rows[0]]
+        raise UserError(f"{place}, line {line}: {failure}") from None
+    finally:  # also if an error or Ctrl-C ends it
+        said = f"{n} texts, {n / (time.perf_counter() - started):.1f} rows/s"
+        said += f", written to {args.output}" * bool(args.output)
+        most = f"; {shortened} shortened to their first {args.max_text_tokens} tokens"
+        if n:
+            print(said + most * bool(shortened), file=sys.stderr)
     return 0
 
 
 def chunks(
-    args: argparse.Namespace, classifier: Classifier, texts: Iterable[tuple[int, str]]
+    task: Task, texts: Iterable[tuple[int, str]], place: str, size: int
 ) -> Iterator[tuple[list[tuple[int, str]], list[Prompt]]]:
-    """The texts with their lines, and their prompts, in parts of about BATCHES full batches."""
-    texts, numbered, prompts = iter(texts), [], []
-    while part := list(islice(texts, TEXTS)):
-        places = [f"{place(args)}, line {line}" for line, _ in part]
-        numbered += part
-        prompts += classifier.prompts([text for _, text in part], places)
-        if sum(len(prompt.ids) for prompt in prompts) >= BATCHES * args.batch_tokens:
-            yield numbered, prompts
-            numbered, prompts = [], []
-    if numbered:
-        yield numbered, prompts
+    """`size` texts at a time: with their lines, and their prompts."""
+    texts = iter(texts)
+    while numbered := list(islice(texts, size)):
+        places = [f"{place}, line {line}" for line, _ in numbered]
+        yield numbered, task.prompts([text for _, text in numbered], places)
 
 
-def score_rows(
-    classifier: Classifier,
-    numbered: Sequence[tuple[int, str]],
-    prompts: Sequence[Prompt],
-    progress: Callable[[int], object],
-) -> tuple[list[Row], NotFinite | None]:
-    """The row of each text, and the error of those whose numbers are not finite."""
-    error = None
-    try:
-        scores = classifier.score_prompts(prompts, progress)
-    except NotFinite as failure:
-        scores, error = np.array(failure.found), failure
-        scores[failure.rows] = 0.0
-    labels = [classifier.labels[y] for y in scores.argmax(axis=1)]
-    probabilities: list = softmax(scores).tolist()
-    for row in error.rows if error else ():
-        labels[row] = probabilities[row] = None
-    found = zip(numbered, labels, probabilities, strict=True)
-    return [Row(*text, label, known) for text, label, known in found], error
+def csv_rows(labels: Sequence[str], rows: Sequence[Row], first: bool) -> str:
+    """CSV. The first rows have a header before them, and a byte-order mark, for Excel."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    if first:
+        writer.writerow(["\ufeffline", "text", "label", *(f"p({label})" for label in labels)])
+    for *row, probabilities in rows:
+        writer.writerow([*row, *(f"{p:.6g}" for p in probabilities)])
+    return out.getvalue()
 
 
-def csv_rows(labels: Sequence[str]) -> Callable[[Sequence[Row]], str]:
-    """What writes rows as CSV, the header and a byte-order mark, for Excel, before the first."""
-    heads = [["\ufeffline", "text", "label", *(f"p({label})" for label in labels)]]
-
-    def form(rows: Sequence[Row]) -> str:
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerows([heads.pop()] if heads else [])
-        for row in rows:
-            values = row.probabilities or [None] * len(labels)
-            values = ["" if p is None else f"{p:.6g}" for p in values]
-            writer.writerow([row.line, row.text, row.label or "", *values])
-        return out.getvalue()
-
-    return form
+def json_rows(labels: Sequence[str], rows: Sequence[Row], first: bool) -> str:
+    """JSON lines: line, text, label, and probabilities by label."""
+    lines = []
+    for line, text, label, probabilities in rows:
+        row = {"line": line, "text": text, "label": label}
+        row["probabilities"] = dict(zip(labels, probabilities, strict=True))
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return "".join(lines)
 
 
-def json_rows(labels: Sequence[str]) -> Callable[[Sequence[Row]], str]:
-    """What writes rows as JSON lines: line, text, label, and probabilities by label."""
+def table_rows(labels: Sequence[str], rows: Sequence[Row], first: bool) -> str:
+    """Lines for a terminal, the texts clipped. Of many labels only the predicted one's p fits."""
+    names = [f"p({label})" for label in labels]
+    if sum(columns(name) + 2 for name in names) > WIDTH * 3 // 4:
+        names, rows = ["p"], [(*row, [max(probabilities)]) for *row, probabilities in rows]
+    heads = ["label".ljust(max(map(columns, labels))), *names, "text"]
+    cells = [
+        [label, *(f"{p:.4f}" for p in probabilities), one_line(text)[:WIDTH]]
+        for _, text, label, probabilities in rows
+    ]
+    lines = text_table(heads, cells, words=len(heads)).split("\n")
+    return "".join(clipped(line, WIDTH) + "\n" for line in lines[not first :])
 
-    def form(rows: Sequence[Row]) -> str:
-        known = [r.probabilities and dict(zip(labels, r.probabilities, strict=True)) for r in rows]
-        lines = [r._asdict() | {"probabilities": p} for r, p in zip(rows, known, strict=True)]
-        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
-    return form
-
-
-def table(labels: Sequence[str]) -> Callable[[Sequence[Row]], str]:
-    """What shows rows as a table; the text is clipped on a terminal, and whole elsewhere."""
-    terminal = getattr(sys.stdout, "stream", sys.stdout).isatty()
-    width = max(5, *(min(columns(label), NARROWEST) for label in labels))
-    names = [clipped(f"p({label})", NARROWEST) for label in labels]
-    left = LINE - 2 - width - sum(2 + max(6, columns(name)) for name in names)
-    best = left < NARROWEST
-    if best:
-        left, names = LINE - 2 - width - 8, ["p"]
-        found = f"{len(labels)} labels are too wide for the table"
-        print(f"note: {found}; --output FILE has all probabilities", file=sys.stderr)
-    heads = ["label" + " " * (width - 5), *(" " * (6 - columns(name)) + name for name in names)]
-    begun = []
-
-    def form(rows: Sequence[Row]) -> str:
-        cells = []
-        for row in rows:
-            values = row.probabilities or [None] * len(names)
-            values = [max(values)] if best and row.probabilities else values
-            values = ["-" if p is None else f"{p:.4f}" for p in values]
-            cells.append([clipped(printable(row.label or "-"), NARROWEST), *values])
-        texts = [printable(row.text).replace("\n", "\\n") for row in rows]
-        if terminal:
-            texts = [clipped(text[: left + 1], left) for text in texts]
-        lines = text_table(heads, cells).split("\n")
-        shown = [f"{line}  {text}\n" for line, text in zip(lines, ["text", *texts], strict=True)]
-        first, begun[:] = len(begun), [True]
-        return "".join(shown[first:])
-
-    return form
+FORMS = {".csv": csv_rows, ".jsonl": json_rows}

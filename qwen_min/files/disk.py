@@ -229,7 +229,9 @@ def _fits(value: object, option: object) -> bool:
 def _described(option: object) -> str:
     if isinstance(option, range):
         return f"an integer of at least {option.start}"
-    return f"type {option.__name__}" if isinstance(option, type) else json.dumps(option)
+    if isinstance(option, type):
+        return f"type {option.__name__}"
+    return json.dumps(option, ensure_ascii=False)
 
 
 def read_safetensors(path: Path, kind: str, advice: str) -> tuple[dict[str, Tensor], dict]:

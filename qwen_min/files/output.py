@@ -10,6 +10,7 @@ from pathlib import Path
 from qwen_min.errors import UserError
 from qwen_min.files.disk import one_line_error, write_atomically
 
+ADVICE = "make room or name another file"
 RESULTS = ("results", "predictions")  # how the names of an evaluation's files begin
 Paths = Sequence[str | Path | None]
 Text = str | Callable[[], Iterable[str]]  # whole, or what makes its pieces, one in memory at once
@@ -57,12 +58,11 @@ class Output:
             for piece in [text] if isinstance(text, str) else text():
                 yield piece.encode("utf-8", "backslashreplace")
 
-        advice = "make room or name another file"
         try:
             if self._replaced:
-                return write_atomically(self.path, data(), advice)
+                return write_atomically(self.path, data(), ADVICE)
             # Opening a stream by its name would empty the file to which the shell redirects it.
-            with one_line_error(self.path, advice):
+            with one_line_error(self.path, ADVICE):
                 opened = self.path if self._stream is None else os.dup(self._stream)
                 with open(opened, "wb") as file:
                     file.writelines(data())
@@ -78,38 +78,19 @@ class Output:
 
 
 class RowFile:
-    """A file that grows by whole rows; it replaces an existing one when it gets its first."""
+    """A file that grows by whole rows. It replaces an existing one when it gets its first."""
 
     def __init__(self, path: str | Path):
-        self.path, self.rows = Path(path), 0
-        self._file: int | None = None  # a descriptor: what it is given is not held back in memory
-        self._bytes = 0
+        self.path, self._file = Path(path), None
 
-    def append(self, data: bytes, rows: int) -> None:
-        """Write `data`, which is so many rows. If that fails, the file ends with the row before.
-
-        Raises UserError.
-        """
-        advice = "make room or name another file"
-        if self._file is None:
-            write_atomically(self.path, data, advice)
-            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        else:
-            written = 0
-            with one_line_error(self.path, advice):
-                try:
-                    while written < len(data):
-                        written += os.write(self._file, data[written:])
-                except BaseException:
-                    os.ftruncate(self._file, self._bytes)
-                    raise
-        self._bytes += len(data)
-        self.rows += rows
-
-    def close(self) -> None:
-        """Close the file; nothing is left to be written."""
-        if self._file is not None:
-            os.close(self._file)
+    def append(self, rows: str) -> None:
+        """Write whole rows, which are held back nowhere. Raises UserError if there is no room."""
+        with one_line_error(self.path, ADVICE):
+            self._file = self._file or self.path.open("wb", buffering=0)
+            size, data = self._file.tell(), rows.encode()
+            if self._file.write(data) < len(data):  # the disk is full, and holds a part of a row
+                self._file.truncate(size)
+                raise OSError("No space left on device")
 
 
 def open_outputs(paths: Paths, inputs: Paths) -> list[Output | None]:

@@ -14,7 +14,7 @@ No correction uses the labels of evaluated rows. `best_threshold` does: it is a 
 correction.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ CONTENT_FREE = ("N/A", "[MASK]", "")
 # Enough to fit one number; the held-out part may have thousands of rows, each with a forward.
 TEMPERATURE_ROWS = 256
 MEASURES = ("accuracy", "auc_roc", "log_loss", "ece")
+Score = Callable[[Sequence[Prompt]], np.ndarray]  # the scores (m, C) of m prompts
 
 
 def log_mean_probability(scores: np.ndarray) -> np.ndarray:
@@ -81,12 +82,10 @@ def best_threshold(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float
 
 
 class Neutral(NamedTuple):
-    """The inputs that the corrections learn from: their prompts, or their scores (rows, C)."""
+    """The inputs that corrections learn from, beside the evaluated rows."""
 
-    content_free: Sequence[Prompt] | np.ndarray
-    random: Sequence[Prompt] | np.ndarray
-    premise: Sequence[Prompt] | np.ndarray  # one row
-    held_out: tuple[np.ndarray, Sequence[Prompt] | np.ndarray] | None  # labels (m,), and these
+    prompts: Mapping[str, Sequence[Prompt]]  # by the name of the correction in NAMES
+    labels: np.ndarray  # (m,), the true classes of prompts["temperature"], held-out rows
 
 
 def random_texts(texts: Sequence[str], seed: int, count: int = 20) -> list[str]:
@@ -128,26 +127,19 @@ class Correction(NamedTuple):
     log_prior: list[float] | None = None  # (C,)
     temperature: float | None = None
 
-    def apply(self, scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Scores (n, C), corrected. lengths (n, C): the numbers of the words' tokens.
+    def apply(self, scores: np.ndarray, label_ids: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+        """Scores (n, C), corrected. label_ids: the token ids of each row's words.
 
         length_normalised is s_y / (y's tokens), the mean log-probability of a token (Brown et al.
         2020, arXiv:2005.14165, section 2.4).
         """
         if self.applied == "length_normalised":
-            return scores / lengths
+            return scores / np.array([[*map(len, words)] for words in label_ids])
         return (scores - np.array(self.log_prior or 0.0)) / (self.temperature or 1.0)
 
 
-def learn(
-    name: str,
-    scores: np.ndarray | None,
-    neutral: Neutral,
-    score: Callable[[Sequence[Prompt]], np.ndarray] = lambda scored: scored,
-) -> Correction:
+def learn(name: str, scores: np.ndarray | None, neutral: Neutral, score: Score) -> Correction:
     """The correction `name`, learned from the scores (n, C) of the rows, or from neutral inputs.
-
-    score: computes the scores of `neutral`, if it holds prompts.
 
     contextual: the mean of q over inputs without content, such as "N/A" (Zhao et al. 2021,
     arXiv:2102.09690, section 5).
@@ -159,42 +151,38 @@ def learn(
     batch: the mean of q over the evaluated rows themselves, which assumes that the classes are
     about equally frequent in them (Zhou et al. 2023, arXiv:2309.17249).
     """
-    log_prior, temperature = None, None
-    if name == "contextual":
-        log_prior = log_mean_probability(score(neutral.content_free)).tolist()
-    elif name == "domain_context":
-        log_prior = log_mean_probability(score(neutral.random)).tolist()
-    elif name == "pmi_dc":
-        log_prior = score(neutral.premise)[0].tolist()
-    elif name == "batch":
-        log_prior = log_mean_probability(scores).tolist()
-    elif name == "temperature":
-        labels, rows = neutral.held_out
-        temperature = fit_temperature(labels, score(rows))
-    return Correction(name, log_prior, temperature)
-
-
-def token_counts(label_ids: Sequence[Sequence[tuple[int, ...]]]) -> np.ndarray:
-    """Of each row's words, given as token ids, the number of tokens: (n, C)."""
-    return np.array([[*map(len, words)] for words in label_ids])
+    if name == "batch":
+        inputs = scores
+    elif name in neutral.prompts:
+        inputs = score(neutral.prompts[name])
+    else:
+        return Correction(name)  # nothing is learned
+    if name == "temperature":
+        return Correction(name, temperature=fit_temperature(neutral.labels, inputs))
+    log_prior = inputs[0] if name == "pmi_dc" else log_mean_probability(inputs)
+    return Correction(name, log_prior.tolist())
 
 
 def calibrations(
-    labels: np.ndarray, scores: np.ndarray, lengths: np.ndarray, neutral: Neutral
+    labels: np.ndarray,
+    scores: np.ndarray,
+    label_ids: Sequence[Sequence[Sequence[int]]],
+    neutral: Neutral,
+    score: Score,
 ) -> dict[str, dict]:
     """For each correction of `scores`: its measures, its prior (C,) and temperature, if any.
 
-    lengths (n, C): the numbers of the words' tokens. neutral: scores.
+    label_ids: the token ids of each row's words.
     """
     found = {}
     for name in NAMES:
-        if name != "temperature" or neutral.held_out is not None:
-            learned = learn(name, scores, neutral)
+        if name != "temperature" or name in neutral.prompts:
+            learned = learn(name, scores, neutral, score)
             prior = learned.log_prior and softmax([learned.log_prior])[0].tolist()
-            found[name] = measures(labels, learned.apply(scores, lengths))
+            found[name] = measures(labels, learned.apply(scores, label_ids))
             found[name] |= {"prior": prior, "temperature": learned.temperature}
     if "temperature" in found:
-        found["temperature"]["held_out_rows"] = len(neutral.held_out[0])
+        found["temperature"]["held_out_rows"] = len(neutral.labels)
     return found
 
 
