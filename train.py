@@ -28,11 +28,11 @@ from torch import Tensor
 from lora import lora_modules, lora_parameters
 from qwen_min.command import arguments, cli
 from qwen_min.command.classifier import Source, forms
-from qwen_min.command.export import export, padding
+from qwen_min.command.export import export
 from qwen_min.command.finite import NotFinite, check_finite, dtype_name
 from qwen_min.command.fit import Job, Stopped, Training, class_weights, fit, split_rows, why_failed
 from qwen_min.command.summary import format_layers
-from qwen_min.command.task import read_task, row_prompts
+from qwen_min.command.task import read_task
 from qwen_min.command.terminal import progress_bar
 from qwen_min.command.trained import Trainable, attach_adapter, identity, result_hash
 from qwen_min.errors import UserError
@@ -78,7 +78,7 @@ def head_only(job: Job) -> dict:
                 check_finite(model, prompts, states.isfinite().flatten(1).all(dim=1))
             except NotFinite as error:
                 row = job.prompts.index(prompts[error.rows[0]])
-                raise NotFinite(f"{job.place(row)}: {error}", [row], None) from None
+                raise NotFinite(f"{job.places[row]}: {error}", [row], None) from None
             return states
 
         directory = Path(args.feature_cache or job.run / "features")
@@ -143,7 +143,7 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
         try:
             scores = scorer.scores([job.prompts[row] for row in job.held_out])
         except NotFinite as error:
-            place = job.place(job.held_out[error.rows[0]])
+            place = job.places[job.held_out[error.rows[0]]]
             raise TrainingFailed(f"the held-out row of {place}: {error}") from None
         model.train()
         accuracy = float((scores.argmax(axis=1) == true).mean())
@@ -159,7 +159,8 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
     model.train()
     plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
     state = fit(job.run, training, plan, trained.checkpoint)
-    trained.publish(job.run / "checkpoints" / f"step-{state['best_step']}", job.run)
+    best = job.run / "checkpoints" / f"step-{state['best_step']}"
+    trained.publish(best, job.run, job.source.task)
     return {
         "history": state["history"],
         "best_step": state["best_step"],
@@ -212,18 +213,15 @@ def train(args: argparse.Namespace) -> int:
     before = arguments.check_training(args)
     device, task, run = cli.choose_device(args.device), read_task(args, before), Path(args.output)
     refuse_inputs([args.export], [task.directory, run])
-    if args.export and args.method == "lora_head":
-        padding(task)  # there must be one
     if args.export and before and before["finished"]:  # trains nothing: needs no data
         record = start_record(run, identity(task, args.adapter), args.resume)
         return export(Source(args, task, device, record), run)
     refuse_inputs([args.feature_cache], [task.directory, args.adapter])
-    examples, training, held_out = split_rows(args, task, before)
+    examples, places, training, held_out = split_rows(args, task, before)
     labels = [examples[row].label for row in training]
     weights = class_weights(args.class_weights, task.labels, labels)
+    prompts = task.prompts([example.text for example in examples], places)
     own = len(training) if args.dev else len(examples)  # rows of --data
-    prompts = row_prompts(args.data, task, examples[:own])
-    prompts += row_prompts(args.dev, task, examples[own:]) if args.dev else []
     fed_rows(task.directory, examples)  # warns if the model was made from some of the rows
     model = load_model(task.directory, args.dtype, device)
     frozen = dict(model.named_parameters())
@@ -236,7 +234,6 @@ def train(args: argparse.Namespace) -> int:
         "method": args.method,
         "arguments": vars(args),
         "labels": list(task.labels),
-        "scored": list(task.scored),
         "labels_read_as": examples[0].read_as,
         "dtype": dtype_name(model),
         **identity(task, args.adapter),
@@ -253,7 +250,8 @@ def train(args: argparse.Namespace) -> int:
     record = start_record(run, record, args.resume)
     source = Source(args, task, device, record)
     if not record["finished"]:
-        job = Job(source, run, model, examples, prompts, training, held_out, weights)
+        rows = (examples, places, prompts, training, held_out)
+        job = Job(source, run, model, *rows, weights)
         if status := run_job(job, frozen):
             return status
     print(f"{run}: finished; evaluate it with: python evaluate.py --run {run} --data FILE")

@@ -79,12 +79,11 @@ def identity(task: Task, adapter: str | Path | None) -> dict:
     }
 
 
-def prompt_fields(record: Mapping) -> dict:
-    """For other programs: how the input of the model trained in this run is made of a text."""
-    labels, words = record["labels"], record["method"] == "lora_label_scoring"
-    fields = {"input": PROMPT_INPUT, "template": record.get("template")}  # older runs lack it,
-    fields["max_text_tokens"] = record["arguments"]["max_text_tokens"]
-    return fields | {"labels": labels, "words": record.get("scored", labels * words)}  # and this
+def prompt_fields(task: Task) -> dict:
+    """For other programs: how the model's input is made of a text."""
+    fields = {"input": PROMPT_INPUT, "template": task.whole_template()}
+    fields |= {"max_text_tokens": task.max_text_tokens}
+    return fields | {"labels": task.labels, "words": task.scored}
 
 
 def result_hash(run: Path) -> str:
@@ -172,7 +171,6 @@ class Trainable:
         found = checkpoints(run)
         self.checkpoint = checkpoint = found[-1][1] if found else None
         self.model, self.base_hash = model, record["base_fingerprint"]
-        self.prompt = prompt_fields(record)
         self.kept = {key: record[key] for key in KEPT if key in record}  # an older run has less
         self.parts = parts_of(record["method"], record["arguments"])
         torch.manual_seed(args.seed)
@@ -219,7 +217,6 @@ class Trainable:
             metadata = self.kept | ({"token_vectors": VECTORS} if self.vectors else {})
             head = self.weight if self.parts.head == "adapter" else None
             lora.save_adapter(directory / ADAPTER, self.model, self.config, head, metadata)
-            write_json(directory / ADAPTER / PROMPT_FILE, self.prompt)
         if self.parts.head == "file":
             save_head(directory / HEAD, self.head)
         if self.vectors:
@@ -227,10 +224,11 @@ class Trainable:
 
             token_vectors.write(directory / VECTORS, self.vectors, self.base_hash)
 
-    def publish(self, checkpoint: Path, run: Path) -> None:
+    def publish(self, checkpoint: Path, run: Path, task: Task) -> None:
         """Copy the parts from a checkpoint into the run directory: they are the run's result."""
         if self.parts.lora:
             publish(checkpoint / ADAPTER, run / ADAPTER)
+            write_json(run / ADAPTER / PROMPT_FILE, prompt_fields(task))
         for name in [HEAD] * (self.parts.head == "file") + [VECTORS] * bool(self.vectors):
             write_atomically(run / name, (checkpoint / name).read_bytes())
 

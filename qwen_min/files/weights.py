@@ -99,8 +99,8 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor], directory: P
 def save_model(
     model: Qwen,
     source: str | Path,
-    out: str | Path,
-    changes: Mapping[str, dict] = {},
+    out: Path | str,
+    changes: Mapping = {},
     head: Tensor | None = None,
 ) -> None:
     """Write `model` as a checkpoint; what else the directory `source` has is copied.
@@ -116,13 +116,12 @@ def save_model(
             copy = directory / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(read_regular(path, "a file of a checkpoint", AGAIN))
-        dtype = {"torch_dtype": str(model.lm_head_weight.dtype).removeprefix("torch.")}
-        config = dtype | changes.get("config.json", {})
+        dtype = str(model.lm_head_weight.dtype).removeprefix("torch.")
+        config = {"torch_dtype": dtype, "dtype": dtype}  # the older name and the newer one
+        config |= changes.get("config.json", {})
         for name, fields in (changes | {"config.json": config}).items():
-            path, found = directory / name, {}
-            if path.exists():
-                found = read_json(path, "a file of a checkpoint", AGAIN)
-            found.pop("dtype", None)  # the newer name of torch_dtype
+            path = directory / name
+            found = read_json(path, "a file of a checkpoint", AGAIN) if path.exists() else {}
             write_json(path, found | fields)
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         if head is not None:

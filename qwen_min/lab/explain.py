@@ -22,7 +22,7 @@ from qwen_min.tokenizer import Tokenizer
 Models = dict[str, Qwen]  # by name
 Scores = dict[str, list[float]]  # for each model by name, a number for each class
 Reasons = dict[str, dict[str, str]]  # for each model by name, rows of the table "why"
-LIKELIEST = 5  # tokens listed at each position
+LIKELIEST = 4  # tokens listed at each position: so many fit the terminal
 
 
 class Position(NamedTuple):
@@ -89,17 +89,11 @@ def explain_labels(
     places = {ids[:t]: (y, t) for y, ids in enumerate(prompt.labels) for t in range(len(ids))}
     for beginning, (y, t) in places.items():
         after = " + ".join(["the prompt", *map(piece, beginning)])
-        for width in (9, 5):  # of a token; 5 always fits
-            rows = [
-                [
-                    name,
-                    *(f"{clipped(piece(i), width)} {np.exp(p):.4f}" for i, p in of[y][t].likeliest),
-                ]
-                for name, of in found.items()
-            ]
-            table = text_table(rows[0], rows[1:], words=1 + LIKELIEST)
-            if max(map(columns, table.split("\n"))) <= WIDTH:
-                break
+        rows = []
+        for name, of in found.items():
+            pairs = [(clipped(piece(i), 8), np.exp(log_p)) for i, log_p in of[y][t].likeliest]
+            rows.append([name, *(f"{text} {p:.4f}" for text, p in pairs)])
+        table = text_table(rows[0], rows[1:], words=1 + LIKELIEST)
         parts.append(f"the {LIKELIEST} most likely tokens after {after}\n{table}")
 
     # 3. Sums, softmax, decision.
