@@ -1,6 +1,5 @@
 """What --label-sets, --calibrate, --errors and --explain show of an evaluation, or of a text."""
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
