@@ -40,7 +40,7 @@ from qwen_min.command.inside import (
     neutral_prompts,
     print_inside,
 )
-from qwen_min.command.outcome import circumstances, raise_failures, try_parts
+from qwen_min.command.outcome import circumstances, prediction_lines, raise_failures, try_parts
 from qwen_min.command.summary import format_results, majority
 from qwen_min.command.task import read_rows, read_task, row_prompts, warn_about_labels
 from qwen_min.command.terminal import progress_bar
@@ -48,7 +48,7 @@ from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.files.overlap import clean_part, fed_rows, training_examples
-from qwen_min.files.results import name_outputs, prediction_lines
+from qwen_min.files.results import name_outputs
 from qwen_min.metrics import OFF_TRACK, evaluate_predictions
 from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_mass
@@ -177,9 +177,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         "arguments": vars(args),
         "training_arguments": record["arguments"] if record else None,
     }
-    said = (outcome.predictions, outcome.scores, outcome.answers)
-    failed = outcome.error.rows if outcome.error else ()
-    rows = partial(prediction_lines, examples, task.labels, *said, failed)
+    rows = partial(prediction_lines, examples, task.labels, outcome)
     texts = [json.dumps(results, ensure_ascii=False, indent=2) + "\n", rows]
     try:
         commit_outputs(list(zip(files, texts, strict=True)))

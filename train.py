@@ -36,20 +36,12 @@ from qwen_min.command.task import read_task
 from qwen_min.command.terminal import progress_bar
 from qwen_min.command.trained import Trainable, attach_adapter, identity, result_hash
 from qwen_min.errors import UserError
+from qwen_min.files import run as run_files
 from qwen_min.files.data import examples_hash
 from qwen_min.files.disk import write_json
 from qwen_min.files.output import refuse_inputs
 from qwen_min.files.overlap import fed_rows
 from qwen_min.files.probe import cached_features, save_head
-from qwen_min.files.run import (
-    ADAPTER,
-    HEAD,
-    discard_unused,
-    lock_run,
-    publish,
-    run_arguments,
-    start_record,
-)
 from qwen_min.files.weights import fingerprint, load_model
 from qwen_min.head import fit_layers
 from qwen_min.metrics import log_loss
@@ -67,7 +59,7 @@ def head_only(job: Job) -> dict:
         base_hash += fingerprint(lora_parameters(model).items())
         base_hash += str({(m.r, m.alpha, m.use_rslora) for m in lora_modules(model).values()})
         # Kept with the run: the head means nothing without the states that it was solved on.
-        publish(Path(args.adapter), job.run / ADAPTER)
+        run_files.publish(Path(args.adapter), job.run / run_files.ADAPTER)
     started = time.perf_counter()
     with progress_bar(total=sum(len(p.ids) for p in job.prompts), desc="features") as bar:
         how = (args.pooling, layers != [last], args.batch_tokens, bar.update)
@@ -90,7 +82,7 @@ def head_only(job: Job) -> dict:
     rows = (job.training, job.held_out)
     weights = None if job.weights is None else torch.tensor(job.weights, dtype=torch.float64)
     found, head = fit_layers(features, layers, labels, *rows, classes, args.pooling, weights)
-    save_head(job.run / HEAD, head)
+    save_head(job.run / run_files.HEAD, head)
     print(format_layers(found, head.layer))
     return {
         "layer": head.layer,
@@ -200,8 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, given = cli.parse_with_given(parser, argv)
 
     def command(args: argparse.Namespace) -> int:
-        with lock_run(args):  # before anything of the run is read
-            args = run_arguments(args, given)
+        with run_files.lock_run(args):  # before anything of the run is read
+            args = run_files.run_arguments(args, given)
             cli.refuse_unused(parser, METHODS, args.method, given)
             return train(args)
 
@@ -214,7 +206,7 @@ def train(args: argparse.Namespace) -> int:
     device, task, run = cli.choose_device(args.device), read_task(args, before), Path(args.output)
     refuse_inputs([args.export], [task.directory, run])
     if args.export and before and before["finished"]:  # trains nothing: needs no data
-        record = start_record(run, identity(task, args.adapter), args.resume)
+        record = run_files.start_record(run, identity(task, args.adapter), args.resume)
         return export(Source(args, task, device, record), run)
     refuse_inputs([args.feature_cache], [task.directory, args.adapter])
     examples, places, training, held_out = split_rows(args, task, before)
@@ -247,7 +239,7 @@ def train(args: argparse.Namespace) -> int:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "finished": False,
     }
-    record = start_record(run, record, args.resume)
+    record = run_files.start_record(run, record, args.resume)
     source = Source(args, task, device, record)
     if not record["finished"]:
         rows = (examples, places, prompts, training, held_out)
@@ -265,7 +257,7 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
         found = METHODS[args.method](job)
     except UserError as error:
         if not args.resume:
-            discard_unused(run, features=isinstance(error, NotFinite))
+            run_files.discard_unused(run, features=isinstance(error, NotFinite))
         raise
     except Stopped as stopped:
         print(f"{stopped}; continue with: python train.py --resume --output {run}")

@@ -166,5 +166,5 @@ def test_without_a_token_to_fill_a_batch_nothing_is_exported(base, data, tmp_pat
     path.write_text(json.dumps(content), encoding="utf-8")
     args = arguments("lora_head", tmp_path / "base", data, tmp_path / "run")
     args += ["--template", "{text}<|endoftext|>", "--export", tmp_path / "out"]
-    assert "can fill a batch" in one_line(capsys, 2, *args)
+    assert "no special token to fill a batch" in one_line(capsys, 2, *args)
     assert not (tmp_path / "out").exists() and record(tmp_path / "run")["finished"]

@@ -177,14 +177,13 @@ def decision(
 
     quantity: what a score is. empty_scores: the scores without a text, or none.
     """
-    rows, why, sentences = [], {}, []
+    rows, why, change = [], {}, []
     for name, s in scores.items():
         best, second = ranked(s)
         for y, p in enumerate(softmax([s])[0]):
             rows.append([name, words[y], *digits(s[y], p), "<- decision" * (y == best)])
         margin = s[best] - s[second]
         odds = f"{np.exp(margin):.4g}" if margin < 20 else f"e^{margin:.0f}"
-        said = f"{name}: {words[best]} is {odds} times as likely as {words[second]}."
         why[name] = {"decision": words[best] + " (a tie; try --dtype float32)" * (margin == 0)}
         why[name] |= {"second": words[second], "margin": f"{margin:.4f}", "odds = e^margin": odds}
         why[name] |= reasons[name]
@@ -193,17 +192,15 @@ def decision(
             adds = margin - empty
             why[name] |= {"margin without a text": f"{empty:+.4f}", "the text adds": f"{adds:+.4f}"}
             why[name]["the larger part"] = "the text" if adds >= empty else "the template"
-            said += f"\n  Without a text the margin is {empty:+.4f}; this text adds {adds:+.4f}."
-        sentences.append(said)
     if len(scores) == 2:
         (base, before), (adapted, after) = scores.items()
         best, second = ranked(after)
         old, new = before[best] - before[second], after[best] - after[second]
-        sentences.append(
+        change.append(
             f"{base} to {adapted}: the margin of {words[best]} over {words[second]}\n"
             f"  goes from {old:+.4f} to {new:+.4f} ({new - old:+.4f})."
         )
     table = text_table(["model", "class", quantity, "softmax", ""], rows, words=2)
     facts = [[fact, *(of[fact] for of in why.values())] for fact in next(iter(why.values()))]
     why_table = text_table(["why", *why], facts, words=1 + len(why))
-    return "\n\n".join([table, why_table, "\n".join(sentences)])
+    return "\n\n".join([table, why_table, *change])
