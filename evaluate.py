@@ -155,10 +155,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     training = training_examples(args.train_data, *how, columns)
     corrected = args.calibrate or args.calibration
     neutral = neutral_prompts(source, examples, training) if corrected else None
-    started = time.perf_counter()
-    scorer = METHODS[args.method](source)
-    load_seconds = time.perf_counter() - started
-    evaluation = Evaluation(source, scorer, examples, prompts, neutral)
+    evaluation = Evaluation(source, METHODS[args.method](source), examples, prompts, neutral)
     applied, outcome = apply_calibration(evaluation, classify(evaluation))
     parts = {
         "metrics": partial(measure, evaluation, outcome),
@@ -172,7 +169,6 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         **circumstances(evaluation, outcome.seconds),
         **applied,
         "fed_rows": len(fed),
-        "load_seconds": load_seconds,
         **identity,
         "arguments": vars(args),
         "training_arguments": record["arguments"] if record else None,

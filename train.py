@@ -65,18 +65,16 @@ def head_only(job: Job) -> dict:
         how = (args.pooling, layers != [last], args.batch_tokens, bar.update)
 
         def compute(prompts: Sequence[Prompt]) -> Tensor:
-            states = forms(args.plain).pooled_features(model, prompts, *how)
-            try:
-                check_finite(model, prompts, states.isfinite().flatten(1).all(dim=1))
-            except NotFinite as error:
-                row = job.prompts.index(prompts[error.rows[0]])
-                raise NotFinite(f"{job.places[row]}: {error}", [row], None) from None
-            return states
+            return forms(args.plain).pooled_features(model, prompts, *how)
 
         directory = Path(args.feature_cache or job.run / "features")
         setting = f"{base_hash} {model.lm_head_weight.dtype} {args.pooling} {layers != [last]}"
         setting += " plain" * args.plain  # so that --plain computes
         features = cached_features(directory, setting, job.prompts, compute, bar.update)
+    try:
+        check_finite(model, job.prompts, features.isfinite().flatten(1).all(dim=1))
+    except NotFinite as error:
+        raise NotFinite(f"{job.places[error.rows[0]]}: {error}", error.rows, None) from None
     seconds_features = time.perf_counter() - started
     labels, classes = np.array([e.label for e in job.examples]), len(job.source.task.labels)
     rows = (job.training, job.held_out)

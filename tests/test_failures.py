@@ -301,7 +301,7 @@ def test_a_part_that_fails_costs_no_other_part(part, error, monkeypatch, capsys)
     else:
         assert found.pop(part) == {"failed": note}
         assert out.splitlines()[0] == table.splitlines()[0] and f"{whole['accuracy']:.4f}" in out
-    measured = ("seconds", "examples_per_second", "load_seconds")
+    measured = ("seconds", "examples_per_second")
     assert found.keys() <= whole.keys()
     assert all(found[key] == whole[key] for key in found.keys() - {*measured})
 

@@ -414,7 +414,6 @@ MISTAKES = {
         ["--method", "zero_shot_generate", "--label-sets", "差,好"],
         "is about scores of label words",
     ),
-    "no text": (["--method", "zero_shot", "--explain", " "], "--explain ' ': no text"),
     "generation explained": (["--method", "zero_shot_generate", "--explain", "x"], "zero_shot"),
     "data beside a text": (
         ["--method", "zero_shot", "--explain", "x", "--limit", "3", "--output", "r.json"],

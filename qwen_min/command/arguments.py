@@ -152,8 +152,6 @@ def check_evaluation(args: argparse.Namespace, given: dict) -> None:
     text, row = (getattr(args, name, None) for name in ("explain", "explain_row"))
     if text is None and row is None:
         return
-    if row is None and not text.strip():
-        raise UserError(f"--explain {args.explain!r}: no text; give the one to be explained")
     if args.method == "zero_shot_generate":
         raise UserError("--explain shows scores, which zero_shot_generate has not; use zero_shot")
     unused = ["data", "limit"] * (row is None) + ["train_data", "output", "predictions"]
@@ -175,7 +173,7 @@ def check_training(args: argparse.Namespace) -> dict | None:
         "--export: head_only's head has a bias, transformers' classifier of Qwen has none; train "
         "lora_head, with --lora-targets none to keep the base as it is": probe and args.export,
         "--lora-targets none leaves nothing to train; choose attention or all": words and nothing,
-        "--checkpointing is not part of the definitions; leave out it or --plain": both,
+        "--checkpointing is not part of the definitions; leave it or --plain out": both,
         f"--export {args.export} exists already; name a directory that does not": exists,
     }
     for message, refused in refusals.items():

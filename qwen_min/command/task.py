@@ -23,6 +23,7 @@ from qwen_min.prompt import (
     build_prompts,
     check_lengths,
     parse_template,
+    shorten,
 )
 from qwen_min.tokenizer import Tokenizer
 
@@ -84,8 +85,8 @@ class Task:
         if self.chat is not None:
             from qwen_min.lab.chat import check_texts
 
-            frame = (whole, template, self.chat, self.system)
-            check_texts(self.tokenizer, texts, *frame, self.max_text_tokens, places)
+            short = [shorten(self.tokenizer, text, self.max_text_tokens) for text in texts]
+            check_texts(short, template, self.chat, self.system, places)
         prompts = build_prompts(self.tokenizer, texts, whole, labels, self.max_text_tokens, places)
         check_lengths(prompts, self.config.max_position_embeddings, places, new_tokens)
         return prompts

@@ -37,10 +37,9 @@ TARGETS = {"attention": lora.ATTENTION, "all": (*lora.ATTENTION, *lora.MLP), "no
 GIVE_BASE = "give the checkpoint that it was trained on by --model"
 PROMPT_FILE = "prompt.json"
 PROMPT_INPUT = (
-    "Cut the text (never the whole, as a tokenizer's truncation does) to its first max_text_tokens "
-    "tokens, put it in the place of {text} in template, and encode this without adding special "
-    "tokens. Remove markup such as <|im_end|> from a text: in training it was plain text. The "
-    "score of a class is the head's or, with words, its word's log-probability, over all tokens."
+    "Remove markup such as <|im_end|> from a text. Cut the text (never the whole prompt) to its "
+    "first max_text_tokens tokens, put it in the place of {text} in template, and encode this "
+    "without adding special tokens. A class's score is the head's, or its word's log-probability."
 )
 KEPT = ("base_fingerprint", "tokenizer_hash")  # of a run's identity: also in its adapter
 
