@@ -48,7 +48,6 @@ from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.files.overlap import clean_part, fed_rows, training_examples
-from qwen_min.files.results import name_outputs
 from qwen_min.metrics import OFF_TRACK, evaluate_predictions
 from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_mass
@@ -142,7 +141,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     examples = read_rows(args, task, record, empty_texts=True)
     inputs = [task.directory, args.data, args.train_data, args.adapter, args.run]
     if args.run:
-        name_outputs(args, record, examples_hash(examples))
+        arguments.name_outputs(args, record, examples_hash(examples))
         inputs += [f"{args.run}/adapter", record["arguments"].get("data")]
     files = open_outputs([args.output, args.predictions], inputs)
     # First, because a file that it hashes may be malformed. Without a file to write it into, the
@@ -208,16 +207,15 @@ def classify(evaluation: Evaluation) -> Outcome:
 
     Raises UserError if no row has finite numbers; if some have, the outcome names the others.
     """
-    task, scorer, error = evaluation.source.task, evaluation.scorer, None
-    prompts, words = evaluation.prompts, task.words
+    source, scorer, error = evaluation.source, evaluation.scorer, None
+    prompts, words = evaluation.prompts, source.task.words
     if scorer.by == "label words":
         warn_about_labels(evaluation.label_ids[0], words)
     started = time.perf_counter()
     with progress_bar(total=sum(len(p.ids) for p in prompts), desc="evaluation") as bar:
         try:
             if scorer.by == "answers":
-                stop = evaluation.source.identity["stop_ids"]
-                found = scorer.answers(prompts, stop, bar.update)
+                found = scorer.answers(prompts, source.identity["stop_ids"], bar.update)
             else:
                 found = scorer.scores(prompts, bar.update)  # (n, all words)
         except NotFinite as failure:
@@ -228,7 +226,7 @@ def classify(evaluation: Evaluation) -> Outcome:
     if scorer.by == "answers":
         from qwen_min.lab.generation import first_label
 
-        texts = [None if ids is None else task.tokenizer.decode(ids) for ids in found]
+        texts = [None if ids is None else source.task.tokenizer.decode(ids) for ids in found]
         predictions = np.array([first_label(text or "", words) for text in texts])
         return Outcome(predictions, None, None, texts, seconds, error)
     own = found[:, : len(words)]  # the words of --labels; without --label-sets there are no others

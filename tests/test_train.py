@@ -1131,8 +1131,8 @@ def test_evaluations_are_printed_and_a_log_gets_lines(base, data, tmp_path, caps
     for line, entry in zip(printed, history, strict=True):
         assert line == (
             f"step {entry['step']} of {history[-1]['step']}"
-            f"  held-out log-loss {entry['held_out_log_loss']:.4f}"
-            f"  held-out accuracy {entry['held_out_accuracy']:.4f}"
+            f"  held_out_log_loss {entry['held_out_log_loss']:.4f}"
+            f"  held_out_accuracy {entry['held_out_accuracy']:.4f}"
         )
     # A line for each step and the last one again; they count the tokens of all epochs.
     lines, losses = err.splitlines(), logged(run, "loss")

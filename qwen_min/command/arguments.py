@@ -1,6 +1,7 @@
 """The arguments of the two commands, and which of them fit together."""
 
 import argparse
+import hashlib
 import os
 from pathlib import Path
 
@@ -158,6 +159,20 @@ def check_evaluation(args: argparse.Namespace, given: dict) -> None:
     unused += ["label_sets", "calibrate", "calibration", "errors"]
     if found := [option(name) for name in unused if name in given]:
         raise UserError(f"--explain looks at one text and prints; leave out {', '.join(found)}")
+
+
+def name_outputs(args: argparse.Namespace, record: dict, data_hash: str) -> None:
+    """Set --output and --predictions, where not given, to files in the run's directory.
+
+    The name depends on the data, and on settings that differ from the run's (`args.changed`), so
+    that different results never replace each other.
+    """
+    parts = [data_hash[:12]] if args.method == record["method"] else [args.method, data_hash[:12]]
+    if args.changed:
+        parts.append(hashlib.sha256(" ".join(args.changed).encode()).hexdigest()[:8])
+    ending = "-".join(parts)
+    args.output = args.output or os.path.join(args.run, f"results-{ending}.json")
+    args.predictions = args.predictions or os.path.join(args.run, f"predictions-{ending}.jsonl")
 
 
 def check_training(args: argparse.Namespace) -> dict | None:

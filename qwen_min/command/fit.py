@@ -157,7 +157,6 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
                 state["history"].append({"step": step.number, **found})
                 bar.clear()  # the line takes its place; the next step draws it again
                 line = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
-                line = line.replace("held_out_", "held-out ").replace("_", "-")
                 print(f"step {step.number} of {steps}  {line}", flush=True)
             if evaluates or step.number % training.save_every == 0 or stop.signal is not None:
                 state["seconds"] = before + time.perf_counter() - started

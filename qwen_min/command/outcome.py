@@ -1,4 +1,4 @@
-"""From a classification to what is written: rows, parts that may fail, and circumstances."""
+"""From a classification to what is written: parts that may fail, circumstances, and rows."""
 
 import argparse
 import json

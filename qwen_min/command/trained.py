@@ -111,8 +111,7 @@ def load_parts(
     if parts.vectors:
         from qwen_min.lab import token_vectors
 
-        words, base_hash = parts.head is None, own["base_fingerprint"]
-        token_vectors.load(directory / VECTORS, model, words, base_hash)
+        token_vectors.load(directory / VECTORS, model, parts.head is None, own["base_fingerprint"])
     head = load_head(directory / HEAD) if parts.head == "file" else None
     if own.get("result_hash") not in (None, result_hash(directory)):
         found = f"{ADAPTER}/, {HEAD} or {VECTORS} is not what its training wrote"
