@@ -71,8 +71,7 @@ def head_only(source: Source) -> Scorer:
 
 def lora_head(source: Source) -> Scorer:
     """The base with its LoRA, and the linear head that was trained together with it."""
-    model = source.base()
-    return source.scorer(model, "head", source.add_trained(model))
+    return head_only(source)  # what is added to the base is decided by the run
 
 
 def lora_label_scoring(source: Source) -> Scorer:

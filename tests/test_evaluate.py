@@ -510,12 +510,12 @@ SEEN_BEFORE_LOADING: dict[str, tuple[Callable[[], object] | None, dict, tuple[st
     "no label column": (
         lambda: write("stars\ttext_a\n1\t很好\n"),
         {},
-        ("reviews.tsv, line 1", "'stars'", "one column of labels", "--label-column"),
+        ("reviews.tsv, line 1", "'stars'", "--label-column"),
     ),
     "no text column": (
         lambda: write("label\tbody\n1\t很好\n"),
         {},
-        ("reviews.tsv, line 1", "'body'", "one column of texts", "--text-column"),
+        ("reviews.tsv, line 1", "'body'", "--text-column"),
     ),
     "a label outside the set": (
         lambda: write(HEADER + "1\t很好\n2\t不好\n"),

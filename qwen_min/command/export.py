@@ -30,8 +30,9 @@ def export(source: Source, run: Path) -> int:
             found = "the tokenizer has no special token to fill a batch, but the template's last"
             raise UserError(f"--export: {found}; end the template in another way")
         weight, names = head.weight, dict(enumerate(task.labels))
-        use = f"{task.config.model_type.capitalize()}ForSequenceClassification"
-        config = {"architectures": [use], "pad_token_id": task.tokenizer.markup[pad]}
+        architecture = f"{task.config.model_type.capitalize()}ForSequenceClassification"
+        use = f'{architecture}, for pipeline("text-classification", model={str(out)!r})'
+        config = {"architectures": [architecture], "pad_token_id": task.tokenizer.markup[pad]}
         config |= {"id2label": names, "label2id": {name: y for y, name in names.items()}}
         changes["config.json"] = config
         changes["tokenizer_config.json"] = {"pad_token": pad, "padding_side": "right"}
