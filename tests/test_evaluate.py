@@ -334,7 +334,7 @@ def test_classes_that_are_never_predicted_are_said():
         "predictions   never predicts c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12…\n" in out
     )
     assert (
-        "classes       no examples of c2, c3, c4, c5, c6, c7, c8, c… (0 in the macro mean)\n" in out
+        "classes       no examples of c2, c3, c4, c5, c6, c7, c8,… (0 in the macro mean)\n" in out
     )
     assert max(map(columns, out.split("\n\n")[0].splitlines())) <= 80
 

@@ -25,7 +25,7 @@ def format_results(results: Mapping) -> str:
     if never := [row["name"] for row, n in zip(rows, predicted, strict=False) if not n]:
         facts["predictions"] = f"never predicts {clipped(', '.join(never), 50)}"
     if absent := [row["name"] for row in rows if not row["support"]]:
-        absent = clipped(", ".join(absent), 30)
+        absent = clipped(", ".join(absent), 28)
         facts["classes"] = f"no examples of {absent} (0 in the macro mean)"
     if results["brier"] is None:  # generated text: there are no scores
         count, answers = results["off_track"], results["off_track_examples"]
