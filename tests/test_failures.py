@@ -216,7 +216,7 @@ def test_a_file_behind_a_link_to_nothing_is_not_taken_for_absent(name, more, bas
     assert evaluate.main(["--method", "zero_shot", "--model", "model", *FIXED, *more]) == 2
     assert f"model/{name}" in one_line(capsys)
     with pytest.raises(UserError, match=name):
-        save_model(load_model("model"), "model", "copy")
+        save_model(load_model("model"), Path("model"), "copy")
     assert not Path("copy").exists()
 
 

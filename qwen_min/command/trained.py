@@ -80,9 +80,8 @@ def identity(task: Task, adapter: str | Path | None) -> dict:
 
 def prompt_fields(task: Task) -> dict:
     """For other programs: how the model's input is made of a text."""
-    fields = {"input": PROMPT_INPUT, "template": task.whole_template()}
-    fields |= {"max_text_tokens": task.max_text_tokens}
-    return fields | {"labels": task.labels, "words": task.scored}
+    text = {"input": PROMPT_INPUT, "max_text_tokens": task.max_text_tokens}
+    return text | {"template": task.whole_template(), "labels": task.labels, "words": task.scored}
 
 
 def result_hash(run: Path) -> str:

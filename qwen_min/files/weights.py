@@ -97,11 +97,7 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor], directory: P
 
 
 def save_model(
-    model: Qwen,
-    source: str | Path,
-    out: Path | str,
-    changes: Mapping = {},
-    head: Tensor | None = None,
+    model: Qwen, source: Path, out: str | Path, changes: Mapping = {}, head: Tensor | None = None
 ) -> None:
     """Write `model` as a checkpoint; what else the directory `source` has is copied.
 
@@ -109,7 +105,7 @@ def save_model(
     classifier, which takes the LM head's place. `out` must not exist; it appears complete or not at
     all. Raises UserError if it cannot be written.
     """
-    source, out = Path(source), Path(out)
+    out = Path(out)
     with new_directory(out, "name another, or make room") as directory:
         found = (source.glob(name) if "*" in name else [source / name] for name in FILES)
         for path in filter(os.path.lexists, chain.from_iterable(found)):
@@ -117,8 +113,8 @@ def save_model(
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(read_regular(path, "a file of a checkpoint", AGAIN))
         dtype = str(model.lm_head_weight.dtype).removeprefix("torch.")
-        config = {"torch_dtype": dtype, "dtype": dtype}  # the older name and the newer one
-        config |= changes.get("config.json", {})
+        # The older name and the newer one.
+        config = {"torch_dtype": dtype, "dtype": dtype} | changes.get("config.json", {})
         for name, fields in (changes | {"config.json": config}).items():
             path = directory / name
             found = read_json(path, "a file of a checkpoint", AGAIN) if path.exists() else {}

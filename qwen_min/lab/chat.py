@@ -118,7 +118,7 @@ def wrap_template(
         raise UserError(f"--chat: the tokenizer has no {', '.join(missing)}; {advice}")
     system = chat.system if system is None else system
     first = "" if system is None else f"{START}system\n{system}{END}\n"
-    answer = EMPTY_THOUGHTS if chat.empty_thoughts else ""
+    answer = EMPTY_THOUGHTS * chat.empty_thoughts
     return f"{first}{START}user\n{template}{END}\n{START}assistant\n{answer}"
 
 
