@@ -33,7 +33,7 @@ from qwen_min.command import arguments, inside
 from qwen_min.command.classifier import Evaluation, Outcome, Scorer, Source
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.finite import NotFinite
-from qwen_min.command.outcome import circumstances, raise_failures, try_parts
+from qwen_min.command.outcome import circumstances, prediction_lines, raise_failures, try_parts
 from qwen_min.command.summary import format_results, majority
 from qwen_min.command.task import read_rows, read_task, row_prompts, warn_about_labels
 from qwen_min.command.terminal import progress_bar
@@ -41,7 +41,6 @@ from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.files.overlap import clean_part, fed_rows, training_examples
-from qwen_min.files.results import name_outputs, prediction_lines
 from qwen_min.metrics import OFF_TRACK, evaluate_predictions
 from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_mass
@@ -65,8 +64,7 @@ def head_only(source: Source) -> Scorer:
 
 def lora_head(source: Source) -> Scorer:
     """The base with its LoRA, and the linear head that was trained together with it."""
-    model = source.base()
-    return source.scorer(model, "head", source.add_trained(model))
+    return head_only(source)  # what is added to the base is decided by the run
 
 
 def lora_label_scoring(source: Source) -> Scorer:
@@ -135,7 +133,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     examples = read_rows(args, task, record, empty_texts=True)
     inputs = [task.directory, args.data, args.train_data, args.adapter, args.run]
     if args.run:
-        name_outputs(args, record, examples_hash(examples))
+        arguments.name_outputs(args, record, examples_hash(examples))
         inputs += [f"{args.run}/adapter", record["arguments"].get("data")]
     files = open_outputs([args.output, args.predictions], inputs)
     # First, because a file that it hashes may be malformed. Without a file to write it into, the
@@ -148,10 +146,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     training = training_examples(args.train_data, *how, columns)
     corrected = args.calibrate or args.calibration
     neutral = inside.neutral_prompts(source, examples, training) if corrected else None
-    started = time.perf_counter()
-    scorer = METHODS[args.method](source)
-    load_seconds = time.perf_counter() - started
-    evaluation = Evaluation(source, scorer, examples, prompts, neutral)
+    evaluation = Evaluation(source, METHODS[args.method](source), examples, prompts, neutral)
     applied, outcome = inside.apply_calibration(evaluation, classify(evaluation))
     parts = {
         "metrics": partial(measure, evaluation, outcome),
@@ -165,14 +160,11 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         **circumstances(evaluation, outcome.seconds),
         **applied,
         "fed_rows": len(fed),
-        "load_seconds": load_seconds,
         **identity,
         "arguments": vars(args),
         "training_arguments": record["arguments"] if record else None,
     }
-    said = (outcome.predictions, outcome.scores, outcome.answers)
-    failed = outcome.error.rows if outcome.error else ()
-    rows = partial(prediction_lines, examples, task.labels, *said, failed)
+    rows = partial(prediction_lines, examples, task.labels, outcome)
     texts = [json.dumps(results, ensure_ascii=False, indent=2) + "\n", rows]
     try:
         commit_outputs(list(zip(files, texts, strict=True)))
@@ -207,16 +199,15 @@ def classify(evaluation: Evaluation) -> Outcome:
 
     Raises UserError if no row has finite numbers; if some have, the outcome names the others.
     """
-    task, scorer, error = evaluation.source.task, evaluation.scorer, None
-    prompts, words = evaluation.prompts, task.words
+    source, scorer, error = evaluation.source, evaluation.scorer, None
+    prompts, words = evaluation.prompts, source.task.words
     if scorer.by == "label words":
         warn_about_labels(evaluation.label_ids[0], words)
     started = time.perf_counter()
     with progress_bar(total=sum(len(p.ids) for p in prompts), desc="evaluation") as bar:
         try:
             if scorer.by == "answers":
-                stop = evaluation.source.identity["stop_ids"]
-                found = scorer.answers(prompts, stop, bar.update)
+                found = scorer.answers(prompts, source.identity["stop_ids"], bar.update)
             else:
                 found = scorer.scores(prompts, bar.update)  # (n, all words)
         except NotFinite as failure:
@@ -227,7 +218,7 @@ def classify(evaluation: Evaluation) -> Outcome:
     if scorer.by == "answers":
         from qwen_min.lab.generation import first_label
 
-        texts = [None if ids is None else task.tokenizer.decode(ids) for ids in found]
+        texts = [None if ids is None else source.task.tokenizer.decode(ids) for ids in found]
         predictions = np.array([first_label(text or "", words) for text in texts])
         return Outcome(predictions, None, None, texts, seconds, error)
     own = found[:, : len(words)]  # the words of --labels; without --label-sets there are no others

@@ -28,28 +28,20 @@ from torch import Tensor
 from lora import lora_modules, lora_parameters
 from qwen_min.command import arguments, cli
 from qwen_min.command.classifier import Source, forms
-from qwen_min.command.export import export, padding
+from qwen_min.command.export import export
 from qwen_min.command.finite import NotFinite, check_finite, dtype_name
 from qwen_min.command.fit import Job, Stopped, Training, class_weights, fit, split_rows, why_failed
 from qwen_min.command.summary import format_layers
-from qwen_min.command.task import read_task, row_prompts
+from qwen_min.command.task import read_task
 from qwen_min.command.terminal import progress_bar
 from qwen_min.command.trained import Trainable, attach_adapter, identity, result_hash
 from qwen_min.errors import UserError
+from qwen_min.files import run as run_files
 from qwen_min.files.data import examples_hash
 from qwen_min.files.disk import write_json
 from qwen_min.files.output import refuse_inputs
 from qwen_min.files.overlap import fed_rows
 from qwen_min.files.probe import cached_features, save_head
-from qwen_min.files.run import (
-    ADAPTER,
-    HEAD,
-    discard_unused,
-    lock_run,
-    publish,
-    run_arguments,
-    start_record,
-)
 from qwen_min.files.weights import fingerprint, load_model
 from qwen_min.head import fit_layers
 from qwen_min.metrics import log_loss
@@ -67,30 +59,28 @@ def head_only(job: Job) -> dict:
         base_hash += fingerprint(lora_parameters(model).items())
         base_hash += str({(m.r, m.alpha, m.use_rslora) for m in lora_modules(model).values()})
         # Kept with the run: the head means nothing without the states that it was solved on.
-        publish(Path(args.adapter), job.run / ADAPTER)
+        run_files.publish(Path(args.adapter), job.run / run_files.ADAPTER)
     started = time.perf_counter()
     with progress_bar(total=sum(len(p.ids) for p in job.prompts), desc="features") as bar:
         how = (args.pooling, layers != [last], args.batch_tokens, bar.update)
 
         def compute(prompts: Sequence[Prompt]) -> Tensor:
-            states = forms(args.plain).pooled_features(model, prompts, *how)
-            try:
-                check_finite(model, prompts, states.isfinite().flatten(1).all(dim=1))
-            except NotFinite as error:
-                row = job.prompts.index(prompts[error.rows[0]])
-                raise NotFinite(f"{job.place(row)}: {error}", [row], None) from None
-            return states
+            return forms(args.plain).pooled_features(model, prompts, *how)
 
         directory = Path(args.feature_cache or job.run / "features")
         setting = f"{base_hash} {model.lm_head_weight.dtype} {args.pooling} {layers != [last]}"
         setting += " plain" * args.plain  # so that --plain computes
         features = cached_features(directory, setting, job.prompts, compute, bar.update)
+    try:
+        check_finite(model, job.prompts, features.isfinite().flatten(1).all(dim=1))
+    except NotFinite as error:
+        raise NotFinite(f"{job.places[error.rows[0]]}: {error}", error.rows, None) from None
     seconds_features = time.perf_counter() - started
     labels, classes = np.array([e.label for e in job.examples]), len(job.source.task.labels)
     rows = (job.training, job.held_out)
     weights = None if job.weights is None else torch.tensor(job.weights, dtype=torch.float64)
     found, head = fit_layers(features, layers, labels, *rows, classes, args.pooling, weights)
-    save_head(job.run / HEAD, head)
+    save_head(job.run / run_files.HEAD, head)
     print(format_layers(found, head.layer))
     return {
         "layer": head.layer,
@@ -143,7 +133,7 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
         try:
             scores = scorer.scores([job.prompts[row] for row in job.held_out])
         except NotFinite as error:
-            place = job.place(job.held_out[error.rows[0]])
+            place = job.places[job.held_out[error.rows[0]]]
             raise TrainingFailed(f"the held-out row of {place}: {error}") from None
         model.train()
         accuracy = float((scores.argmax(axis=1) == true).mean())
@@ -159,7 +149,8 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
     model.train()
     plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
     state = fit(job.run, training, plan, trained.checkpoint)
-    trained.publish(job.run / "checkpoints" / f"step-{state['best_step']}", job.run)
+    best = job.run / "checkpoints" / f"step-{state['best_step']}"
+    trained.publish(best, job.run, job.source.task)
     return {
         "history": state["history"],
         "best_step": state["best_step"],
@@ -199,8 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, given = cli.parse_with_given(parser, argv)
 
     def command(args: argparse.Namespace) -> int:
-        with lock_run(args):  # before anything of the run is read
-            args = run_arguments(args, given)
+        with run_files.lock_run(args):  # before anything of the run is read
+            args = run_files.run_arguments(args, given)
             cli.refuse_unused(parser, METHODS, args.method, given)
             return train(args)
 
@@ -212,18 +203,15 @@ def train(args: argparse.Namespace) -> int:
     before = arguments.check_training(args)
     device, task, run = cli.choose_device(args.device), read_task(args, before), Path(args.output)
     refuse_inputs([args.export], [task.directory, run])
-    if args.export and args.method == "lora_head":
-        padding(task)  # there must be one
     if args.export and before and before["finished"]:  # trains nothing: needs no data
-        record = start_record(run, identity(task, args.adapter), args.resume)
+        record = run_files.start_record(run, identity(task, args.adapter), args.resume)
         return export(Source(args, task, device, record), run)
     refuse_inputs([args.feature_cache], [task.directory, args.adapter])
-    examples, training, held_out = split_rows(args, task, before)
+    examples, places, training, held_out = split_rows(args, task, before)
     labels = [examples[row].label for row in training]
     weights = class_weights(args.class_weights, task.labels, labels)
+    prompts = task.prompts([example.text for example in examples], places)
     own = len(training) if args.dev else len(examples)  # rows of --data
-    prompts = row_prompts(args.data, task, examples[:own])
-    prompts += row_prompts(args.dev, task, examples[own:]) if args.dev else []
     fed_rows(task.directory, examples)  # warns if the model was made from some of the rows
     model = load_model(task.directory, args.dtype, device)
     frozen = dict(model.named_parameters())
@@ -236,7 +224,6 @@ def train(args: argparse.Namespace) -> int:
         "method": args.method,
         "arguments": vars(args),
         "labels": list(task.labels),
-        "scored": list(task.scored),
         "labels_read_as": examples[0].read_as,
         "dtype": dtype_name(model),
         **identity(task, args.adapter),
@@ -250,10 +237,11 @@ def train(args: argparse.Namespace) -> int:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "finished": False,
     }
-    record = start_record(run, record, args.resume)
+    record = run_files.start_record(run, record, args.resume)
     source = Source(args, task, device, record)
     if not record["finished"]:
-        job = Job(source, run, model, examples, prompts, training, held_out, weights)
+        rows = (examples, places, prompts, training, held_out)
+        job = Job(source, run, model, *rows, weights)
         if status := run_job(job, frozen):
             return status
     print(f"{run}: finished; evaluate it with: python evaluate.py --run {run} --data FILE")
@@ -267,7 +255,7 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
         found = METHODS[args.method](job)
     except UserError as error:
         if not args.resume:
-            discard_unused(run, features=isinstance(error, NotFinite))
+            run_files.discard_unused(run, features=isinstance(error, NotFinite))
         raise
     except Stopped as stopped:
         print(f"{stopped}; continue with: python train.py --resume --output {run}")

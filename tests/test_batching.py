@@ -128,7 +128,6 @@ def test_the_smaller_last_batch_is_a_random_one():
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
-        (lambda: token_budget_batches([1], 0), "the token budget is 0"),
         (lambda: shuffled_batches([1], 0, 0, 0), "batches of 0 rows in pools of 50"),
         (lambda: shuffled_batches([1], 8, 0, 0, -1), "batches of 8 rows in pools of -1"),
     ],

@@ -2,12 +2,15 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_tokenizer
 from transformers import AutoTokenizer
 
+from qwen_min.command.task import Task
 from qwen_min.errors import UserError
 from qwen_min.files.tokens import read_tokenizer
 from qwen_min.lab.chat import (
@@ -274,7 +277,7 @@ def test_each_text_has_transformers_prompt_or_is_refused_by_its_place(source, te
             "{text}", text
         )
         try:
-            check_texts(ours, [text], wrapped, template, chat, None, 99, ["line 7"])
+            check_texts([text], template, chat, None, ["line 7"])
             assert equal
             accepted.append(text)
         except UserError as error:
@@ -285,11 +288,12 @@ def test_each_text_has_transformers_prompt_or_is_refused_by_its_place(source, te
 def test_the_text_that_is_checked_is_the_shortened_one(directory):
     tokenizer = Tokenizer(directory)
     chat = ChatTemplate(Path("x"), "{{ '/no_think' in messages[-1].content }}" + USER, {})
-    wrapped = wrap_template("{text}", chat, ())
-    arguments = (tokenizer, ["a b c d /no_think"], wrapped, "{text}", chat, None)
-    check_texts(*arguments, 3, ["line 1"])
-    with pytest.raises(UserError, match="line 1"):
-        check_texts(*arguments, 99, ["line 1"])
+    config = SimpleNamespace(max_position_embeddings=999)
+    task = Task(directory, config, tokenizer, (), (), (), "{text}", chat, None, 3)
+    arguments = (["a b c d /no_think"], ["line 1"])
+    task.prompts(*arguments)
+    with pytest.raises(UserError, match="line 1: the chat template"):
+        replace(task, max_text_tokens=99).prompts(*arguments)
 
 
 def test_a_template_that_says_the_text_field_is_refused():
@@ -324,9 +328,9 @@ def test_what_the_template_does_to_words_around_the_text_is_rendered():
         ("{{ 'x'.ljust(1000000000) }}", "MemoryError"),
         ("{{ '{:1000000000d}'.format(1) }}", "MemoryError"),
         ("{{ [1] | tojson(indent=1000000000) }}", "MemoryError"),
-        ("{{ strftime_now('%Y') }}", "the date, the time or chance"),
-        ("{{ [1, 2] | random }}", "the date, the time or chance"),
-        ("{{ lipsum() }}", "the date, the time or chance"),
+        ("{{ strftime_now('%Y') }}", "the date, time or chance"),
+        ("{{ [1, 2] | random }}", "the date, time or chance"),
+        ("{{ lipsum() }}", "the date, time or chance"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ " + "(" * 9999 + ")" * 9999 + " }}", "RecursionError"),
         ("{% for i in [1] %}" * 50 + "{% endfor %}" * 50, "too many statically nested blocks"),

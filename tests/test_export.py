@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -126,29 +124,13 @@ def test_a_finished_run_is_exported_without_its_data(method, base, data, tmp_pat
     assert not (tmp_path / "three").exists()
 
 
-def test_the_printed_lines_run_elsewhere(base, data, tmp_path, capsys):
-    args = arguments("lora_head", base, data, tmp_path / "run", "--epochs", 1, "--chat")
-    assert train.main([*args, "--export", str(tmp_path / "out")]) == 0
-    said, *code = capsys.readouterr().out.splitlines()[-4:]
-    assert said.startswith(f"{tmp_path}/out: Qwen2ForSequenceClassification")
-    code = "\n".join(["text = '很好'", *(line.strip() for line in code)])
-    code = code.replace("classify('", "print(*classify('").replace("text))", "text)))")
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert "'label': " in done.stdout, done.stderr
-    assert done.stdout.split("'")[3] in WORDS.split(",")
-
-
 def test_an_adapter_says_how_its_input_is_made(base, data, tmp_path, capsys):
     """PEFT's own loader ignores prompt.json; an evaluation does not need it."""
     from peft import AutoPeftModelForSequenceClassification
 
     run = tmp_path / "run"
     assert train.main(arguments("lora_head", base, data, run, "--chat", "--epochs", 1)) == 0
-    (prompt,) = run.glob("adapter/prompt.json")
-    kept = [path.read_bytes() for path in run.glob("checkpoints/*/adapter/prompt.json")]
-    assert kept and set(kept) == {prompt.read_bytes()}
+    prompt = run / "adapter/prompt.json"
     found = json.loads(prompt.read_text(encoding="utf-8"))
     assert found["template"] == record(run)["template"] and "<|im_start|>" in found["template"]
     assert (found["labels"], found["words"]) == (WORDS.split(","), [])
@@ -173,7 +155,7 @@ def test_words_are_written_where_they_are_scored(base, data, tmp_path):
         assert found["template"] == "评论：{text}\n情感倾向："
 
 
-def test_without_a_token_to_fill_a_batch_nothing_is_trained(base, data, tmp_path, capsys):
+def test_without_a_token_to_fill_a_batch_nothing_is_exported(base, data, tmp_path, capsys):
     shutil.copytree(base, tmp_path / "base")
     path = tmp_path / "base/tokenizer.json"
     (tmp_path / "base/tokenizer_config.json").unlink()
@@ -184,5 +166,5 @@ def test_without_a_token_to_fill_a_batch_nothing_is_trained(base, data, tmp_path
     path.write_text(json.dumps(content), encoding="utf-8")
     args = arguments("lora_head", tmp_path / "base", data, tmp_path / "run")
     args += ["--template", "{text}<|endoftext|>", "--export", tmp_path / "out"]
-    assert "can fill a batch" in one_line(capsys, 2, *args)
-    assert not (tmp_path / "run").exists()
+    assert "no special token to fill a batch" in one_line(capsys, 2, *args)
+    assert not (tmp_path / "out").exists() and record(tmp_path / "run")["finished"]

@@ -248,7 +248,7 @@ def test_the_most_confident_mistakes_come_first(reference, tmp_path):
     rows = [{"label": row["predicted_word"], "text": row["text"]} for row in rows]
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     out = results_of(tmp_path, *arguments, "--errors", 2)[2]
-    assert f"\n\nno mistakes: all {N} predictions are right\n" in out
+    assert mistakes(out) == ("the most confident 0 of 0", [])
 
 
 def test_mistakes_of_answers_are_the_first(reference, tmp_path):
@@ -318,11 +318,10 @@ def test_explain_shows_trained_vectors_side_by_side(reference, tmp_path):
 
 
 def clause_table(out: str) -> dict[str, list[float]]:
-    """Of each clause that is left out, by its number ("" for none): the numbers of its row."""
+    """Of each clause that is left out ("(none)": of the whole text), each model's margin."""
     table = out.split("\nmargin of the decision")[1].split("\n\n")[0].split("\n")
     assert max(map(columns, table)) <= 80
-    rows = table[[row.strip().startswith("left out") for row in table].index(True) + 1 :]
-    found = [re.match(r"(\d*) +.*?((?: +[-+]\d+\.\d{4})+)$", row) for row in rows]
+    found = [re.match(r"(.*?)((?: +[-+]\d+\.\d{4})+)$", row) for row in table[2:]]
     return {row[1]: [*map(float, row[2].split())] for row in found}
 
 
@@ -340,14 +339,11 @@ def test_the_margins_without_each_clause_are_the_definitions(plain, reference):
     best = scores[0].argmax()
     margins = scores[:, best] - scores[:, 1 - best]
     found = clause_table(out)
-    assert found.pop("") == pytest.approx([margins[0]], abs=1e-4)
-    for i, (margin, change) in found.items():
-        assert margin == pytest.approx(margins[int(i)], abs=1e-4)  # of four printed digits
-        assert change == pytest.approx(margins[int(i)] - margins[0], abs=1e-4)
-    order = sorted("1234", key=lambda i: -abs(margins[int(i)] - margins[0]))
-    assert list(found) == order
-    said = f"without clause {order[0]} the margin would be {found[order[0]][0]:+.4f}"
-    assert said + ", another decision" * int(found[order[0]][0] < 0) + ".\n" in out
+    expected = dict(zip(["(none)", *CLAUSES], margins, strict=True))
+    for clause, margin in found.items():
+        assert margin == pytest.approx([expected[clause]], abs=1e-4)  # of four printed digits
+    order = sorted(CLAUSES, key=lambda clause: -abs(expected[clause] - margins[0]))
+    assert list(found) == ["(none)", *order]
     assert "counterfactual, not a cause" in out and "float32 agrees" not in out
 
 
@@ -365,9 +361,8 @@ def test_clauses_of_a_run_are_left_out_for_base_and_adapted(method, runs, tmp_pa
         best = scores[0].argmax()
         found[model] = scores[:, best] - scores[:, 1 - best]
     shown = clause_table(command("--run", runs[method], "--explain", text)[1])
-    for i in range(1, 4):
-        expected = [x for m in found.values() for x in (m[i], m[i] - m[0])]
-        assert shown[str(i)] == pytest.approx(expected, abs=1.1e-4)
+    for i, clause in enumerate(["(none)", "小，", "很好。", "还行！"]):
+        assert shown[clause] == pytest.approx([m[i] for m in found.values()], abs=1.1e-4)
 
 
 def test_of_many_clauses_the_ten_with_the_largest_change_are_shown(reference):
@@ -375,8 +370,9 @@ def test_of_many_clauses_the_ten_with_the_largest_change_are_shown(reference):
     more = ["--max-text-tokens", 400]
     _, out, _ = command(*given("zero_shot", reference[0], "--explain", text, *more))
     found = clause_table(out)
-    assert "without each of 12 clauses\nthe 10 with the largest change\n" in out
-    changes = [abs(change) for _, change in list(found.values())[1:]]
+    assert "with one of 12 clauses left out\n" in out and "The 10 with the largest change." in out
+    (whole,) = found.pop("(none)")
+    changes = [abs(margin - whole) for (margin,) in found.values()]
     assert len(changes) == 10 and changes == sorted(changes, reverse=True)
 
 
@@ -400,12 +396,11 @@ def test_a_row_is_explained_as_its_text_would_be(reference, tmp_path):
         assert said == f"the row that starts in line {line}, true label {word}"
         alone = command(*given("zero_shot", reference[0], "--explain", text))[1]
         assert f"{first}\n{rest}" == alone
-    for line, limit, near in ((3, [], "line 2 and line 4"), (5, ["--limit", 1], "line 2")):
+    for line, limit, last in ((3, [], 5), (5, ["--limit", 1], 2)):
         row = given("zero_shot", reference[0], "--data", data, "--explain-row", line, *limit)
         status, out, err = command(*row)
         assert (status, out, err.count("\n")) == (2, "", 1)
-        assert f"starts in line {line}; rows near it start in {near}\n" in err
-        assert ("among the first 1 (--limit)" in err) == bool(limit)
+        assert f"starts in line {line}; expected one of lines 2 to {last}\n" in err
 
 
 # One line for each mistake
@@ -419,7 +414,6 @@ MISTAKES = {
         ["--method", "zero_shot_generate", "--label-sets", "差,好"],
         "is about scores of label words",
     ),
-    "no text": (["--method", "zero_shot", "--explain", " "], "--explain ' ': no text"),
     "generation explained": (["--method", "zero_shot_generate", "--explain", "x"], "zero_shot"),
     "data beside a text": (
         ["--method", "zero_shot", "--explain", "x", "--limit", "3", "--output", "r.json"],

@@ -36,7 +36,6 @@ def test_the_own_set_is_the_first_and_no_word_stands_twice():
         ("差,好;", "a word is empty"),
         ("差,差", "差 repeats"),
         ("差", "one word"),
-        ("差,好;坏,好;差,好", "差,好 is given twice"),
     ],
 )
 def test_what_is_no_set(argument, said):

@@ -7,10 +7,11 @@ from functools import partial
 import numpy as np
 import pytest
 
+from qwen_min.command.classifier import Outcome
+from qwen_min.command.outcome import prediction_lines
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.data import Example
 from qwen_min.files.output import Output
-from qwen_min.files.results import prediction_lines
 from qwen_min.files.weights import load_model
 from qwen_min.prompt import build_prompts
 from qwen_min.tokenizer import Tokenizer
@@ -73,9 +74,8 @@ def test_predictions(tmp_path):
     examples = [Example("a", 0, i) for i in range(ROWS[1])]
 
     def write(rows: int) -> None:
-        lines = partial(
-            prediction_lines, examples[:rows], ["a"], np.zeros(rows, int), scores[:rows]
-        )
+        outcome = Outcome(np.zeros(rows, int), scores[:rows], None, None, 0.0, None)
+        lines = partial(prediction_lines, examples[:rows], ["a"], outcome)
         Output(tmp_path / "rows.jsonl").commit(lines)
 
     assert growth(write) < 100

@@ -970,17 +970,6 @@ def test_a_result_that_is_not_the_runs_is_refused(
     assert evaluate.main(evaluation) == 0
 
 
-@pytest.mark.parametrize("name", ["head.safetensors", "adapter", "adapter/x", "run.json", "link"])
-def test_features_stay_out_of_a_runs_own_files(name, base, data, tmp_path, capsys):
-    (tmp_path / "link").symlink_to("run/adapter")
-    cache = tmp_path / name if name == "link" else tmp_path / "run" / name
-    args = arguments("head_only", base, data, tmp_path / "run", "--feature-cache", cache)
-    assert "a run writes there" in one_line(capsys, 2, *args)
-    assert not (tmp_path / "run").exists()
-    args[-1] = str(tmp_path / "run" / "features-2")
-    assert train.main(args) == 0
-
-
 def test_features_stay_out_of_the_model(base, data, tmp_path, capsys):
     shutil.copytree(base, tmp_path / "base")
     args = arguments("head_only", tmp_path / "base", data, tmp_path / "run")
@@ -1017,7 +1006,6 @@ def test_class_weights_multiply_the_losses(method, base, data, tmp_path, capsys)
     plain, fast = (record(tmp_path / name)["history"] for name in ("plain", "unequal"))
     for a, b in zip(plain, fast, strict=True):
         assert a["held_out_log_loss"] == pytest.approx(b["held_out_log_loss"], rel=1e-3)
-    assert "class weights: 坏 1, 好 3\n" in capsys.readouterr().out
 
 
 def test_balanced_weights_are_of_the_rows_trained_on(base, data, tmp_path, capsys):
@@ -1034,7 +1022,7 @@ def test_balanced_weights_are_of_the_rows_trained_on(base, data, tmp_path, capsy
     expected = compute_class_weight("balanced", classes=np.array([0, 1]), y=classes)
     np.testing.assert_allclose(record(run)["class_weights"], expected, rtol=1e-12)
     assert np.mean(expected[classes]) == pytest.approx(1)
-    assert f"class weights: 坏 {expected[0]:.4g}, 好 {expected[1]:.4g}\n" in capsys.readouterr().out
+    capsys.readouterr()
     other = one_line(capsys, 2, "--resume", "--output", run, "--class-weights", "1,1")
     assert "--class-weights is '1,1' but the run has 'balanced'" in other
 
@@ -1087,20 +1075,16 @@ def test_a_held_out_file_does_what_a_held_out_part_does(
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
-def test_what_a_held_out_file_lacks_or_repeats_is_said(base, data, parts, tmp_path, capsys):
+def test_what_a_held_out_file_repeats_is_said(base, data, parts, tmp_path, capsys):
     training, dev = parts
     lines = dev.read_text(encoding="utf-8").splitlines()
     repeated = training.read_text(encoding="utf-8").splitlines()[1:3]
-    rows = [line for line in [*lines[1:], *repeated] if line[0] == "1"]
-    both = sum(line[0] == "1" for line in repeated)
-    dev.write_text("\n".join([lines[0], *rows]) + "\n", encoding="utf-8")
+    dev.write_text("\n".join([*lines, *repeated]) + "\n", encoding="utf-8")
     run = tmp_path / "run"
     assert train.main(arguments("lora_head", base, training, run, "--dev", dev)) == 0
-    warnings = capsys.readouterr().err.splitlines()
-    said = [f"warning: {dev}: {both} of its {len(rows)} texts are in {training} too"] * (both > 0)
-    said += [f"warning: {dev}: no row of 坏"]
-    assert len(warnings) == len(said)
-    assert all(line.startswith(start) for line, start in zip(warnings, said, strict=True))
+    (warning,) = capsys.readouterr().err.splitlines()
+    said = f"warning: {dev}: 2 of its {len(lines) + 1} texts are in {training} too"
+    assert warning.startswith(said)
 
 
 def test_a_resumed_run_has_the_same_held_out_file(base, runs, parts, tmp_path, capsys):
@@ -1141,14 +1125,15 @@ def test_evaluations_are_printed_and_a_log_gets_lines(base, data, tmp_path, caps
     run = tmp_path / "run"
     assert train.main(arguments("lora_head", base, data, run, "--eval-every", 4)) == 0
     out, err = capsys.readouterr()
-    printed, best = [line for line in out.splitlines() if line.startswith("step ")], []
-    for entry in (history := record(run)["history"]):
-        best.append(entry["held_out_log_loss"])
-        line = f"step {entry['step']} of {history[-1]['step']}  held-out log-loss {best[-1]:.4f}"
-        line += f"  accuracy {entry['held_out_accuracy']:.4f}"
-        line += "  best so far" * (best[-1] < min([*best[:-1], 1e9]))
-        assert printed[len(best) - 1] == line
-    assert len(printed) == len(best) > 2
+    printed = [line for line in out.splitlines() if line.startswith("step ")]
+    history = record(run)["history"]
+    assert len(history) > 2
+    for line, entry in zip(printed, history, strict=True):
+        assert line == (
+            f"step {entry['step']} of {history[-1]['step']}"
+            f"  held_out_log_loss {entry['held_out_log_loss']:.4f}"
+            f"  held_out_accuracy {entry['held_out_accuracy']:.4f}"
+        )
     # A line for each step and the last one again; they count the tokens of all epochs.
     lines, losses = err.splitlines(), logged(run, "loss")
     assert len(lines) == len(losses) + 1

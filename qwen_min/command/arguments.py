@@ -1,13 +1,13 @@
 """The arguments of the two commands, and which of them fit together."""
 
 import argparse
+import hashlib
 import os
 from pathlib import Path
 
 from qwen_min.command.cli import option, positive_int
 from qwen_min.errors import UserError
 from qwen_min.files.record import read_whole_run
-from qwen_min.files.run import EVALUATED, WRITTEN
 from qwen_min.files.weights import DTYPES
 from qwen_min.head import POOLINGS
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, DEFAULT_TEMPLATE
@@ -153,14 +153,26 @@ def check_evaluation(args: argparse.Namespace, given: dict) -> None:
     text, row = (getattr(args, name, None) for name in ("explain", "explain_row"))
     if text is None and row is None:
         return
-    if row is None and not text.strip():
-        raise UserError(f"--explain {args.explain!r}: no text; give the one to be explained")
     if args.method == "zero_shot_generate":
         raise UserError("--explain shows scores, which zero_shot_generate has not; use zero_shot")
     unused = ["data", "limit"] * (row is None) + ["train_data", "output", "predictions"]
     unused += ["label_sets", "calibrate", "calibration", "errors"]
     if found := [option(name) for name in unused if name in given]:
         raise UserError(f"--explain looks at one text and prints; leave out {', '.join(found)}")
+
+
+def name_outputs(args: argparse.Namespace, record: dict, data_hash: str) -> None:
+    """Set --output and --predictions, where not given, to files in the run's directory.
+
+    The name depends on the data, and on settings that differ from the run's (`args.changed`), so
+    that different results never replace each other.
+    """
+    parts = [data_hash[:12]] if args.method == record["method"] else [args.method, data_hash[:12]]
+    if args.changed:
+        parts.append(hashlib.sha256(" ".join(args.changed).encode()).hexdigest()[:8])
+    ending = "-".join(parts)
+    args.output = args.output or os.path.join(args.run, f"results-{ending}.json")
+    args.predictions = args.predictions or os.path.join(args.run, f"predictions-{ending}.jsonl")
 
 
 def check_training(args: argparse.Namespace) -> dict | None:
@@ -172,16 +184,11 @@ def check_training(args: argparse.Namespace) -> dict | None:
     method, nothing = args.method, args.lora_targets == "none" and not args.train_embeddings
     words, probe = method == "lora_label_scoring", method == "head_only"
     both, exists = args.plain and args.checkpointing, args.export and os.path.lexists(args.export)
-    places = (os.path.realpath(place or "") for place in (args.feature_cache, args.output))
-    part = os.path.relpath(*places).split(os.sep)[0].lower()  # of the run: where features would go
-    taken = part in {*WRITTEN} - {"features"} or part.startswith(EVALUATED)
-    taken &= bool(args.feature_cache)
     refusals = {
         "--export: head_only's head has a bias, transformers' classifier of Qwen has none; train "
         "lora_head, with --lora-targets none to keep the base as it is": probe and args.export,
         "--lora-targets none leaves nothing to train; choose attention or all": words and nothing,
-        "--checkpointing is not part of the definitions; leave out it or --plain": both,
-        f"--feature-cache {args.feature_cache}: a run writes there; leave it out": taken,
+        "--checkpointing is not part of the definitions; leave it or --plain out": both,
         f"--export {args.export} exists already; name a directory that does not": exists,
     }
     for message, refused in refusals.items():

@@ -48,13 +48,10 @@ def make_parser(description: str) -> CommandParser:
 
 def positive_int(text: str) -> int:
     """An argument that counts something. Raises ArgumentTypeError below 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if not 1 <= value < 2**63:  # what the record of a run can hold
+    # Below what the record of a run can hold.
+    if not text.strip().isdecimal() or not 1 <= int(text) < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
+    return int(text)
 
 
 def seed(text: str) -> int:

@@ -35,21 +35,17 @@ class Job:
     run: Path  # the run directory
     model: Qwen
     examples: Sequence[Example]
+    places: Sequence[str]  # where each example stands: file and line
     prompts: Sequence[Prompt]  # of each example
     training: Sequence[int]  # rows to train on
     held_out: Sequence[int]  # rows that choose penalty, layer or step
     weights: Sequence[float] | None  # of each class in the losses; None: none are given
 
-    def place(self, row: int) -> str:
-        """The file and the line where a row stands."""
-        held_out = row in self.held_out and self.source.args.dev
-        return f"{held_out or self.source.args.data}, line {self.examples[row].line}"
-
 
 def class_weights(
     given: str | None, labels: Sequence[str], classes: Sequence[int]
 ) -> list[float] | None:
-    """The weight of each class, from --class-weights: (C,), and printed; None if it is not given.
+    """The weight of each class, from --class-weights: (C,); None if it is not given.
 
     balanced: n / (C · n_y) over the n rows trained on, whose classes these are. Their mean over
     these rows is one. Raises UserError for numbers that cannot be weights, or are not C.
@@ -64,32 +60,29 @@ def class_weights(
     if len(weights) != len(labels) or not all(1e-9 <= weight <= 1e9 for weight in weights):
         expected = f"balanced, or a number above 0 for each of {', '.join(labels)}: 1,2.5"
         raise UserError(f"--class-weights {given!r}: expected {expected}")
-    shown = (f"{word} {weight:.4g}" for word, weight in zip(labels, weights, strict=True))
-    print(f"class weights: {', '.join(shown)}")
     return weights
 
 
 def split_rows(
     args: argparse.Namespace, task: Task, before: dict | None
-) -> tuple[list[Example], list[int], list[int]]:
-    """The examples; and of them the rows to train on, and those held out: a part of --data, or all
-    rows of --dev, which then stand behind those of --data."""
+) -> tuple[list[Example], list[str], list[int], list[int]]:
+    """The examples and their places; and of them the rows to train on, and those held out: a part
+    of --data, or all rows of --dev, which then stand behind those of --data."""
     examples = read_rows(args, task, before)
+    places = [f"{args.data}, line {example.line}" for example in examples]
     if args.dev is None:
         training, held_out = held_out_split(examples, HELD_OUT, args.data_seed)
         check_classes(args, task, examples, training)
-        return examples, training, held_out
-    check_classes(args, task, examples, range(len(examples)))
+        return examples, places, training, held_out
+    training = list(range(len(examples)))
+    check_classes(args, task, examples, training)
     other = argparse.Namespace(**vars(args) | {"data": args.dev, "limit": None})
     dev = read_rows(other, task, {"labels_read_as": examples[0].read_as})
-    both = stand_in(*([normalised(row.text) for row in rows] for rows in (dev, examples)))
-    absent = [word for y, word in enumerate(task.labels) if all(row.label != y for row in dev)]
-    repeated = f"{len(both)} of its {len(dev)} texts are in {args.data} too: the log-loss on them"
-    warnings = {f"{repeated} measures memory": both, f"no row of {', '.join(absent)}": absent}
-    for said in filter(warnings.get, warnings):
-        print(f"warning: {args.dev}: {said}", file=sys.stderr)
-    n = len(examples)
-    return [*examples, *dev], list(range(n)), list(range(n, n + len(dev)))
+    if both := stand_in(*([normalised(row.text) for row in rows] for rows in (dev, examples))):
+        found = f"{len(both)} of its {len(dev)} texts are in {args.data} too"
+        print(f"warning: {args.dev}: {found}: the log-loss measures memory", file=sys.stderr)
+    places += [f"{args.dev}, line {example.line}" for example in dev]
+    return [*examples, *dev], places, training, list(range(len(training), len(places)))
 
 
 class Stopped(Exception):
@@ -160,9 +153,11 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
             bar.update(min(tokens, total - bar.n))
             last = step.number == steps
             if evaluates := step.number % eval_every == 0 or last:
-                state["history"].append({"step": step.number, **training.evaluate()})
+                found = training.evaluate()
+                state["history"].append({"step": step.number, **found})
                 bar.clear()  # the line takes its place; the next step draws it again
-                print(evaluation_line(state["history"], steps), flush=True)
+                line = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+                print(f"step {step.number} of {steps}  {line}", flush=True)
             if evaluates or step.number % training.save_every == 0 or stop.signal is not None:
                 state["seconds"] = before + time.perf_counter() - started
                 run_files.save_checkpoint(run, step.number, write)
@@ -175,14 +170,6 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
         bar.close()
         stop.restore()
     return {**state, "best_step": best_step(state["history"])}
-
-
-def evaluation_line(history: Sequence[dict], steps: int) -> str:
-    """The last evaluation on the held-out part, for a person."""
-    numbers = [f"{name} {value:.4f}" for name, value in history[-1].items() if name != "step"]
-    best = ["best so far"] * (best_step(history) == history[-1]["step"])
-    names = "  ".join(numbers + best).replace("held_out_", "").replace("_", "-")
-    return f"step {history[-1]['step']} of {steps}  held-out {names}"
 
 
 def with_best_saved(run: Path, history: list[dict]) -> list[dict]:

@@ -1,6 +1,5 @@
 """What --label-sets, --calibrate, --errors and --explain show of an evaluation, or of a text."""
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from qwen_min.command.terminal import WIDTH, clipped, one_line, progress_bar, te
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example
 from qwen_min.files.disk import read_json
-from qwen_min.metrics import OFF_TRACK, softmax
+from qwen_min.metrics import softmax
 from qwen_min.prompt import shorten
 
 
@@ -128,35 +127,22 @@ def format_errors(evaluation: Evaluation, outcome: Outcome, most: int) -> str:
 
     Answers have no probability: the first mistakes, each with its answer.
     """
-    names, true, said = evaluation.source.task.labels, evaluation.true_classes, outcome.predictions
-    if not (wrong := np.flatnonzero(said != true)).size:
-        return f"no mistakes: all {len(said)} predictions are right"
-    if outcome.scores is None:
-        kind, head, why = "the first", "answer", outcome.answers
-    else:
+    names = [*evaluation.source.task.labels, "(none)"]  # OFF_TRACK is -1: the last one
+    true, said = evaluation.true_classes, outcome.predictions
+    wrong = np.flatnonzero(said != true)
+    kind, head, why = "the first", "answer", outcome.answers
+    if outcome.scores is not None:
         p = softmax(outcome.scores)[np.arange(len(said)), said]
         wrong = wrong[np.argsort(-p[wrong], kind="stable")]
         kind, head, why = "the most confident", "probability", [f"{x:.4f}" for x in p]
     rows = []
     for i in wrong[:most]:
-        example, guess = evaluation.examples[i], said[i]
-        words = names[true[i]], "(none)" if guess == OFF_TRACK else names[guess], why[i]
+        example, words = evaluation.examples[i], (names[true[i]], names[said[i]], why[i])
         cells = [clipped(one_line(word), 16) for word in words]
         rows.append([str(example.line), *cells, one_line(example.text)[:WIDTH]])
     table = text_table(["line", "true", "predicted", head, "text"], rows, words=5)
     lines = [f"mistakes: {kind} {len(rows)} of {len(wrong)}", *table.split("\n")]
     return "\n".join(clipped(line, WIDTH) for line in lines)
-
-
-def row_of_line(args: argparse.Namespace, rows: Sequence[Example]) -> Example:
-    """The row that starts in line --explain-row. Raises UserError if none does."""
-    near = sorted(rows, key=lambda row: abs(row.line - args.explain_row))[:2]
-    if near[0].line != args.explain_row:
-        limit = f" among the first {args.limit} (--limit)" * bool(args.limit)
-        starts = " and ".join(f"line {row.line}" for row in near)
-        found = f"no row{limit} starts in line {args.explain_row}"
-        raise UserError(f"{args.data}: {found}; rows near it start in {starts}")
-    return near[0]
 
 
 def explain(source: Source, load: Callable[[Source], Scorer]) -> int:
@@ -167,13 +153,15 @@ def explain(source: Source, load: Callable[[Source], Scorer]) -> int:
     args, task = source.args, source.task
     text, place, true = args.explain, "--explain", ""
     if args.explain_row is not None:
-        row = row_of_line(args, read_rows(args, task, source.record))
+        rows = {row.line: row for row in read_rows(args, task, source.record)}
+        if not (row := rows.get(args.explain_row)):
+            found = f"{args.data}: no row starts in line {args.explain_row}"
+            raise UserError(f"{found}; expected one of lines {min(rows)} to {max(rows)}")
         text, place = row.text, f"{args.data}, line {row.line}"
         true = f"\nthe row that starts in line {row.line}, true label {task.labels[row.label]}"
     clauses = split_clauses(shorten(task.tokenizer, text, args.max_text_tokens))
-    shorter = without_each(clauses)
-    places = [place, *(f"{place}, without clause {i + 1}" for i in range(len(shorter)))]
-    prompt, *others = task.prompts([text, *shorter], places)
+    texts = [text, *without_each(clauses)]
+    prompt, *others = task.prompts(texts, [place] * len(texts))
     scorer = load(source)
     models = {"the model": scorer.model}
     unadapted = args.method in (*UNTRAINED, "transplanted_head")

@@ -1,14 +1,16 @@
-"""From a classification to the results that are written: parts that may fail, and circumstances."""
+"""From a classification to what is written: parts that may fail, circumstances, and rows."""
 
 import argparse
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from qwen_min.command.classifier import Evaluation, Outcome
 from qwen_min.command.finite import dtype_name
 from qwen_min.errors import UserError
-from qwen_min.files.data import examples_hash
+from qwen_min.files.data import Example, examples_hash
+from qwen_min.metrics import OFF_TRACK, softmax
 
 
 def try_parts(
@@ -63,3 +65,36 @@ def circumstances(evaluation: Evaluation, seconds: float) -> dict:
         "trained_parameters": record["trained_parameters"] if record else 0,
         "training_seconds": record["seconds"] if record else 0.0,
     }
+
+
+def prediction_lines(
+    examples: Sequence[Example], labels: Sequence[str], outcome: Outcome
+) -> Iterator[str]:
+    """JSON lines, one for each row, each made when it is asked for.
+
+    index (from 0), line (of the data file), text, label and prediction (class numbers), label_word
+    and predicted_word (their names in `labels`), probability (of the predicted class: softmax over
+    the classes), scores (C numbers, in class order).
+
+    If the predictions come from generated answers, scores and probability are null and the answer
+    is added; without a label word in it, predicted_word is null too. Of rows without finite numbers
+    what was predicted is null.
+    """
+    scores, failed = outcome.scores, set(outcome.error.rows if outcome.error else ())
+    for index, (example, prediction) in enumerate(zip(examples, outcome.predictions, strict=True)):
+        known = index not in failed
+        own = scores[index] if known and scores is not None else None
+        row = {
+            "index": index,
+            "line": example.line,
+            "text": example.text,
+            "label": example.label,
+            "label_word": labels[example.label],
+            "prediction": int(prediction) if known else None,
+            "predicted_word": labels[prediction] if known and prediction != OFF_TRACK else None,
+            "probability": None if own is None else float(softmax([own])[0, prediction]),
+            "scores": None if own is None else own.tolist(),
+        }
+        if outcome.answers is not None:
+            row["answer"] = outcome.answers[index]
+        yield json.dumps(row, ensure_ascii=False) + "\n"

@@ -2,11 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from qwen_min.command.terminal import text_table
-
-NAMED = 3  # classes that a line lists, at most
+from qwen_min.command.terminal import clipped, text_table
 
 
 def format_results(results: Mapping) -> str:
@@ -24,11 +20,13 @@ def format_results(results: Mapping) -> str:
             facts["  clean part"] = f"{accuracy(clean)}   {others}"
     share = number(results["majority_share"])
     facts["majority"] = f"{share}   share of the most frequent class, {results['majority_class']}"
-    predicted = np.sum(results["confusion_matrix"], axis=0)
-    if never := [row["name"] for row, count in zip(rows, predicted, strict=False) if not count]:
-        facts["predictions"] = f"never predicts {listed(never)}"
+    predicted = map(sum, zip(*results["confusion_matrix"], strict=True))
+    # Not strict: answers off track have one more column.
+    if never := [row["name"] for row, n in zip(rows, predicted, strict=False) if not n]:
+        facts["predictions"] = f"never predicts {clipped(', '.join(never), 50)}"
     if absent := [row["name"] for row in rows if not row["support"]]:
-        facts["classes"] = f"no examples of {listed(absent)} (0 in the macro mean)"
+        absent = clipped(", ".join(absent), 28)
+        facts["classes"] = f"no examples of {absent} (0 in the macro mean)"
     if results["brier"] is None:  # generated text: there are no scores
         count, answers = results["off_track"], results["off_track_examples"]
         facts["off track"] = f"{count / n:.4f}   {count} of {n} answers hold no label word"
@@ -60,13 +58,6 @@ def accuracy(measured: Mapping) -> str:
     """Accuracy with its interval."""
     low, high = measured["accuracy_interval"]
     return f"{number(measured['accuracy'])}   95 % interval {low:.4f} to {high:.4f}"
-
-
-def listed(names: Sequence[str]) -> str:
-    """The names; of many their number and the first few."""
-    if len(names) <= NAMED:
-        return ", ".join(names)
-    return f"{len(names)} classes: {', '.join(names[:NAMED])}, …"
 
 
 def majority(per_class: Sequence[Mapping]) -> dict:

@@ -16,7 +16,14 @@ from qwen_min.files.data import Example, find_labels, parse_names, read_examples
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.tokens import read_tokenizer
 from qwen_min.files.weights import load_model
-from qwen_min.prompt import DEFAULT_TEMPLATE, Prompt, build_prompts, check_lengths, parse_template
+from qwen_min.prompt import (
+    DEFAULT_TEMPLATE,
+    Prompt,
+    build_prompts,
+    check_lengths,
+    parse_template,
+    shorten,
+)
 from qwen_min.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -76,8 +83,8 @@ class Task:
         if self.chat is not None:
             from qwen_min.lab.chat import check_texts
 
-            frame = (whole, template, self.chat, self.system)
-            check_texts(self.tokenizer, texts, *frame, self.max_text_tokens, places)
+            short = [shorten(self.tokenizer, text, self.max_text_tokens) for text in texts]
+            check_texts(short, template, self.chat, self.system, places)
         prompts = build_prompts(self.tokenizer, texts, whole, labels, self.max_text_tokens, places)
         check_lengths(prompts, self.config.max_position_embeddings, places, new_tokens)
         return prompts

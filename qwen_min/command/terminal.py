@@ -73,8 +73,6 @@ def progress_bar(**options: object) -> "tqdm":
     from tqdm import tqdm
 
     class Lines(tqdm):
-        monitor_interval = 0  # no thread that would write earlier
-
         def display(self, **_: object) -> None:
             print(self, file=sys.stderr, flush=True)
 

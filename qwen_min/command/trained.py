@@ -37,10 +37,9 @@ TARGETS = {"attention": lora.ATTENTION, "all": (*lora.ATTENTION, *lora.MLP), "no
 GIVE_BASE = "give the checkpoint that it was trained on by --model"
 PROMPT_FILE = "prompt.json"
 PROMPT_INPUT = (
-    "Cut the text (never the whole, as a tokenizer's truncation does) to its first max_text_tokens "
-    "tokens, put it in the place of {text} in template, and encode this without adding special "
-    "tokens. Remove markup such as <|im_end|> from a text: in training it was plain text. The "
-    "score of a class is the head's or, with words, its word's log-probability, over all tokens."
+    "Remove markup such as <|im_end|> from a text. Cut the text (never the whole prompt) to its "
+    "first max_text_tokens tokens, put it in the place of {text} in template, and encode this "
+    "without adding special tokens. A class's score is the head's, or its word's log-probability."
 )
 KEPT = ("base_fingerprint", "tokenizer_hash")  # of a run's identity: also in its adapter
 
@@ -79,12 +78,10 @@ def identity(task: Task, adapter: str | Path | None) -> dict:
     }
 
 
-def prompt_fields(record: Mapping) -> dict:
-    """For other programs: how the input of the model trained in this run is made of a text."""
-    labels, words = record["labels"], record["method"] == "lora_label_scoring"
-    fields = {"input": PROMPT_INPUT, "template": record.get("template")}  # older runs lack it,
-    fields["max_text_tokens"] = record["arguments"]["max_text_tokens"]
-    return fields | {"labels": labels, "words": record.get("scored", labels * words)}  # and this
+def prompt_fields(task: Task) -> dict:
+    """For other programs: how the model's input is made of a text."""
+    text = {"input": PROMPT_INPUT, "max_text_tokens": task.max_text_tokens}
+    return text | {"template": task.whole_template(), "labels": task.labels, "words": task.scored}
 
 
 def result_hash(run: Path) -> str:
@@ -113,8 +110,7 @@ def load_parts(
     if parts.vectors:
         from qwen_min.lab import token_vectors
 
-        words, base_hash = parts.head is None, own["base_fingerprint"]
-        token_vectors.load(directory / VECTORS, model, words, base_hash)
+        token_vectors.load(directory / VECTORS, model, parts.head is None, own["base_fingerprint"])
     head = load_head(directory / HEAD) if parts.head == "file" else None
     if own.get("result_hash") not in (None, result_hash(directory)):
         found = f"{ADAPTER}/, {HEAD} or {VECTORS} is not what its training wrote"
@@ -172,7 +168,6 @@ class Trainable:
         found = checkpoints(run)
         self.checkpoint = checkpoint = found[-1][1] if found else None
         self.model, self.base_hash = model, record["base_fingerprint"]
-        self.prompt = prompt_fields(record)
         self.kept = {key: record[key] for key in KEPT if key in record}  # an older run has less
         self.parts = parts_of(record["method"], record["arguments"])
         torch.manual_seed(args.seed)
@@ -219,7 +214,6 @@ class Trainable:
             metadata = self.kept | ({"token_vectors": VECTORS} if self.vectors else {})
             head = self.weight if self.parts.head == "adapter" else None
             lora.save_adapter(directory / ADAPTER, self.model, self.config, head, metadata)
-            write_json(directory / ADAPTER / PROMPT_FILE, self.prompt)
         if self.parts.head == "file":
             save_head(directory / HEAD, self.head)
         if self.vectors:
@@ -227,10 +221,11 @@ class Trainable:
 
             token_vectors.write(directory / VECTORS, self.vectors, self.base_hash)
 
-    def publish(self, checkpoint: Path, run: Path) -> None:
+    def publish(self, checkpoint: Path, run: Path, task: Task) -> None:
         """Copy the parts from a checkpoint into the run directory: they are the run's result."""
         if self.parts.lora:
             publish(checkpoint / ADAPTER, run / ADAPTER)
+            write_json(run / ADAPTER / PROMPT_FILE, prompt_fields(task))
         for name in [HEAD] * (self.parts.head == "file") + [VECTORS] * bool(self.vectors):
             write_atomically(run / name, (checkpoint / name).read_bytes())
 

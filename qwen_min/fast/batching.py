@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from qwen_min.errors import UserError
-
 # Enough tokens for matrix products at full speed, few enough for what a layer writes to stay in
 # the processor's cache.
 DEFAULT_BATCH_TOKENS = 2048
@@ -15,11 +13,7 @@ def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]
     The rows of a batch are laid end to end, never padded, so a batch costs the sum of its lengths.
     A row longer than the budget is a batch of its own. Longest first, equal lengths by index: if
     the budget is too large for the memory, the run fails in its first seconds, not in its last.
-
-    Raises UserError if `budget` is below 1.
     """
-    if budget < 1:
-        raise UserError(f"the token budget is {budget}, expected at least 1; give a larger one")
     batches: list[list[int]] = []
     used = 0
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):

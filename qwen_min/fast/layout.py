@@ -72,8 +72,6 @@ def pack(
     through it as if each text had its own copy (LoRA's dropout draws once for all of them). Not
     together with `prefix`.
     """
-    if first_is_prefix and prefix is not None:
-        raise ValueError("texts continue either a cached prefix or the first text, not both")
     device, positions, masks = model.device, [], []
     for i, text in enumerate(texts):
         T = len(text.ids)

@@ -86,9 +86,7 @@ def _download(repo: str, revision: str) -> Path:
         except Exception as error:
             what = f"{file} of {repo} (revision {revision}) from {constants.ENDPOINT}"
             found = f"cannot get {what} into {constants.HF_HUB_CACHE}: {_reason(failure or error)}"
-            advice = (
-                "HF_ENDPOINT=MIRROR, HF_HUB_OFFLINE=1 with a filled cache, or a local directory"
-            )
+            advice = "HF_ENDPOINT=MIRROR, HF_HUB_OFFLINE=1 with a full cache, or a local directory"
             raise UserError(f'{found}; try {advice}: see "No model hub" in README.md') from error
 
     config = fetch("config.json", revision)

@@ -97,11 +97,7 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor], directory: P
 
 
 def save_model(
-    model: Qwen,
-    source: str | Path,
-    out: str | Path,
-    changes: Mapping[str, dict] = {},
-    head: Tensor | None = None,
+    model: Qwen, source: Path, out: str | Path, changes: Mapping = {}, head: Tensor | None = None
 ) -> None:
     """Write `model` as a checkpoint; what else the directory `source` has is copied.
 
@@ -109,20 +105,19 @@ def save_model(
     classifier, which takes the LM head's place. `out` must not exist; it appears complete or not at
     all. Raises UserError if it cannot be written.
     """
-    source, out = Path(source), Path(out)
+    out = Path(out)
     with new_directory(out, "name another, or make room") as directory:
         found = (source.glob(name) if "*" in name else [source / name] for name in FILES)
         for path in filter(os.path.lexists, chain.from_iterable(found)):
             copy = directory / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(read_regular(path, "a file of a checkpoint", AGAIN))
-        dtype = {"torch_dtype": str(model.lm_head_weight.dtype).removeprefix("torch.")}
-        config = dtype | changes.get("config.json", {})
+        dtype = str(model.lm_head_weight.dtype).removeprefix("torch.")
+        # The older name and the newer one.
+        config = {"torch_dtype": dtype, "dtype": dtype} | changes.get("config.json", {})
         for name, fields in (changes | {"config.json": config}).items():
-            path, found = directory / name, {}
-            if path.exists():
-                found = read_json(path, "a file of a checkpoint", AGAIN)
-            found.pop("dtype", None)  # the newer name of torch_dtype
+            path = directory / name
+            found = read_json(path, "a file of a checkpoint", AGAIN) if path.exists() else {}
             write_json(path, found | fields)
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         if head is not None:

@@ -38,8 +38,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from qwen_min.errors import UserError
 from qwen_min.files.disk import read_regular, refuse_malformed
 from qwen_min.files.tokens import CONFIG, read_tokenizer_config, special_tokens
-from qwen_min.prompt import FIELD, shorten
-from qwen_min.tokenizer import Tokenizer
+from qwen_min.prompt import FIELD
 
 START, END = "<|im_start|>", "<|im_end|>"
 EMPTY_THOUGHTS = "<think>\n\n</think>\n\n"
@@ -119,7 +118,7 @@ def wrap_template(
         raise UserError(f"--chat: the tokenizer has no {', '.join(missing)}; {advice}")
     system = chat.system if system is None else system
     first = "" if system is None else f"{START}system\n{system}{END}\n"
-    answer = EMPTY_THOUGHTS if chat.empty_thoughts else ""
+    answer = EMPTY_THOUGHTS * chat.empty_thoughts
     return f"{first}{START}user\n{template}{END}\n{START}assistant\n{answer}"
 
 
@@ -145,25 +144,17 @@ def render_template(template: str, chat: ChatTemplate, system: str | None) -> st
 
 
 def check_texts(
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    whole: str,
-    template: str,
-    chat: Chat,
-    system: str | None,
-    max_text_tokens: int,
-    places: Sequence[str],
+    texts: Sequence[str], template: str, chat: Chat, system: str | None, places: Sequence[str]
 ) -> None:
     """Raise UserError for a text for which the checkpoint's template gives another prompt.
 
-    whole: what `wrap_template` makes of `template`. The last two are as in `build_prompts`.
+    texts: as cut for the prompt. places: what an error calls each.
     """
     if not isinstance(chat, ChatTemplate):
         return
-    short = [shorten(tokenizer, text, max_text_tokens) for text in texts]
-    for place, text, prompt in zip(
-        places, short, render(short, template, chat, system), strict=True
-    ):
+    whole = render_template(template, chat, system)
+    prompts = render(texts, template, chat, system)
+    for place, text, prompt in zip(places, texts, prompts, strict=True):
         if prompt != whole.replace(FIELD, text):
             problem = f"the chat template of {chat.path} gives this text another prompt than others"
             raise UserError(f"{place}: {problem}; leave out --chat")
@@ -211,9 +202,7 @@ def sandbox() -> ImmutableSandboxedEnvironment:
         raise SecurityError("it computes a power or a large product")
 
     def vary(*_: object, **__: object) -> None:
-        raise SecurityError(
-            "it asks for the date, the time or chance: prompts would not stay equal"
-        )
+        raise SecurityError("it asks for the date, time or chance: prompts would not stay equal")
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)

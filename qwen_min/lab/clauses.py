@@ -6,7 +6,6 @@ the shorter text is another text, and clauses act together.
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 import numpy as np
 
@@ -44,21 +43,16 @@ def format_clauses(clauses: Sequence[str], scores: Mapping[str, np.ndarray]) -> 
     """
     if len(clauses) < 2:
         return "the text is one clause: none can be left out"
-    found = {name: margins(of) for name, of in scores.items()}
-    *_, (last, by_clause) = found.items()
-    order = np.argsort(-np.abs(by_clause[1:] - by_clause[0]), kind="stable")[:SHOWN] + 1
-    rows = []
-    for i in (0, *order):  # row 0 is the whole text
-        clause = clipped(one_line(clauses[i - 1].strip())[:WIDTH], 26) if i else "(none)"
-        pairs = ((f"{m[i]:+.4f}", f"{m[i] - m[0]:+.4f}" if i else "") for m in found.values())
-        rows.append([str(i) if i else "", clause, *chain(*pairs)])
-    heads = ["", "left out", *chain(*((name, "change") for name in found))]
-    most = f"\nthe {SHOWN} with the largest change" * (len(clauses) > SHOWN)
-    new, another = by_clause[order[0]], ", another decision" * int(by_clause[order[0]] < 0)
+    found = [margins(of) for of in scores.values()]
+    change = np.abs(found[-1][1:] - found[-1][0])
+    rows = [["(none)", *(f"{m[0]:+.4f}" for m in found)]]
+    for i in np.argsort(-change, kind="stable")[:SHOWN]:
+        clause = clipped(one_line(clauses[i].strip())[:WIDTH], 40)
+        rows.append([clause, *(f"{m[i + 1]:+.4f}" for m in found)])
     return (
-        f"margin of the decision over the next class, without each of {len(clauses)} clauses"
-        f"{most}\n{text_table(heads, rows, words=2)}\n\n"
-        f"{last}: without clause {order[0]} the margin would be {new:+.4f}{another}.\n"
+        f"margin of the decision over the next class, with one of {len(clauses)} clauses left out\n"
+        f"{text_table(['left out', *scores], rows)}\n\n"
+        f"The {len(rows) - 1} with the largest change. Below zero, the decision is another one.\n"
         "  This is a counterfactual, not a cause: the shorter text is another text,\n"
         "  and clauses act together."
     )

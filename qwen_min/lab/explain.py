@@ -22,7 +22,7 @@ from qwen_min.tokenizer import Tokenizer
 Models = dict[str, Qwen]  # by name
 Scores = dict[str, list[float]]  # for each model by name, a number for each class
 Reasons = dict[str, dict[str, str]]  # for each model by name, rows of the table "why"
-LIKELIEST = 5  # tokens listed at each position
+LIKELIEST = 4  # tokens listed at each position: so many fit the terminal
 
 
 class Position(NamedTuple):
@@ -89,17 +89,11 @@ def explain_labels(
     places = {ids[:t]: (y, t) for y, ids in enumerate(prompt.labels) for t in range(len(ids))}
     for beginning, (y, t) in places.items():
         after = " + ".join(["the prompt", *map(piece, beginning)])
-        for width in (9, 5):  # of a token; 5 always fits
-            rows = [
-                [
-                    name,
-                    *(f"{clipped(piece(i), width)} {np.exp(p):.4f}" for i, p in of[y][t].likeliest),
-                ]
-                for name, of in found.items()
-            ]
-            table = text_table(rows[0], rows[1:], words=1 + LIKELIEST)
-            if max(map(columns, table.split("\n"))) <= WIDTH:
-                break
+        rows = []
+        for name, of in found.items():
+            pairs = [(clipped(piece(i), 8), np.exp(log_p)) for i, log_p in of[y][t].likeliest]
+            rows.append([name, *(f"{text} {p:.4f}" for text, p in pairs)])
+        table = text_table(rows[0], rows[1:], words=1 + LIKELIEST)
         parts.append(f"the {LIKELIEST} most likely tokens after {after}\n{table}")
 
     # 3. Sums, softmax, decision.
@@ -183,14 +177,13 @@ def decision(
 
     quantity: what a score is. empty_scores: the scores without a text, or none.
     """
-    rows, why, sentences = [], {}, []
+    rows, why, change = [], {}, []
     for name, s in scores.items():
         best, second = ranked(s)
         for y, p in enumerate(softmax([s])[0]):
             rows.append([name, words[y], *digits(s[y], p), "<- decision" * (y == best)])
         margin = s[best] - s[second]
         odds = f"{np.exp(margin):.4g}" if margin < 20 else f"e^{margin:.0f}"
-        said = f"{name}: {words[best]} is {odds} times as likely as {words[second]}."
         why[name] = {"decision": words[best] + " (a tie; try --dtype float32)" * (margin == 0)}
         why[name] |= {"second": words[second], "margin": f"{margin:.4f}", "odds = e^margin": odds}
         why[name] |= reasons[name]
@@ -199,17 +192,15 @@ def decision(
             adds = margin - empty
             why[name] |= {"margin without a text": f"{empty:+.4f}", "the text adds": f"{adds:+.4f}"}
             why[name]["the larger part"] = "the text" if adds >= empty else "the template"
-            said += f"\n  Without a text the margin is {empty:+.4f}; this text adds {adds:+.4f}."
-        sentences.append(said)
     if len(scores) == 2:
         (base, before), (adapted, after) = scores.items()
         best, second = ranked(after)
         old, new = before[best] - before[second], after[best] - after[second]
-        sentences.append(
+        change.append(
             f"{base} to {adapted}: the margin of {words[best]} over {words[second]}\n"
             f"  goes from {old:+.4f} to {new:+.4f} ({new - old:+.4f})."
         )
     table = text_table(["model", "class", quantity, "softmax", ""], rows, words=2)
     facts = [[fact, *(of[fact] for of in why.values())] for fact in next(iter(why.values()))]
     why_table = text_table(["why", *why], facts, words=1 + len(why))
-    return "\n\n".join([table, why_table, "\n".join(sentences)])
+    return "\n\n".join([table, why_table, *change])

@@ -33,8 +33,6 @@ def parse_label_sets(argument: str, labels: Set, say: Callable | None = None) ->
         if len(words) != len(labels):
             counts = f"has {len(words)} words, expected {len(labels)}"
             raise UserError(f"--label-sets: {part!r} {counts}: one for each class of --labels")
-        if words in sets[1:]:
-            raise UserError(f"--label-sets {argument!r}: {part} is given twice; leave one out")
         sets.append(words)
     return list(dict.fromkeys(sets))
 

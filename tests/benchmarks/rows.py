@@ -22,10 +22,11 @@ from pathlib import Path
 
 from common import answer, in_process, make_parser, print_table, read_rows
 
+from qwen_min.command.classifier import Outcome
+from qwen_min.command.outcome import prediction_lines
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.files.data import Example
 from qwen_min.files.output import Output
-from qwen_min.files.results import prediction_lines
 from qwen_min.files.weights import load_model
 from qwen_min.prompt import DEFAULT_TEMPLATE, build_prompts
 from qwen_min.tokenizer import Tokenizer
@@ -56,7 +57,8 @@ def stages(args: argparse.Namespace) -> dict:
     scores = score_labels(model, prompts)
     finish("scores")
     with tempfile.TemporaryDirectory() as directory:
-        lines = partial(prediction_lines, examples, scores.argmax(axis=1), scores)
+        outcome = Outcome(scores.argmax(axis=1), scores, None, None, 0.0, None)
+        lines = partial(prediction_lines, examples, WORDS, outcome)
         Output(Path(directory) / "rows.jsonl").commit(lines)
     finish("written")
     return found
