@@ -1,7 +1,7 @@
 """Read results of evaluate.py, group the seeds of each method, and test methods in pairs.
 
 Two results are compared only if their example hashes agree. Results that differ in the seed alone
-belong to one method (`identify`).
+belong to one method (`settings.identify`).
 """
 
 import json
