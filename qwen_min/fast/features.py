@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_min.fast.batching import token_budget_batches
-from qwen_min.fast.label_scores import last_states
+from qwen_min.fast.label_scores import filler, last_states
 from qwen_min.fast.layout import Text, pack
 from qwen_min.fast.packed import forward_packed
 from qwen_min.model import Qwen
@@ -32,12 +32,13 @@ def pooled_features(
     features = torch.zeros(len(prompts), layers, model.config.hidden_size)
     queries = 1 if pooling == "last" else None
     for rows in token_budget_batches([len(prompt.ids) for prompt in prompts], batch_tokens):
-        batch = pack(model, [Text(prompts[row].ids, queries=queries) for row in rows])
+        texts = [Text(prompts[row].ids, queries=queries) for row in rows]
+        batch = pack(model, [*texts, *filler(model, texts)])
         streams: list[Tensor] | None = [] if all_layers else None
         h, _ = forward_packed(model, batch, streams)
         pooled = [pool(stream, batch.lengths, pooling) for stream in streams or []]
         pooled.append(pool(h, batch.asked, pooling))
-        features[rows] = torch.stack(pooled, dim=1).cpu()
+        features[rows] = torch.stack(pooled, dim=1)[: len(rows)].cpu()
         progress(sum(len(prompts[row].ids) for row in rows))
     return features
 

@@ -21,6 +21,7 @@ from qwen_min.prompt import Prompt
 
 # Rows of logits held at once: with V = 151,936 a row is 0.6 MB in fp32.
 LOGIT_ROWS = 64
+FULL = 64  # see `filler`
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,18 @@ def score_labels(
     return scores
 
 
+def filler(model: Qwen, texts: Sequence[Text]) -> list[Text]:
+    """A text behind `texts`, to be ignored, that makes their tokens a multiple of FULL; or none.
+
+    oneDNN, which multiplies bf16 matrices on a CPU, compiles code for each number of rows and keeps
+    it: some milliseconds and up to 1 MB each. So there should be few such numbers.
+    """
+    if model.device.type != "cpu" or model.lm_head_weight.dtype != torch.bfloat16:
+        return []
+    more = -sum(len(text.ids) for text in texts) % FULL
+    return [Text((0,) * more, queries=1)] if more else []
+
+
 def score_batch(
     model: Qwen, batch: Sequence[tuple[tuple[int, ...], LabelTree]], prefix: Cache | None
 ) -> np.ndarray:
@@ -86,7 +99,8 @@ def score_batch(
             mask = torch.ones(T, T, dtype=torch.bool).tril()
             mask[-nodes:, -nodes:] = tree.mask
         texts.append(Text((*ids, *tree.tokens), mask, queries=1 + nodes))
-    past = None if prefix is None else [layer * len(batch) for layer in prefix]
+    texts += filler(model, texts)
+    past = None if prefix is None else [layer * len(texts) for layer in prefix]
     h, _ = forward_packed(model, pack(model, texts, past))  # (Σ queries, D)
 
     # 2. Of each step: the row of h that predicts it, its token, and the score it is added to.
