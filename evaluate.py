@@ -88,10 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command-line arguments, grouped as `--help` shows them."""
     parser = make_parser(__doc__)
     parser.add_argument("--method", choices=METHODS, help="default: the method of --run")
-    parser.add_argument("--run", metavar="DIR", help="a directory that train.py made")
-    adapter = "instead of --run: a LoRA in PEFT's format, for lora_head or lora_label_scoring"
-    parser.add_argument("--adapter", metavar="DIR", help=adapter)
-    arguments.add_data_arguments(parser, "test.tsv", batch_tokens=2048)
+    arguments.add_trained_arguments(parser)
+    arguments.add_model_arguments(parser, batch_tokens=2048)
+    arguments.add_data_arguments(parser, "test.tsv")
     seen = "also measure on the rows that are not in it (default: what --run was trained on)"
     parser.add_argument("--train-data", metavar="FILE", help=seen)
     arguments.add_prompt_arguments(parser)

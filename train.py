@@ -166,7 +166,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--method", choices=METHODS, help="required, unless --resume")
     # Activation memory grows with the tokens in one forward.
-    arguments.add_data_arguments(parser, "train.tsv", batch_tokens=1024)
+    arguments.add_model_arguments(parser, batch_tokens=1024)
+    arguments.add_data_arguments(parser, "train.tsv")
     own = "your own held-out part, like --data; then all rows of --data are trained on"
     parser.add_argument("--dev", metavar="FILE", help=own)
     parser.add_argument("--data-seed", type=cli.seed, default=0, help="of the held-out part")

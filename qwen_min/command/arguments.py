@@ -22,10 +22,23 @@ CALIBRATIONS += ("temperature",)
 RESTORED = ("model", "labels", "template", "max_text_tokens", "dtype", "chat", "system")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, sample: str, batch_tokens: int) -> None:
-    """Which model, which texts (by default the sample's file `sample`), how many tokens at once."""
+def add_trained_arguments(parser: argparse.ArgumentParser) -> None:
+    """What was trained: a run, or an adapter alone."""
+    parser.add_argument("--run", metavar="DIR", help="a directory that train.py made")
+    adapter = "instead of --run: a LoRA in PEFT's format, for lora_head or lora_label_scoring"
+    parser.add_argument("--adapter", metavar="DIR", help=adapter)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, batch_tokens: int) -> None:
+    """Which model, and how many tokens at once."""
     names = "tiny (comes with the project), a directory, or a hub name: Qwen/Qwen2.5-1.5B[@REV]"
     parser.add_argument("--model", default="tiny", help=names)
+    most = {"type": positive_int, "metavar": "N", "default": batch_tokens}
+    parser.add_argument("--batch-tokens", **most, help="at most this many in one forward pass")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, sample: str) -> None:
+    """Which texts: by default the sample's file `sample`."""
     add = parser.add_argument_group("data").add_argument
     kinds = ".tsv, .csv, .xlsx, .json or JSON lines; labels are the words of --labels, or 0, 1, …"
     add("--data", metavar="FILE", default=str(SAMPLE / sample), help=kinds)
@@ -33,8 +46,6 @@ def add_data_arguments(parser: argparse.ArgumentParser, sample: str, batch_token
     add("--label-column", metavar="NAME", help="default: label, category, 类别 or 标签")
     add("--encoding", help="of the data file (default: UTF-8, or GB18030 where that fails)")
     add("--limit", type=positive_int, metavar="N", help="only the first N rows")
-    most = "at most this many tokens in one forward pass"
-    add("--batch-tokens", type=positive_int, metavar="N", default=batch_tokens, help=most)
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from qwen_min.command import arguments
 from qwen_min.command.classifier import Progress, Scorer, Source, forms
-from qwen_min.command.cli import choose_device, positive_int
+from qwen_min.command.cli import choose_device
 from qwen_min.command.inside import correction_of
 from qwen_min.command.task import read_task
 from qwen_min.errors import UserError
@@ -139,16 +139,11 @@ def add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     methods = ("zero_shot", *METHODS, "transplanted_head")
     add("--method", choices=methods, help="default: the method of --run, or zero_shot")
-    add("--run", metavar="DIR", help="a directory that train.py made")
-    adapter = "instead of --run: a LoRA in PEFT's format, for lora_head or lora_label_scoring"
-    add("--adapter", metavar="DIR", help=adapter)
-    names = "tiny (comes with the project), a directory, or a hub name: Qwen/Qwen2.5-1.5B[@REV]"
-    add("--model", default="tiny", help=names)
+    arguments.add_trained_arguments(parser)
+    arguments.add_model_arguments(parser, DEFAULT_BATCH_TOKENS)
     names = ", ".join(arguments.CALIBRATIONS[:3])
     corrected = f"correct the scores of label words: {names}, or results of evaluate.py "
     add("--calibration", metavar="NAME", help=corrected + "--calibration, whose prior is taken")
-    most = "at most this many tokens in one forward pass"
-    add("--batch-tokens", type=positive_int, metavar="N", default=DEFAULT_BATCH_TOKENS, help=most)
     arguments.add_prompt_arguments(parser)
     arguments.add_machine_arguments(parser)
 
