@@ -646,7 +646,8 @@ def test_a_prompt_as_long_as_the_model_takes_is_taken(workplace):
 def test_an_empty_text_is_classified_and_a_blank_row_is_counted(workplace):
     write(HEADER + "1\t很好\n\n0\t\n")
     status, _, err = command(*defaults(model="model", data="reviews.tsv", predictions="p"))
-    assert (status, err) == (0, "note: reviews.tsv: blank rows skipped: 1 (the first: line 3)\n")
+    notes = "blank rows skipped: 1 (the first: line 3)", "empty texts: 1 (the first: line 4)"
+    assert (status, err) == (0, "".join(f"note: reviews.tsv: {note}\n" for note in notes))
     rows = [json.loads(row) for row in Path("p").read_text(encoding="utf-8").splitlines()]
     tokenizer = Tokenizer("model")
     prompts = build_prompts(tokenizer, ["很好", ""], parse_template(TEMPLATE))

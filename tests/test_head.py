@@ -238,7 +238,8 @@ def test_another_setting_is_another_key(model, reference, forwards, tmp_path):
         forwards.clear()
         settings = usual | change
         found = kept_features(tmp_path, **settings, batch_tokens=HUGE)
-        assert sum(forwards) == 3, change
+        # In bf16 on a CPU a text that is ignored fills up the batch.
+        assert sum(forwards) == 3 + ("model" in change), change
         del settings["weights"]
         assert torch.equal(found, pooled_features(**settings, batch_tokens=HUGE))
     assert len(os.listdir(tmp_path)) == len(changes)

@@ -357,8 +357,6 @@ def test_long_texts_take_the_form_that_keeps_no_weights(pair, monkeypatch):
     h, _ = forward_packed(ours, pack(ours, texts))
     assert len(calls) == len(ours.model.layers)
     torch.testing.assert_close(h, whole, **FP32)
-    with pytest.raises(ValueError, match="not both"):
-        pack(ours, texts, prefix=[[]], first_is_prefix=True)
 
 
 def test_streams_are_the_reference_hidden_states(reference):

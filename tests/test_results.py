@@ -82,9 +82,9 @@ def test_the_python_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
     assert len(block.strip().split("\n")) <= 12
     names: dict = {}
     exec(block, names)  # what a reader would paste
-    assert names["scores"].shape == names["run"].scores(names["texts"]).shape == (2, 2)
-    assert set(names["run"].predict(names["texts"])) <= {0, 1}
-    assert "负面" in capsys.readouterr().out
+    assert names["scores"].shape == (2, 2)
+    assert {*names["classifier"].predict(names["texts"])} <= {"负面", "正面"}
+    assert "('负面', '正面')" in capsys.readouterr().out
 
 
 def test_the_first_command_prints_what_the_readme_shows(capsys):

@@ -239,7 +239,11 @@ def test_cells_of_a_workbook():
         ("正面 负面", "负面,正面", None),
         ("1", "负面,正面", None),
         ("b a b", "a,b", "a (1), b (2)"),
-        ("10 9 2", "2,9,10", "2 (1), 9 (1), 10 (1); scoring them as label words"),
+        (
+            "10 9 2",
+            "2,9,10",
+            "2 (1), 9 (1), 10 (1); to score words with a meaning: --labels '2=WORD,",
+        ),
         ("正面 负面 中性", "中性,正面,负面", "中性 (1), 正面 (1), 负面 (1)"),
         (" ".join(f"w{i:02}" for i in range(12)), None, "w09 (1), … 12 in all"),
     ],
@@ -348,3 +352,40 @@ def test_labels_that_do_not_answer_the_templates_question(labels, template, warn
     assert run(evaluate.main, "--method", "zero_shot", "--explain", "很好", *given) == 0
     err = capsys.readouterr().err
     assert ("warning: the default template asks for" in err) is warned, err
+
+
+def test_a_sentence_is_no_header(capsys):
+    found = list(read_texts(write("a.txt", "text, as it came in\nbad, cold\n")))
+    assert found == [(1, "text, as it came in"), (2, "bad, cold")]
+    assert [text for _, text in read_texts(write("b.txt", "id,text\n1,好\n"))] == ["好"]
+
+
+def test_what_is_not_read_or_empty_is_said(capsys):
+    book = openpyxl.Workbook()
+    for sheet in (book.active, book.create_sheet("二月")):
+        for row in (["text", "label"], ["好", "正面"], [None, "负面"]):
+            sheet.append(row)
+    book.save("a.xlsx")
+    assert [e.text for e in read_examples("a.xlsx", WORDS, empty_texts=True)] == ["好", ""]
+    err = capsys.readouterr().err
+    assert "a.xlsx: sheet Sheet is read, not 二月" in err
+    assert "a.xlsx: empty texts: 1 (the first: line 3)" in err
+
+
+def test_a_task_may_have_other_results_or_none():
+    choice = {"type": "choices", "from_name": "s", "value": {"choices": ["正面"]}}
+    tasks = [{"data": {"text": "好"}, "annotations": [{"result": [{"type": "relation"}, choice]}]}]
+    write("a.json", json.dumps([*tasks, {"data": {"text": "差"}}]))
+    assert [(e.text, e.label) for e in read_examples("a.json", WORDS)] == [("好", 1)]
+    assert [text for _, text in read_texts("a.json")] == ["好", "差"]
+
+
+def test_a_label_that_is_not_a_number_is_refused():
+    with pytest.raises(UserError, match="found the label nan"):
+        read_examples(write("a.json", '[{"text": "a", "label": NaN}]'), ("a", "nan"))
+
+
+def test_class_numbers_beside_the_words_of_a_run_are_said(capsys):
+    write("a.csv", "text,label\n好,1\n差,0\n")
+    assert [e.label for e in read_examples("a.csv", ("b", "a"), read_as="words")] == [1, 0]
+    assert capsys.readouterr().err == "note: a.csv: labels are class numbers: 0 = b, 1 = a\n"

@@ -82,12 +82,19 @@ class Classifier:
 
     @classmethod
     def _of(cls, **given: object) -> "Classifier":
-        parser = argparse.ArgumentParser()
+        parser = argparse.ArgumentParser(exit_on_error=False)
         add_classifier_arguments(parser)
         args = parser.parse_args([])
-        if unknown := given.keys() - vars(args).keys():
-            raise TypeError(f"Classifier: unknown argument {sorted(unknown)[0]!r}")
-        vars(args).update(given)
+        for name, value in given.items():
+            if not hasattr(args, name):
+                raise TypeError(f"Classifier: unknown argument {name!r}")
+            if isinstance(value, str | int) and not isinstance(value, bool):  # checked as if typed
+                try:
+                    typed = parser.parse_args([f"{arguments.option(name)}={value}"])
+                except argparse.ArgumentError as error:
+                    raise UserError(str(error)) from None
+                value = getattr(typed, name)
+            setattr(args, name, value)
         return cls.load(read_source(args, given))
 
     @classmethod
@@ -119,8 +126,8 @@ class Classifier:
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """Class scores (n, C), float64; their softmax over C gives probabilities."""
-        if isinstance(texts, str):
-            raise TypeError("found one str, expected a list of texts: put it into a list")
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("texts: expected a list of str")
         places = [f"text {i + 1}" for i in range(len(texts))]
         return self.score_prompts(self.source.task.prompts(list(texts), places))
 

@@ -14,7 +14,6 @@ texts around it are done, so texts may be many.
 
 import argparse
 import csv
-import io
 import json
 import sys
 import time
@@ -22,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 from qwen_min.command.cli import make_parser, parse_with_given, run_command
 from qwen_min.command.finite import NotFinite
@@ -65,6 +65,7 @@ def predict(args: argparse.Namespace, given: dict) -> int:
         raise UserError(f"--output {args.output}: expected a name that ends in .csv or .jsonl")
     source = read_source(args, given)
     inputs = [source.task.directory, args.adapter, args.run, args.run and f"{args.run}/adapter"]
+    inputs.append(args.calibration)
     open_outputs([args.output], [*inputs, args.texts if args.texts != "-" else None])
     write = RowFile(args.output).append if args.output else partial(print, end="", flush=True)
     texts = enumerate(args.text or (), start=1)
@@ -85,10 +86,12 @@ def predict(args: argparse.Namespace, given: dict) -> int:
                 scores = classifier.score_prompts(prompts, bar.update)
                 every = zip(numbered, scores, softmax(scores).tolist(), strict=True)
                 rows = [(*text, labels[own.argmax()], p) for text, own, p in every]
-                write(form(labels, rows, n == 0))
+                lines = form(labels, rows, n == 0)
+                for i, line in enumerate(lines):  # one by one: a killed process leaves whole rows
+                    write(line)
+                    n += i >= len(lines) - len(rows)  # not the header
                 if getattr(sys.stdout, "failure", None):  # nobody reads on, as with `| head`
                     break
-                n += len(rows)
                 shortened += sum(prompt.truncated for prompt in prompts)
     except NotFinite as failure:
         line, _ = numbered[failure.rows[0]]
@@ -112,28 +115,29 @@ def chunks(
         yield numbered, task.prompts([text for _, text in numbered], places)
 
 
-def csv_rows(labels: Sequence[str], rows: Sequence[Row], first: bool) -> str:
+def csv_rows(labels: Sequence[str], rows: Sequence[Row], first: bool) -> list[str]:
     """CSV. The first rows have a header before them, and a byte-order mark, for Excel."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    lines: list[str] = []
+    # Its own line ends: with "\n" alone, a "\r" inside a text would not be quoted.
+    writer = csv.writer(SimpleNamespace(write=lines.append))
     if first:
         writer.writerow(["\ufeffline", "text", "label", *(f"p({label})" for label in labels)])
     for *row, probabilities in rows:
         writer.writerow([*row, *(f"{p:.6g}" for p in probabilities)])
-    return out.getvalue()
+    return lines
 
 
-def json_rows(labels: Sequence[str], rows: Sequence[Row], first: bool) -> str:
+def json_rows(labels: Sequence[str], rows: Sequence[Row], first: bool) -> list[str]:
     """JSON lines: line, text, label, and probabilities by label."""
     lines = []
     for line, text, label, probabilities in rows:
         row = {"line": line, "text": text, "label": label}
         row["probabilities"] = dict(zip(labels, probabilities, strict=True))
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    return "".join(lines)
+    return lines
 
 
-def table_rows(labels: Sequence[str], rows: Sequence[Row], first: bool) -> str:
+def table_rows(labels: Sequence[str], rows: Sequence[Row], first: bool) -> list[str]:
     """Lines for a terminal, the texts clipped. Of many labels only the predicted one's p fits."""
     names = [f"p({label})" for label in labels]
     if sum(columns(name) + 2 for name in names) > WIDTH * 3 // 4:
@@ -144,7 +148,7 @@ def table_rows(labels: Sequence[str], rows: Sequence[Row], first: bool) -> str:
         for _, text, label, probabilities in rows
     ]
     lines = text_table(heads, cells, words=len(heads)).split("\n")
-    return "".join(clipped(line, WIDTH) + "\n" for line in lines[not first :])
+    return [clipped(line, WIDTH) + "\n" for line in lines[not first :]]
 
 
 FORMS = {".csv": csv_rows, ".jsonl": json_rows}

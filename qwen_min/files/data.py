@@ -139,8 +139,9 @@ def find_labels(path: str | Path | None, *how: str | None) -> str:
         expected = f"expected 2 to {MOST_LABELS:,} words without comma and ="
         advice = "correct them, name their column by --label-column, or all words by --labels"
         raise UserError(f"{path}: found the labels {said}, {expected}: {advice}")
-    advice = "; scoring them as label words needs words with a meaning: --labels '0=WORD,1=WORD,…'"
-    note(str(path), f"--labels are the file's own, with their rows: {said}{advice * numbers}")
+    named = ",".join(f"{label}=WORD" for label in found[:2])
+    advice = f"; to score words with a meaning: --labels '{named},…'" * numbers
+    note(str(path), f"--labels are the file's own, with their rows: {said}{advice}")
     return ",".join(found)
 
 
@@ -210,7 +211,7 @@ def _class_indices(
     numbers = {str(i): i for i in range(len(labels))}
     shown = (f"words ({', '.join(labels)})", f"class numbers (0..{len(labels) - 1})")
     shown = dict(zip(READINGS, shown, strict=True))
-    fixed = read_as is not None and any(map(NUMBER.fullmatch, words))
+    fixed, asked = read_as is not None and any(map(NUMBER.fullmatch, words)), read_as
 
     def classes() -> list[list[int | None]]:
         return [[kind.get(label) for *_, label in rows] for kind in (words, numbers)]
@@ -231,6 +232,9 @@ def _class_indices(
         raise UserError(
             f"{path}, line {line}: {found}: correct it, or name the words with --labels"
         )
+    if (asked, read_as) == READINGS:  # the run was trained on words, in the order of its labels
+        named = ", ".join(f"{y} = {label}" for y, label in enumerate(labels[:10]))
+        note(str(path), f"labels are class numbers: {named}{', …' * (len(labels) > 10)}")
     pairs = zip(as_words, as_numbers, strict=True)
     if None not in as_numbers and any(word not in (None, number) for word, number in pairs):
         found = "some labels are both a word of --labels and the number of another class"

@@ -84,7 +84,7 @@ class RowFile:
         self.path, self._file = Path(path), None
 
     def append(self, rows: str) -> None:
-        """Write whole rows, which are held back nowhere. Raises UserError if there is no room."""
+        """Write whole rows at once, held back nowhere. Raises UserError if there is no room."""
         with one_line_error(self.path, ADVICE):
             self._file = self._file or self.path.open("wb", buffering=0)
             size, data = self._file.tell(), rows.encode()

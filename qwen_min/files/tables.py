@@ -62,14 +62,14 @@ def read_table(
 
     encoding: None takes UTF-16 by its mark, else UTF-8, else GB18030. Columns: None takes the one
     with a usual name. empty_texts: whether a text of nothing but spaces is accepted. stderr gets a
-    line for what is not the usual, and one that counts what is skipped: blank rows, and labelled
-    tasks of Label Studio with none or several choices.
+    line for what is not the usual, and one each that counts empty texts, and what is skipped: blank
+    rows, and labelled tasks of Label Studio with none or several choices.
 
     Raises UserError, one line that names the file and if possible the line in it.
     """
     name = "standard input" if source == "-" else str(source)
     wanted = {"text": text_column} | ({"label": label_column} if labelled else {})
-    header, chosen, skipped = None, {}, defaultdict(list)
+    header, chosen, counted = None, {}, defaultdict(list)
     with _opened(source) as file:
         try:
             plain = not labelled and text_column is None
@@ -77,7 +77,7 @@ def read_table(
                 place = f"{name}, line {line}"
                 if isinstance(row, list):
                     if not "".join(row).strip():
-                        skipped["blank rows"].append(line)
+                        counted["blank rows skipped"].append(line)
                         continue
                     header = header or row
                     if len(row) != len(header):
@@ -95,12 +95,15 @@ def read_table(
                 record = dict(zip(header, row, strict=True)) if header else row
                 text, label = (record.get(chosen[names].get(kind), "") for kind in USUAL)
                 if isinstance(label, dict) and "choices" in label:
-                    skipped["tasks with none or several choices"].append(line)
+                    counted["tasks with none or several choices skipped"].append(line)
                     continue
-                yield line, *_checked(place, text, label, empty_texts)
+                text, label = _checked(place, text, label, empty_texts)
+                if not text.strip():
+                    counted["empty texts"].append(line)
+                yield line, text, label
         finally:  # also where the reader wants no more rows
-            for what, lines in skipped.items():
-                note(name, f"{what} skipped: {len(lines)} (the first: line {lines[0]})")
+            for what, lines in counted.items():
+                note(name, f"{what}: {len(lines)} (the first: line {lines[0]})")
 
 
 def _column(place: str, names: Sequence[str], kind: str, wanted: str | None) -> str:
@@ -128,7 +131,8 @@ def _checked(place: str, text: object, label: object, empty_texts: bool) -> tupl
     if not valid or not (empty_texts or text.strip()):
         found = f"found the text {reprlib.repr(text)}, expected valid characters"
         raise UserError(f"{place}: {found}, not all of them spaces: correct or remove the row")
-    if type(label) not in (str, int, float):  # nor bool: true is no class number
+    # Nor bool: true is no class number.
+    if type(label) not in (str, int, float) or label != label:
         found = f"found the label {reprlib.repr(label)}"
         raise UserError(f"{place}: {found}, expected a string or a number: correct it")
     return text, str(label).strip()
@@ -170,7 +174,9 @@ def _rows(
     first, suffix = next(filter(str.strip, lines()), ""), Path(name).suffix.lower()
     # A single column has no delimiter: commas then belong to the texts of a .tsv or .txt.
     delimiter = max("\t,;" if suffix in (".tsv", ".txt") else ",;\t", key=first.count)
-    has_header = _named(first.replace('"', "").split(delimiter), USUAL["text"])
+    # Names of columns are short; a sentence may hold "review" between its commas.
+    pieces = [piece.strip().strip('"') for piece in first.split(delimiter)]
+    has_header = _named(pieces, USUAL["text"]) and not any(" " in piece for piece in pieces)
     bare = (line.removesuffix("\n").removesuffix("\r") for line in lines())
     if JSON.match(first):
         return _json_rows(name, lines(), first.lstrip().startswith("["), control)
@@ -227,11 +233,12 @@ def _flat(row: object, control: str | None) -> dict:
     """
     if not isinstance(row, dict):
         raise ValueError(f"found {reprlib.repr(row)}")
-    if not isinstance(row.get("data"), dict) or "annotations" not in row:
+    if not isinstance(row.get("data"), dict):
         return row
-    results = [r for a in row["annotations"] for r in a["result"] if not a.get("was_cancelled")]
-    own = [r for r in results if control in (None, "label", r["from_name"])]
-    choices = {choice for r in own if r["type"] == "choices" for choice in r["value"]["choices"]}
+    done = [a for a in row.get("annotations") or () if not dict(a).get("was_cancelled")]
+    own = [r for a in done for r in a["result"] if r["type"] == "choices"]
+    own = [r for r in own if control in (None, "label", r["from_name"])]
+    choices = {choice for r in own for choice in r["value"]["choices"]}
     return row["data"] | {
         control or "label": choices.pop() if len(choices) == 1 else {"choices": choices}
     }
@@ -244,7 +251,11 @@ def _workbook_rows(name: str, file: BinaryIO) -> Iterator[tuple[int, list[str]]]
         import openpyxl
 
         # Not read_only, which believes the width that other programs write, right or wrong.
-        rows = openpyxl.load_workbook(file, data_only=True).worksheets[0].values
+        sheet, *others = openpyxl.load_workbook(file, data_only=True).worksheets
+        rows = sheet.values
+    if others:
+        names = ", ".join(other.title for other in others)
+        note(name, f"sheet {sheet.title} is read, not {names}")
     for line, cells in enumerate(rows, start=1):
         # A whole number may be kept as 1.0.
         cells = [int(c) if isinstance(c, float) and c.is_integer() else c for c in cells]
