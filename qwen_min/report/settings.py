@@ -62,9 +62,10 @@ def identify(results: dict, training: dict) -> tuple[dict, dict, dict]:
     identity = {name: hashes.get(name, v) for name, v in given.items()} | {"method": method}
     if "truncated_rows" in results:  # older versions counted neither
         shown["texts shortened"] = results["truncated_rows"]
-    n, clean = results["n"], results.get("clean") or {}
-    if method.startswith("zero_shot") or "n" in clean:
-        shown["rows seen in training"] = 0 if method.startswith("zero_shot") else n - clean["n"]
+    # What a base was made from is not known, unless it brings the hashes of these texts.
+    clean, fed = results.get("clean") or {}, results.get("fed_rows") or None
+    if (seen := results["n"] - clean["n"] if "n" in clean else fed) is not None:
+        shown["rows seen in training"] = seen
     return shown, hashes, identity
 
 
