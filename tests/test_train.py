@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -217,13 +218,14 @@ def test_an_adapter_that_peft_wrote_evaluates_here(base, data, tmp_path, capsys)
 def test_merge_is_loaded_by_transformers_and_by_us(runs, base, data, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
-    run, out = runs["lora_label_scoring"], tmp_path / "merged"
+    run, out = runs["lora_label_scoring"], tmp_path / "merged it's"
     assert train.main(["--resume", "--output", str(run), "--merge", str(out)]) == 0
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    assert "rounded" not in said  # fp32
+    typed = shlex.split(said.split("used with ")[1].split("; prompt.json")[0])
+    assert typed[:4] == ["--model", str(out), "--labels", WORDS]
     ours = scores_of(capsys, "--run", run, "--data", data)
-    merged = scores_of(
-        capsys, "--method", "zero_shot", "--model", out, "--data", data, "--labels", WORDS
-    )
+    merged = scores_of(capsys, "--method", "zero_shot", "--data", data, *typed)
     np.testing.assert_allclose(merged, ours, atol=1e-4)
     reference, plain = AutoModelForCausalLM.from_pretrained(out), load_model(out)
     ids = torch.arange(20)[None]
