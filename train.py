@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -101,8 +102,7 @@ def lora_head(job: Job) -> dict:
 def lora_label_scoring(job: Job) -> dict:
     """Train LoRA by the log-probability of the true label word's tokens."""
     trained = Trainable(job.model, job.source.record, job.run)
-    losses = forms(job.source.args.plain).label_losses
-    return by_gradient(job, trained, partial(losses, job.model))
+    return by_gradient(job, trained, partial(forms(job.source.args.plain).label_losses, job.model))
 
 
 METHODS = {method.__name__: method for method in (head_only, lora_head, lora_label_scoring)}
@@ -241,8 +241,7 @@ def train(args: argparse.Namespace) -> int:
     record = run_files.start_record(run, record, args.resume)
     source = Source(args, task, device, record)
     if not record["finished"]:
-        rows = (examples, places, prompts, training, held_out)
-        job = Job(source, run, model, *rows, weights)
+        job = Job(source, run, model, examples, places, prompts, training, held_out, weights)
         if status := run_job(job, frozen):
             return status
     print(f"{run}: finished; evaluate it with: python evaluate.py --run {run} --data FILE")
@@ -259,7 +258,8 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
             run_files.discard_unused(run, features=isinstance(error, NotFinite))
         raise
     except Stopped as stopped:
-        print(f"{stopped}; continue with: python train.py --resume --output {run}")
+        again = f" --export {quote(args.export)}" if args.export else ""  # a run doesn't keep it
+        print(f"{stopped}; continue with: python train.py --resume --output {run}{again}")
         return 128 + stopped.signal
     except TrainingFailed as failure:
         kept = "; the last checkpoint is kept" if any(run.glob("checkpoints/step-*")) else ""
@@ -267,9 +267,9 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
         return 1
     if (after := fingerprint(frozen.items())) != record["frozen_before"]:
         raise RuntimeError("a frozen weight has changed in training; this is a bug")
-    # Linux counts kilobytes, macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    # macOS counts bytes, Linux kilobytes.
+    per_mib = 2 ** (20 if sys.platform == "darwin" else 10)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib
     record |= found | {"frozen_after": after, "peak_memory_mib": peak}
     record |= {"result_hash": result_hash(run), "finished": True}
     write_json(run / "run.json", record)

@@ -412,6 +412,7 @@ def test_twenty_kills_change_no_byte(method, base, data, tmp_path):
 def test_a_signal_saves_and_says_how_to_go_on(number, status, base, data, tmp_path):
     run = tmp_path / "run"
     args = arguments("lora_head", base, data, run, "--epochs", 50, "--save-every", 1000)
+    args += ["--export", str(tmp_path / "my model")]
     command = [sys.executable, str(REPO / "train.py"), *args, "--eval-every", "1000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -422,7 +423,8 @@ def test_a_signal_saves_and_says_how_to_go_on(number, status, base, data, tmp_pa
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == status
-    assert "--resume --output" in out.decode()
+    again = shlex.split(out.decode().split("continue with: ")[1])
+    assert again[2:] == ["--resume", "--output", str(run), "--export", str(tmp_path / "my model")]
     ((step, _),) = checkpoints(run)
     assert len(log.read_text().splitlines()) == step >= 3
     assert not record(run)["finished"]
