@@ -83,6 +83,8 @@ def test_a_classifier_gives_transformers_the_probabilities_of_evaluate(
     assert type(model).__name__ == f"{kind.capitalize()}ForSequenceClassification"
     assert model.config.label2id == {label: y for y, label in enumerate(THREE)}
     assert "lm_head.weight" not in load_file(out / "model.safetensors")
+    assert evaluate.main(["--method", "zero_shot", "--model", str(out), "--data", str(path)]) == 2
+    assert "a classifier for transformers" in capsys.readouterr().err
 
 
 def test_a_bf16_classifier(base, three, tmp_path, capsys):
