@@ -261,7 +261,11 @@ def test_other_arguments_are_another_method(tmp_path):
     names = ("lora_head", "lora_head 2", "lora_head 3")
     for what, values in texts.items():
         assert found["differences"][what] == dict(zip(names, values, strict=True))
-    assert set(found["differences"]) == {*texts, "file"}
+    assert set(found["differences"]) == {*texts, "file", "training seed"}
+    trained_with = dict(zip(names, ("0, 1", "0", "0"), strict=True))
+    assert found["differences"]["training seed"] == trained_with
+    said = command(*(tmp_path / str(i) for i in range(4)))[1].replace("\n  ", " ")
+    assert "\ntraining seed: 0, 1 (lora_head) | 0 (lora_head 2, lora_head 3)\n" in said
 
 
 def test_the_run_tells_what_older_results_do_not(seeds):
