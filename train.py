@@ -32,7 +32,7 @@ from qwen_min.command.classifier import Source, forms
 from qwen_min.command.export import export
 from qwen_min.command.finite import NotFinite, check_finite, dtype_name
 from qwen_min.command.fit import Job, Stopped, Training, class_weights, fit, split_rows, why_failed
-from qwen_min.command.summary import format_layers
+from qwen_min.command.summary import format_held_out, format_layers
 from qwen_min.command.task import read_task
 from qwen_min.command.terminal import progress_bar
 from qwen_min.command.trained import Trainable, attach_adapter, identity, result_hash
@@ -136,9 +136,8 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
             place = job.places[job.held_out[error.rows[0]]]
             raise TrainingFailed(f"the held-out row of {place}: {error}") from None
         model.train()
-        accuracy = float((scores.argmax(axis=1) == true).mean())
-        log_p = log_loss(true, scores, job.weights)
-        return {"held_out_log_loss": log_p, "held_out_accuracy": accuracy}
+        log_p, right = log_loss(true, scores, job.weights), scores.argmax(axis=1) == true
+        return {"held_out_log_loss": log_p, "held_out_accuracy": float(right.mean())}
 
     def loss(rows: list[int]) -> Tensor:
         chosen = [prompts[i] for i in rows], [labels[i] for i in rows]
@@ -251,6 +250,8 @@ def train(args: argparse.Namespace) -> int:
 def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
     """Train, check that the frozen weights are unchanged, complete run.json; the exit status."""
     args, run, record = job.source.args, job.run, job.source.record
+    held_out = [job.examples[row].label for row in job.held_out]
+    print(format_held_out(job.source.task.labels, held_out), flush=True)
     try:
         found = METHODS[args.method](job)
     except UserError as error:

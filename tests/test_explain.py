@@ -266,7 +266,7 @@ def test_a_margin_is_that_over_the_highest_other_class():
     shown = format_clauses(["a,", "b"], {"x": scores})
     rows = [line.split() for line in shown.split("\n\n")[0].split("\n")[2:]]
     assert rows == [["(none)", "+0.5000"], ["b", "-4.0000"], ["a,", "-3.0000"]]
-    assert "margin of the decision over the best other" in shown and "largest" not in shown
+    assert "margin of x's decision over the best other" in shown and "largest" not in shown
 
 
 def test_margins_of_all_models_are_of_the_last_ones_decision():

@@ -166,7 +166,7 @@ def test_what_the_scores_depend_on_is_printed_in_full(base, data, tmp_path, caps
     assert train.main([*args, "--dtype", "bfloat16", "--export", str(out)]) == 0
     said = capsys.readouterr().out
     assert "rounded to bfloat16" in said and "--dtype float32 they are equal" in said
-    typed = shlex.split(said.split("used with ")[1].split(" (merged")[0])
+    typed = shlex.split(said.split("used with ")[1].split(" (rounded")[0])
     assert typed[:2] == ["--model", str(out)]
     assert {*typed[2:]} == {*given}
     expected = scores_of(capsys, "--run", run, "--data", data)

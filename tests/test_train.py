@@ -1079,6 +1079,21 @@ def test_a_held_out_file_does_what_a_held_out_part_does(
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
+def test_the_held_out_part_is_described(base, data, tmp_path, capsys):
+    dev = tmp_path / "dev.tsv"
+    dev.write_text("label\ttext\n1\t一\n0\t二\n1\t三\n", encoding="utf-8")
+    args = arguments("head_only", base, data, tmp_path / "a", "--dev", dev)
+    assert train.main(args) == 0
+    line, *table = capsys.readouterr().out.split("\n")
+    assert line == "held out: 3 rows, 0.6667 of them 好" and table[0].startswith("layer ")
+    dev.write_text("label\ttext\n0\t二\n", encoding="utf-8")
+    args = arguments("lora_head", base, data, tmp_path / "b", "--dev", dev, "--epochs", 1)
+    assert train.main(args) == 0
+    line, *steps = capsys.readouterr().out.split("\n")
+    assert line == "held out: 1 row, 1.0000 of them 坏; none of 好"
+    assert steps[0].startswith("step ")
+
+
 def test_what_a_held_out_file_repeats_is_said(base, data, parts, tmp_path, capsys):
     training, dev = parts
     lines = dev.read_text(encoding="utf-8").splitlines()

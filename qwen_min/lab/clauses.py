@@ -51,10 +51,9 @@ def format_clauses(clauses: Sequence[str], scores: Mapping[str, np.ndarray]) -> 
     for i in np.argsort(-change, kind="stable")[:SHOWN]:
         clause = clipped(one_line(clauses[i].strip())[:WIDTH], 40)
         rows.append([clause, *(f"{m[i + 1]:+.4f}" for m in found)])
-    whose = f"{last}'s decision" if len(scores) > 1 else "the decision"
     most = f"The {SHOWN} with the largest change. " * (len(clauses) > SHOWN)
     return (
-        f"margin of {whose} over the best other, one of {len(clauses)} clauses left out\n"
+        f"margin of {last}'s decision over the best other, one of {len(clauses)} clauses left out\n"
         f"{text_table(['left out', *scores], rows)}\n\n"
         f"{most}Below zero, another class is ahead.\n"
         "  This is a counterfactual, not a cause: the shorter text is another text,\n"

@@ -246,8 +246,7 @@ def differences(methods: Sequence[Method]) -> dict[str, dict[str, str]]:
     names = [result.results["method"] for result in firsts.values()]
     several = {n: str(r.path) for n, r in firsts.items() if names.count(r.results["method"]) > 1}
     # Not of the identity, but a difference of one run each may be one of luck.
-    trained = [method for method in methods if "train_data" in method.first.shown]
-    seeds = {method.name: ", ".join(map(str, method.seeds)) for method in trained}
+    seeds = {m.name: ", ".join(map(str, m.seeds)) for m in methods if "train_data" in m.first.shown}
     more = {"training seed": seeds, "file": several}
     return found | {key: texts for key, texts in more.items() if len({*texts.values()}) > 1}
 

@@ -7,9 +7,8 @@ from qwen_min.prompt import parse_labels
 # Arguments that change no prediction: names of outputs, and what is measured besides.
 NEUTRAL = {"method", "seed", "run", "output", "predictions", "changed", "resume", "export"}
 NEUTRAL |= {"merge", "feature_cache", "train_data", "calibrate", "explain", "label_sets"}
-NEUTRAL |= {"errors", "explain_row"}
-# Which rows are read: these have a hash.
-NEUTRAL |= {"data", "limit", "encoding", "text_column", "label_column"}
+# And which rows are read: these have a hash.
+NEUTRAL |= {"errors", "explain_row", "data", "limit", "encoding", "text_column", "label_column"}
 # Arguments of the LoRA methods, which head_only records and ignores.
 IGNORED = {"lora_targets", "train_embeddings", "r", "alpha", "rslora", "dropout", "epochs", "lr"}
 IGNORED |= {"warmup", "batch_size", "clip", "eval_every", "save_every", "checkpointing"}
