@@ -83,13 +83,13 @@ def head_only(job: Job) -> dict:
     found, head = fit_layers(features, layers, labels, *rows, classes, args.pooling, weights)
     save_head(job.run / run_files.HEAD, head)
     print(format_layers(found, head.layer))
-    return {
-        "layer": head.layer,
-        "layers": found,
-        "trained_parameters": head.weight.numel() + head.bias.numel(),
-        "seconds": time.perf_counter() - started,
+    size, seconds = head.weight.numel() + head.bias.numel(), time.perf_counter() - started
+    measured = {
+        "trained_parameters": size,
+        "seconds": seconds,
         "seconds_features": seconds_features,
     }
+    return {"layer": head.layer, "layers": found} | measured
 
 
 def lora_head(job: Job) -> dict:
@@ -151,11 +151,9 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
     best = job.run / "checkpoints" / f"step-{state['best_step']}"
     trained.publish(best, job.run, job.source.task)
     return {
-        "history": state["history"],
-        "best_step": state["best_step"],
+        **{name: state[name] for name in ("history", "best_step", "seconds")},
         "steps": state["step"],
         "trained_parameters": sum(p.numel() for p in trained.parameters.values()),
-        "seconds": state["seconds"],
         "embedding_movement": trained.movement(job.run, job.source.task.tokenizer, prompts),
     }
 

@@ -9,11 +9,8 @@ from qwen_min.command.terminal import clipped, text_table
 def format_results(results: Mapping) -> str:
     """The results as tables for a person."""
     n, rows = results["n"], [*results["per_class"]]
-    facts = {
-        "method": results["method"],
-        "examples": f"{n}   ({results['truncated_rows']} of {n} texts shortened)",
-        "accuracy": accuracy(results),
-    }
+    shortened = f"{n}   ({results['truncated_rows']} of {n} texts shortened)"
+    facts = {"method": results["method"], "examples": shortened, "accuracy": accuracy(results)}
     if (clean := results.get("clean")) and "failed" not in clean:
         facts["  clean part"] = f"undefined   every text is in {clean['train_data']}"
         if clean["n"]:
@@ -66,9 +63,8 @@ def majority(per_class: Sequence[Mapping]) -> dict:
 
     The share is the accuracy of a method that always says this class.
     """
-    top = max(per_class, key=lambda row: row["support"])
-    share = top["support"] / sum(row["support"] for row in per_class)
-    return {"majority_class": top["name"], "majority_share": share}
+    top, n = max(per_class, key=lambda r: r["support"]), sum(row["support"] for row in per_class)
+    return {"majority_class": top["name"], "majority_share": top["support"] / n}
 
 
 def format_held_out(labels: Sequence[str], true: Sequence[int]) -> str:
