@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from qwen_min.command.classifier import Source, forms
 from qwen_min.command.export import export
 from qwen_min.command.finite import NotFinite, check_finite, dtype_name
 from qwen_min.command.fit import Job, Stopped, Training, class_weights, fit, split_rows, why_failed
-from qwen_min.command.summary import format_layers
+from qwen_min.command.summary import format_held_out, format_layers
 from qwen_min.command.task import read_task
 from qwen_min.command.terminal import progress_bar
 from qwen_min.command.trained import Trainable, attach_adapter, identity, result_hash
@@ -82,13 +83,13 @@ def head_only(job: Job) -> dict:
     found, head = fit_layers(features, layers, labels, *rows, classes, args.pooling, weights)
     save_head(job.run / run_files.HEAD, head)
     print(format_layers(found, head.layer))
-    return {
-        "layer": head.layer,
-        "layers": found,
-        "trained_parameters": head.weight.numel() + head.bias.numel(),
-        "seconds": time.perf_counter() - started,
+    size, seconds = head.weight.numel() + head.bias.numel(), time.perf_counter() - started
+    measured = {
+        "trained_parameters": size,
+        "seconds": seconds,
         "seconds_features": seconds_features,
     }
+    return {"layer": head.layer, "layers": found} | measured
 
 
 def lora_head(job: Job) -> dict:
@@ -101,8 +102,7 @@ def lora_head(job: Job) -> dict:
 def lora_label_scoring(job: Job) -> dict:
     """Train LoRA by the log-probability of the true label word's tokens."""
     trained = Trainable(job.model, job.source.record, job.run)
-    losses = forms(job.source.args.plain).label_losses
-    return by_gradient(job, trained, partial(losses, job.model))
+    return by_gradient(job, trained, partial(forms(job.source.args.plain).label_losses, job.model))
 
 
 METHODS = {method.__name__: method for method in (head_only, lora_head, lora_label_scoring)}
@@ -136,9 +136,8 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
             place = job.places[job.held_out[error.rows[0]]]
             raise TrainingFailed(f"the held-out row of {place}: {error}") from None
         model.train()
-        accuracy = float((scores.argmax(axis=1) == true).mean())
-        log_p = log_loss(true, scores, job.weights)
-        return {"held_out_log_loss": log_p, "held_out_accuracy": accuracy}
+        log_p, right = log_loss(true, scores, job.weights), scores.argmax(axis=1) == true
+        return {"held_out_log_loss": log_p, "held_out_accuracy": float(right.mean())}
 
     def loss(rows: list[int]) -> Tensor:
         chosen = [prompts[i] for i in rows], [labels[i] for i in rows]
@@ -152,11 +151,9 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
     best = job.run / "checkpoints" / f"step-{state['best_step']}"
     trained.publish(best, job.run, job.source.task)
     return {
-        "history": state["history"],
-        "best_step": state["best_step"],
+        **{name: state[name] for name in ("history", "best_step", "seconds")},
         "steps": state["step"],
         "trained_parameters": sum(p.numel() for p in trained.parameters.values()),
-        "seconds": state["seconds"],
         "embedding_movement": trained.movement(job.run, job.source.task.tokenizer, prompts),
     }
 
@@ -241,8 +238,7 @@ def train(args: argparse.Namespace) -> int:
     record = run_files.start_record(run, record, args.resume)
     source = Source(args, task, device, record)
     if not record["finished"]:
-        rows = (examples, places, prompts, training, held_out)
-        job = Job(source, run, model, *rows, weights)
+        job = Job(source, run, model, examples, places, prompts, training, held_out, weights)
         if status := run_job(job, frozen):
             return status
     print(f"{run}: finished; evaluate it with: python evaluate.py --run {run} --data FILE")
@@ -252,6 +248,8 @@ def train(args: argparse.Namespace) -> int:
 def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
     """Train, check that the frozen weights are unchanged, complete run.json; the exit status."""
     args, run, record = job.source.args, job.run, job.source.record
+    held_out = [job.examples[row].label for row in job.held_out]
+    print(format_held_out(job.source.task.labels, held_out), flush=True)
     try:
         found = METHODS[args.method](job)
     except UserError as error:
@@ -259,7 +257,8 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
             run_files.discard_unused(run, features=isinstance(error, NotFinite))
         raise
     except Stopped as stopped:
-        print(f"{stopped}; continue with: python train.py --resume --output {run}")
+        again = f" --export {quote(args.export)}" if args.export else ""  # a run doesn't keep it
+        print(f"{stopped}; continue with: python train.py --resume --output {run}{again}")
         return 128 + stopped.signal
     except TrainingFailed as failure:
         kept = "; the last checkpoint is kept" if any(run.glob("checkpoints/step-*")) else ""
@@ -267,9 +266,9 @@ def run_job(job: Job, frozen: dict[str, Tensor]) -> int:
         return 1
     if (after := fingerprint(frozen.items())) != record["frozen_before"]:
         raise RuntimeError("a frozen weight has changed in training; this is a bug")
-    # Linux counts kilobytes, macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    # macOS counts bytes, Linux kilobytes.
+    per_mib = 2 ** (20 if sys.platform == "darwin" else 10)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib
     record |= found | {"frozen_after": after, "peak_memory_mib": peak}
     record |= {"result_hash": result_hash(run), "finished": True}
     write_json(run / "run.json", record)

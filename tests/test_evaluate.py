@@ -611,6 +611,10 @@ WEIGHTS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
         lambda: change_tensors(lambda t: t.update({"more.weight": torch.ones(2)})),
         ("more.weight", "unknown to this architecture"),
     ),
+    "classifier": (
+        lambda: change_tensors(lambda t: t.update({"score.weight": torch.ones(2, 32)})),
+        ("model: ", "a classifier for transformers", "give its run by --run"),
+    ),
     "misshapen": (
         lambda: change_tensors(lambda t: t.update({BIAS: t[BIAS][:-2].clone()})),
         ("wrong shape", BIAS, "[30]", "[32]"),

@@ -262,10 +262,21 @@ def test_a_long_text_is_split_in_linear_time():
 
 def test_a_margin_is_that_over_the_highest_other_class():
     scores = np.array([[1.0, 3.0, 2.5], [0.0, 1.0, 4.0], [5.0, 1.0, 0.0]])
-    assert margins(scores).tolist() == [0.5, -3.0, -4.0]
+    assert margins(scores, 1).tolist() == [0.5, -3.0, -4.0]
     shown = format_clauses(["a,", "b"], {"x": scores})
     rows = [line.split() for line in shown.split("\n\n")[0].split("\n")[2:]]
     assert rows == [["(none)", "+0.5000"], ["b", "-4.0000"], ["a,", "-3.0000"]]
+    assert "margin of x's decision over the best other" in shown and "largest" not in shown
+
+
+def test_margins_of_all_models_are_of_the_last_ones_decision():
+    base = np.array([[2.0, 1.0, 0.0], [3.0, 0.0, 1.0], [0.0, 4.0, 1.0]])
+    adapted = np.array([[1.0, 3.0, 2.5], [0.0, 1.0, 4.0], [5.0, 1.0, 0.0]])  # class 1, not 0
+    shown = format_clauses(["a,", "b"], {"base": base, "adapted": adapted})
+    rows = [line.split() for line in shown.split("\n\n")[0].split("\n")[2:]]
+    assert rows[0] == ["(none)", "-1.0000", "+0.5000"]
+    assert rows[1:] == [["b", "+3.0000", "-4.0000"], ["a,", "-3.0000", "-3.0000"]]
+    assert shown.startswith("margin of adapted's decision over the best other, one of 2 ")
 
 
 def test_clauses_fit_the_terminal():

@@ -1,6 +1,7 @@
 """train.py --export: what transformers and PEFT, without this project, make of a finished run."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -82,6 +83,8 @@ def test_a_classifier_gives_transformers_the_probabilities_of_evaluate(
     assert type(model).__name__ == f"{kind.capitalize()}ForSequenceClassification"
     assert model.config.label2id == {label: y for y, label in enumerate(THREE)}
     assert "lm_head.weight" not in load_file(out / "model.safetensors")
+    assert evaluate.main(["--method", "zero_shot", "--model", str(out), "--data", str(path)]) == 2
+    assert "a classifier for transformers" in capsys.readouterr().err
 
 
 def test_a_bf16_classifier(base, three, tmp_path, capsys):
@@ -153,6 +156,23 @@ def test_words_are_written_where_they_are_scored(base, data, tmp_path):
         found = json.loads((tmp_path / place / "prompt.json").read_text(encoding="utf-8"))
         assert found["words"] == WORDS.split(",")
         assert found["template"] == "评论：{text}\n情感倾向："
+
+
+def test_what_the_scores_depend_on_is_printed_in_full(base, data, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    given = ["--labels", "坏= bad,好= good", "--template", "{text}\\n?", "--max-text-tokens", "9"]
+    given += ["--system", "it's", "--chat"]
+    args = arguments("lora_label_scoring", base, data, run, "--epochs", 1, *given)
+    assert train.main([*args, "--dtype", "bfloat16", "--export", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "rounded to bfloat16" in said and "--dtype float32 they are equal" in said
+    typed = shlex.split(said.split("used with ")[1].split(" (rounded")[0])
+    assert typed[:2] == ["--model", str(out)]
+    assert {*typed[2:]} == {*given}
+    expected = scores_of(capsys, "--run", run, "--data", data)
+    found = scores_of(capsys, "--method", "zero_shot", "--data", data, *typed)
+    np.testing.assert_allclose(found, expected, atol=0.2)  # bf16 has 8 bits
+    assert not np.array_equal(found, expected)
 
 
 def test_without_a_token_to_fill_a_batch_nothing_is_exported(base, data, tmp_path, capsys):

@@ -319,7 +319,7 @@ def test_explain_shows_trained_vectors_side_by_side(reference, tmp_path):
 
 def clause_table(out: str) -> dict[str, list[float]]:
     """Of each clause that is left out ("(none)": of the whole text), each model's margin."""
-    table = out.split("\nmargin of the decision")[1].split("\n\n")[0].split("\n")
+    table = out.split("\nmargin of ")[1].split("\n\n")[0].split("\n")
     assert max(map(columns, table)) <= 80
     found = [re.match(r"(.*?)((?: +[-+]\d+\.\d{4})+)$", row) for row in table[2:]]
     return {row[1]: [*map(float, row[2].split())] for row in found}
@@ -358,8 +358,9 @@ def test_clauses_of_a_run_are_left_out_for_base_and_adapted(method, runs, tmp_pa
     for model in ["transplanted_head", method] if method == "lora_head" else [method]:
         run = ["--run", runs[method], "--method", model, "--data", data]
         scores = np.array([row["scores"] for row in results_of(tmp_path, *run)[1]])
-        best = scores[0].argmax()
-        found[model] = scores[:, best] - scores[:, 1 - best]
+        found[model] = scores
+    best = scores[0].argmax()  # for the base too: the decision of the adapted model
+    found = {model: of[:, best] - of[:, 1 - best] for model, of in found.items()}
     shown = clause_table(command("--run", runs[method], "--explain", text)[1])
     for i, clause in enumerate(["(none)", "小，", "很好。", "还行！"]):
         assert shown[clause] == pytest.approx([m[i] for m in found.values()], abs=1.1e-4)
@@ -370,7 +371,7 @@ def test_of_many_clauses_the_ten_with_the_largest_change_are_shown(reference):
     more = ["--max-text-tokens", 400]
     _, out, _ = command(*given("zero_shot", reference[0], "--explain", text, *more))
     found = clause_table(out)
-    assert "with one of 12 clauses left out\n" in out and "The 10 with the largest change." in out
+    assert "one of 12 clauses left out\n" in out and "The 10 with the largest change." in out
     (whole,) = found.pop("(none)")
     changes = [abs(margin - whole) for (margin,) in found.values()]
     assert len(changes) == 10 and changes == sorted(changes, reverse=True)
@@ -378,11 +379,16 @@ def test_of_many_clauses_the_ten_with_the_largest_change_are_shown(reference):
 
 def test_one_clause_is_left_in(reference):
     _, out, _ = command(*given("zero_shot", reference[0], "--explain", "书不错。"))
-    assert out.endswith("\n\nthe text is one clause: none can be left out\n")
+    assert out.endswith("\n\nthe text is one clause: no clause can be left out\n")
     # Of a text that is cut, what the model does not read is no clause.
     cut = ["--max-text-tokens", 1]
     _, out, _ = command(*given("zero_shot", reference[0], "--explain", "书，不错。", *cut))
-    assert out.endswith("\n\nthe text is one clause: none can be left out\n")
+    assert out.endswith("\n\nthe model reads no text: no clause can be left out\n")
+
+
+def test_without_a_text_no_clause_is_left_out(reference):
+    _, out, _ = command(*given("zero_shot", reference[0], "--explain", ""))
+    assert out.endswith("\n\nthe model reads no text: no clause can be left out\n")
 
 
 def test_a_row_is_explained_as_its_text_would_be(reference, tmp_path):

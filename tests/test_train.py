@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -217,13 +218,14 @@ def test_an_adapter_that_peft_wrote_evaluates_here(base, data, tmp_path, capsys)
 def test_merge_is_loaded_by_transformers_and_by_us(runs, base, data, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
-    run, out = runs["lora_label_scoring"], tmp_path / "merged"
+    run, out = runs["lora_label_scoring"], tmp_path / "merged it's"
     assert train.main(["--resume", "--output", str(run), "--merge", str(out)]) == 0
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    assert "rounded" not in said  # fp32
+    typed = shlex.split(said.split("used with ")[1].split("; prompt.json")[0])
+    assert typed[:4] == ["--model", str(out), "--labels", WORDS]
     ours = scores_of(capsys, "--run", run, "--data", data)
-    merged = scores_of(
-        capsys, "--method", "zero_shot", "--model", out, "--data", data, "--labels", WORDS
-    )
+    merged = scores_of(capsys, "--method", "zero_shot", "--data", data, *typed)
     np.testing.assert_allclose(merged, ours, atol=1e-4)
     reference, plain = AutoModelForCausalLM.from_pretrained(out), load_model(out)
     ids = torch.arange(20)[None]
@@ -410,6 +412,7 @@ def test_twenty_kills_change_no_byte(method, base, data, tmp_path):
 def test_a_signal_saves_and_says_how_to_go_on(number, status, base, data, tmp_path):
     run = tmp_path / "run"
     args = arguments("lora_head", base, data, run, "--epochs", 50, "--save-every", 1000)
+    args += ["--export", str(tmp_path / "my model")]
     command = [sys.executable, str(REPO / "train.py"), *args, "--eval-every", "1000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -420,7 +423,8 @@ def test_a_signal_saves_and_says_how_to_go_on(number, status, base, data, tmp_pa
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == status
-    assert "--resume --output" in out.decode()
+    again = shlex.split(out.decode().split("continue with: ")[1])
+    assert again[2:] == ["--resume", "--output", str(run), "--export", str(tmp_path / "my model")]
     ((step, _),) = checkpoints(run)
     assert len(log.read_text().splitlines()) == step >= 3
     assert not record(run)["finished"]
@@ -1073,6 +1077,21 @@ def test_a_held_out_file_does_what_a_held_out_part_does(
     if method == "head_only":  # features of other batches
         ours, theirs = (load_file(r / "head.safetensors")["weight"] for r in (run, runs[method]))
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
+def test_the_held_out_part_is_described(base, data, tmp_path, capsys):
+    dev = tmp_path / "dev.tsv"
+    dev.write_text("label\ttext\n1\t一\n0\t二\n1\t三\n", encoding="utf-8")
+    args = arguments("head_only", base, data, tmp_path / "a", "--dev", dev)
+    assert train.main(args) == 0
+    line, *table = capsys.readouterr().out.split("\n")
+    assert line == "held out: 3 rows, 0.6667 of them 好" and table[0].startswith("layer ")
+    dev.write_text("label\ttext\n0\t二\n", encoding="utf-8")
+    args = arguments("lora_head", base, data, tmp_path / "b", "--dev", dev, "--epochs", 1)
+    assert train.main(args) == 0
+    line, *steps = capsys.readouterr().out.split("\n")
+    assert line == "held out: 1 row, 1.0000 of them 坏; none of 好"
+    assert steps[0].startswith("step ")
 
 
 def test_what_a_held_out_file_repeats_is_said(base, data, parts, tmp_path, capsys):

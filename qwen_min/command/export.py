@@ -1,9 +1,11 @@
 """A run's result as a checkpoint for other programs: `train.py --export DIR`."""
 
 from pathlib import Path
+from shlex import quote
 
 from lora import merge_lora
 from qwen_min.command.classifier import Source
+from qwen_min.command.finite import dtype_name
 from qwen_min.command.trained import PROMPT_FILE, load_parts, prompt_fields
 from qwen_min.errors import UserError
 from qwen_min.files.run import ADAPTER
@@ -17,11 +19,17 @@ def export(source: Source, run: Path) -> int:
     architecture, with the head in the base's dtype when transformers loads it. Raises UserError if
     no token can fill up its batches.
     """
-    model, task, out = source.base(), source.task, source.args.export
+    args, model, task, out = source.args, source.base(), source.task, source.args.export
     head = load_parts(model, run, run / ADAPTER, source.parts, source.record)
     merge_lora(model)
     weight, changes = None, {PROMPT_FILE: prompt_fields(task)}
-    use = f"a causal language model; here it is used with --model {out}"
+    # Scores depend on these, so they are given in full, defaults included.
+    given = {"model": out} | {name: vars(args)[name] for name in ("labels", "template", "system")}
+    given = [f"--{name} {quote(str(v))}" for name, v in given.items() if v is not None]
+    given += ["--chat"] * args.chat + [f"--max-text-tokens {args.max_text_tokens}"]
+    use = f"a causal language model; here it is used with {' '.join(given)}"
+    if (dtype := dtype_name(model)) != "float32":
+        use += f" (rounded to {dtype}: scores differ a little; with --dtype float32 they are equal)"
     if head is not None:
         # transformers pools at the last token that is not this one, which fills up a batch.
         ends = task.whole_template().endswith

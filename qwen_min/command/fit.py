@@ -52,9 +52,8 @@ def class_weights(
     """
     if given is None:
         return None
-    weights = []
-    if given == "balanced":
-        weights = (len(classes) / len(labels) / np.bincount(classes)).tolist()
+    balanced = len(classes) / len(labels) / np.bincount(classes)
+    weights = balanced.tolist() if given == "balanced" else []
     with suppress(ValueError):
         weights = weights or [float(number) for number in given.split(",")]
     if len(weights) != len(labels) or not all(1e-9 <= weight <= 1e9 for weight in weights):

@@ -1,5 +1,6 @@
 """The results of an evaluation, and of the layers that a probe tried, as text for a terminal."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from qwen_min.command.terminal import clipped, text_table
@@ -8,11 +9,8 @@ from qwen_min.command.terminal import clipped, text_table
 def format_results(results: Mapping) -> str:
     """The results as tables for a person."""
     n, rows = results["n"], [*results["per_class"]]
-    facts = {
-        "method": results["method"],
-        "examples": f"{n}   ({results['truncated_rows']} of {n} texts shortened)",
-        "accuracy": accuracy(results),
-    }
+    shortened = f"{n}   ({results['truncated_rows']} of {n} texts shortened)"
+    facts = {"method": results["method"], "examples": shortened, "accuracy": accuracy(results)}
     if (clean := results.get("clean")) and "failed" not in clean:
         facts["  clean part"] = f"undefined   every text is in {clean['train_data']}"
         if clean["n"]:
@@ -25,8 +23,7 @@ def format_results(results: Mapping) -> str:
     if never := [row["name"] for row, n in zip(rows, predicted, strict=False) if not n]:
         facts["predictions"] = f"never predicts {clipped(', '.join(never), 50)}"
     if absent := [row["name"] for row in rows if not row["support"]]:
-        absent = clipped(", ".join(absent), 28)
-        facts["classes"] = f"no examples of {absent} (0 in the macro mean)"
+        facts["classes"] = f"no examples of {clipped(', '.join(absent), 28)} (0 in the macro mean)"
     if results["brier"] is None:  # generated text: there are no scores
         count, answers = results["off_track"], results["off_track_examples"]
         facts["off track"] = f"{count / n:.4f}   {count} of {n} answers hold no label word"
@@ -47,8 +44,9 @@ def format_results(results: Mapping) -> str:
     rows.append({"name": "macro", **results["macro"], "support": n})
     table = [[row["name"], *(number(row[k]) for k in keys), str(row["support"])] for row in rows]
     heads = names + ["off track"] * bool(results["off_track"])
-    matrix = zip(names, results["confusion_matrix"], strict=True)
-    counts = [[name, *map(str, row)] for name, row in matrix]
+    counts = [
+        [w, *map(str, row)] for w, row in zip(names, results["confusion_matrix"], strict=True)
+    ]
     lines = "\n".join(f"{name:12}  {value}" for name, value in facts.items())
     classes = text_table(["class", "precision", "recall", "F1", "examples"], table)
     return f"{lines}\n\n{classes}\n\n" + text_table(["true \\ predicted", *heads], counts)
@@ -65,9 +63,18 @@ def majority(per_class: Sequence[Mapping]) -> dict:
 
     The share is the accuracy of a method that always says this class.
     """
-    top = max(per_class, key=lambda row: row["support"])
-    share = top["support"] / sum(row["support"] for row in per_class)
-    return {"majority_class": top["name"], "majority_share": share}
+    top, n = max(per_class, key=lambda r: r["support"]), sum(row["support"] for row in per_class)
+    return {"majority_class": top["name"], "majority_share": top["support"] / n}
+
+
+def format_held_out(labels: Sequence[str], true: Sequence[int]) -> str:
+    """The held-out part, of these true classes: what its accuracy is to be compared with."""
+    counts = Counter(true)
+    rows = [{"name": word, "support": counts[y]} for y, word in enumerate(labels)]
+    top, absent = majority(rows), [row["name"] for row in rows if not row["support"]]
+    which = f"{number(top['majority_share'])} of them {clipped(top['majority_class'], 20)}"
+    none = f"; none of {clipped(', '.join(absent), 20)}" * bool(absent)
+    return f"held out: {len(true)} row{'s' * (len(true) > 1)}, {which}{none}"
 
 
 def number(value: float | None) -> str:
@@ -78,8 +85,6 @@ def number(value: float | None) -> str:
 def format_layers(found: dict[int, dict], chosen: int) -> str:
     """A line for each layer: its accuracy and log-loss on the held-out part, its penalty."""
     keys = ("held_out_accuracy", "held_out_log_loss", "l2")
-    rows = [
-        [str(layer), *(f"{row[key]:.4f}" for key in keys), "chosen" * (layer == chosen)]
-        for layer, row in found.items()
-    ]
+    cells = {layer: [number(row[key]) for key in keys] for layer, row in found.items()}
+    rows = [[str(layer), *cells[layer], "chosen" * (layer == chosen)] for layer in cells]
     return text_table(["layer", "held-out accuracy", "log-loss", "L2", ""], rows)

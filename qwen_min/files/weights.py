@@ -22,7 +22,7 @@ from qwen_min.model import Qwen
 
 AGAIN = "fetch it again"
 FIT = "take config.json and unquantised weights from one checkpoint"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD, CLASSIFIER = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,6 +36,9 @@ def load_model(directory: str | Path, dtype: str = "auto", device: str = "cpu") 
     directory = Path(directory)
     config = QwenConfig.from_json(directory / "config.json")
     tensors = read_tensors(directory)
+    if CLASSIFIER in tensors:
+        found = f"holds {CLASSIFIER}: it is a classifier for transformers, not a base"
+        raise UserError(f"{directory}: {found}; to use it here, give its run by --run")
     layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
     if config.num_hidden_layers > len(layers):  # before anything of that size is built
         found = f"num_hidden_layers is {config.num_hidden_layers}, the weights have {len(layers)}"
@@ -44,8 +47,8 @@ def load_model(directory: str | Path, dtype: str = "auto", device: str = "cpu") 
         model = Qwen(config)
     head = tensors.pop(HEAD, None) if config.tie_word_embeddings else None
     _check(tensors, model.state_dict(), directory)
-    found = {tensor.dtype for tensor in tensors.values()}
-    own = found.pop() if len(found) == 1 else torch.float32
+    own, *others = {tensor.dtype for tensor in tensors.values()}
+    own = torch.float32 if others else own
     wanted = DTYPES.get(config.torch_dtype, own) if dtype == "auto" else DTYPES[dtype]
     # As in the reference: some tied checkpoints store the head as well, but another one counts.
     if head is not None and not torch.equal(head.to(wanted), tensors[EMBEDDING].to(wanted)):
@@ -80,7 +83,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def _check(tensors: dict[str, Tensor], expected: dict[str, Tensor], directory: Path) -> None:
-    both = [name for name in tensors if name in expected]
+    both = tensors.keys() & expected.keys()
     problems = {
         "missing": expected.keys() - tensors.keys(),
         "unknown to this architecture": tensors.keys() - expected.keys(),
@@ -122,7 +125,7 @@ def save_model(
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         if head is not None:
             tensors.pop(HEAD, None)
-            tensors["score.weight"] = head
+            tensors[CLASSIFIER] = head
         save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
 
 

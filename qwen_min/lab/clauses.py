@@ -30,29 +30,32 @@ def without_each(clauses: Sequence[str]) -> list[str]:
     return texts if len(clauses) > 1 else []
 
 
-def margins(scores: np.ndarray) -> np.ndarray:
-    """Of each row of scores (n, C), the score of row 0's decision minus the highest other: (n,)."""
-    best = scores[0].argmax()
+def margins(scores: np.ndarray, best: int) -> np.ndarray:
+    """Of each row of scores (n, C), the score of class `best` minus the highest other: (n,)."""
     return scores[:, best] - np.delete(scores, best, axis=1).max(axis=1)
 
 
 def format_clauses(clauses: Sequence[str], scores: Mapping[str, np.ndarray]) -> str:
     """The margins without each clause, the most decisive first, by the last of the models.
 
-    scores: for each model by name (1 + clauses, C), of the whole text and of `without_each`.
+    scores: for each model by name (1 + clauses, C), of the whole text and of `without_each`. All
+    margins are of the class that the last model decides for, so that models can be compared.
     """
     if len(clauses) < 2:
-        return "the text is one clause: none can be left out"
-    found = [margins(of) for of in scores.values()]
+        found = "the text is one clause" if "".join(clauses).strip() else "the model reads no text"
+        return f"{found}: no clause can be left out"
+    *_, last = scores
+    found = [margins(of, scores[last][0].argmax()) for of in scores.values()]
     change = np.abs(found[-1][1:] - found[-1][0])
     rows = [["(none)", *(f"{m[0]:+.4f}" for m in found)]]
     for i in np.argsort(-change, kind="stable")[:SHOWN]:
         clause = clipped(one_line(clauses[i].strip())[:WIDTH], 40)
         rows.append([clause, *(f"{m[i + 1]:+.4f}" for m in found)])
+    most = f"The {SHOWN} with the largest change. " * (len(clauses) > SHOWN)
     return (
-        f"margin of the decision over the next class, with one of {len(clauses)} clauses left out\n"
+        f"margin of {last}'s decision over the best other, one of {len(clauses)} clauses left out\n"
         f"{text_table(['left out', *scores], rows)}\n\n"
-        f"The {len(rows) - 1} with the largest change. Below zero, the decision is another one.\n"
+        f"{most}Below zero, another class is ahead.\n"
         "  This is a counterfactual, not a cause: the shorter text is another text,\n"
         "  and clauses act together."
     )

@@ -166,8 +166,7 @@ def findings(files: Sequence[File], labels: Sequence[str], max_tokens: int) -> l
             others = [c for c in range(len(labels)) if c != example.label]
             labelled = f"labelled {labels[example.label]}, otherwise in"
             marks = {"duplicate of": [file.name], "stands in": earlier, labelled: others}
-            places = ((what, twin(file, i, of)) for what, of in marks.items())
-            reasons = [f"{what} {place}" for what, place in places if place]
+            reasons = [f"{what} {at}" for what, of in marks.items() if (at := twin(file, i, of))]
             if file.tokens and file.tokens[i] > max_tokens:
                 reasons.append(f"{file.tokens[i]} tokens, cut to {max_tokens}")
             text = " ".join(example.text.split())

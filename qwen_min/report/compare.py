@@ -237,16 +237,18 @@ def differences(methods: Sequence[Method]) -> dict[str, dict[str, str]]:
     firsts = {method.name: method.first for method in methods}
     found = {}
     for key in dict.fromkeys(key for result in firsts.values() for key in result.shown):
-        having = {name: r for name, r in firsts.items() if key in r.shown}
-        texts = {name: as_text(r.shown[key]) for name, r in having.items()}
-        hashes = {name: r.hashes[key] for name, r in having.items() if key in r.hashes}
+        texts = {name: as_text(r.shown[key]) for name, r in firsts.items() if key in r.shown}
+        hashes = {name: firsts[name].hashes[key] for name in texts if key in firsts[name].hashes}
         if known := len(hashes) == len(texts):
             texts = {name: f"{text} ({hashes[name][:8]})" for name, text in texts.items()}
         if len({*(hashes if known else texts).values()}) > 1:
             found[key] = texts
     names = [result.results["method"] for result in firsts.values()]
     several = {n: str(r.path) for n, r in firsts.items() if names.count(r.results["method"]) > 1}
-    return found | ({"file": several} if several else {})
+    # Not of the identity, but a difference of one run each may be one of luck.
+    seeds = {m.name: ", ".join(map(str, m.seeds)) for m in methods if "train_data" in m.first.shown}
+    more = {"training seed": seeds, "file": several}
+    return found | {key: texts for key, texts in more.items() if len({*texts.values()}) > 1}
 
 
 def as_text(value: object) -> str:

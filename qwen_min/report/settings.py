@@ -7,9 +7,8 @@ from qwen_min.prompt import parse_labels
 # Arguments that change no prediction: names of outputs, and what is measured besides.
 NEUTRAL = {"method", "seed", "run", "output", "predictions", "changed", "resume", "export"}
 NEUTRAL |= {"merge", "feature_cache", "train_data", "calibrate", "explain", "label_sets"}
-NEUTRAL |= {"errors", "explain_row"}
-# Which rows are read: these have a hash.
-NEUTRAL |= {"data", "limit", "encoding", "text_column", "label_column"}
+# And which rows are read: these have a hash.
+NEUTRAL |= {"errors", "explain_row", "data", "limit", "encoding", "text_column", "label_column"}
 # Arguments of the LoRA methods, which head_only records and ignores.
 IGNORED = {"lora_targets", "train_embeddings", "r", "alpha", "rslora", "dropout", "epochs", "lr"}
 IGNORED |= {"warmup", "batch_size", "clip", "eval_every", "save_every", "checkpointing"}
@@ -62,9 +61,10 @@ def identify(results: dict, training: dict) -> tuple[dict, dict, dict]:
     identity = {name: hashes.get(name, v) for name, v in given.items()} | {"method": method}
     if "truncated_rows" in results:  # older versions counted neither
         shown["texts shortened"] = results["truncated_rows"]
-    n, clean = results["n"], results.get("clean") or {}
-    if method.startswith("zero_shot") or "n" in clean:
-        shown["rows seen in training"] = 0 if method.startswith("zero_shot") else n - clean["n"]
+    # What a base was made from is not known, unless it brings the hashes of these texts.
+    clean, fed = results.get("clean") or {}, results.get("fed_rows") or None
+    if (seen := results["n"] - clean["n"] if "n" in clean else fed) is not None:
+        shown["rows seen in training"] = seen
     return shown, hashes, identity
 
 
