@@ -39,8 +39,7 @@ def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -
     """
     directory, (fonts, drawable) = Path(directory), find_fonts()
     words = "".join(word for method in methods for word in (method.name, *method.classes))
-    if missing := "".join(dict.fromkeys(char for char in words if ord(char) not in drawable)):
-        print(NO_FONT.format(missing, matplotlib.get_cachedir()), file=sys.stderr)
+    missing = "".join(dict.fromkeys(char for char in words if ord(char) not in drawable))
     methods = [method._replace(name=readable(method.name, drawable)) for method in methods]
 
     pictures: dict[str, Figure] = {}
@@ -67,6 +66,8 @@ def draw(methods: Sequence[Method], directory: str | Path, inputs: Paths = ()) -
         for name, figure in pictures.items():
             figure.savefig(drawn := io.BytesIO(), dpi=DPI)
             write_atomically(directory / name, drawn.getvalue(), "make room or name another one")
+    if missing:  # said last: an error is one line
+        print(NO_FONT.format(missing, matplotlib.get_cachedir()), file=sys.stderr)
     return [directory / name for name in pictures]
 
 
