@@ -136,8 +136,8 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
             place = job.places[job.held_out[error.rows[0]]]
             raise TrainingFailed(f"the held-out row of {place}: {error}") from None
         model.train()
-        log_p, right = log_loss(true, scores, job.weights), scores.argmax(axis=1) == true
-        return {"held_out_log_loss": log_p, "held_out_accuracy": float(right.mean())}
+        found, right = log_loss(true, scores, job.weights), scores.argmax(axis=1) == true
+        return {"held_out_log_loss": found, "held_out_accuracy": float(right.mean())}
 
     def loss(rows: list[int]) -> Tensor:
         chosen = [prompts[i] for i in rows], [labels[i] for i in rows]

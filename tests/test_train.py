@@ -974,6 +974,17 @@ def test_a_result_that_is_not_the_runs_is_refused(
     assert evaluate.main(evaluation) == 0
 
 
+@pytest.mark.parametrize("name", ["head.safetensors", "adapter", "adapter/x", "run.json", "link"])
+def test_features_stay_out_of_a_runs_own_files(name, base, data, tmp_path, capsys):
+    (tmp_path / "link").symlink_to("run/adapter")
+    cache = tmp_path / name if name == "link" else tmp_path / "run" / name
+    args = arguments("head_only", base, data, tmp_path / "run", "--feature-cache", cache)
+    assert "a run writes there" in one_line(capsys, 2, *args)
+    assert not (tmp_path / "run").exists()
+    args[-1] = str(tmp_path / "run" / "features-2")
+    assert train.main(args) == 0
+
+
 def test_features_stay_out_of_the_model(base, data, tmp_path, capsys):
     shutil.copytree(base, tmp_path / "base")
     args = arguments("head_only", tmp_path / "base", data, tmp_path / "run")

@@ -8,6 +8,7 @@ from pathlib import Path
 from qwen_min.command.cli import option, positive_int
 from qwen_min.errors import UserError
 from qwen_min.files.record import read_whole_run
+from qwen_min.files.run import EVALUATED, WRITTEN
 from qwen_min.files.weights import DTYPES
 from qwen_min.head import POOLINGS
 from qwen_min.prompt import DEFAULT_LABELS, DEFAULT_MAX_TEXT_TOKENS, DEFAULT_TEMPLATE
@@ -195,7 +196,12 @@ def check_training(args: argparse.Namespace) -> dict | None:
     method, nothing = args.method, args.lora_targets == "none" and not args.train_embeddings
     words, probe = method == "lora_label_scoring", method == "head_only"
     both, exists = args.plain and args.checkpointing, args.export and os.path.lexists(args.export)
+    places = (os.path.realpath(place or "") for place in (args.feature_cache, args.output))
+    part = os.path.relpath(*places).split(os.sep)[0].lower()  # of the run: where features would go
+    taken = part in {*WRITTEN} - {"features"} or part.startswith(EVALUATED)
+    taken &= bool(args.feature_cache)
     refusals = {
+        f"--feature-cache {args.feature_cache}: a run writes there; leave it out": taken,
         "--export: head_only's head has a bias, transformers' classifier of Qwen has none; train "
         "lora_head, with --lora-targets none to keep the base as it is": probe and args.export,
         "--lora-targets none leaves nothing to train; choose attention or all": words and nothing,

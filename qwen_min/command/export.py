@@ -29,7 +29,7 @@ def export(source: Source, run: Path) -> int:
     given += ["--chat"] * args.chat + [f"--max-text-tokens {args.max_text_tokens}"]
     use = f"a causal language model; here it is used with {' '.join(given)}"
     if (dtype := dtype_name(model)) != "float32":
-        use += f" (rounded to {dtype}: scores differ a little; with --dtype float32 they are equal)"
+        use += f" (rounded to {dtype}, so scores differ a little; not after training in float32)"
     if head is not None:
         # transformers pools at the last token that is not this one, which fills up a batch.
         ends = task.whole_template().endswith

@@ -26,8 +26,8 @@ def generate_answers(
 ) -> list[list[int] | None]:
     """The new token ids of each prompt, as `greedy`. batch_tokens bounds the tokens of one batch.
 
-    A text that has ended leaves its batch. `progress` is called with the
-    prompts' tokens that are finished.
+    A text that has ended leaves its batch. `progress` is called with the prompts' tokens that are
+    finished.
     """
     answers: list[list[int] | None] = [[] for _ in prompts]
     # The cache also holds the answer.
