@@ -277,9 +277,19 @@ def test_a_closed_standard_output_does_not_stop_the_work(monkeypatch):
     assert status_of(lambda args: print("a") or 0) == 0
 
 
+def start_thread_without_room():
+    """A thread's stack has no room: what Python then raises, with its words."""
+    raise RuntimeError("can't start new thread")
+
+
 @pytest.mark.parametrize(
     "make",
-    [lambda: torch.empty(2**50), lambda: torch.empty(2**62, 2**62), lambda: bytearray(2**62)],
+    [
+        lambda: torch.empty(2**50),
+        lambda: torch.empty(2**62, 2**62),
+        lambda: bytearray(2**62),
+        start_thread_without_room,
+    ],
 )
 def test_out_of_memory_names_the_sizes_to_lower(make, capsys):
     args = argparse.Namespace(batch_tokens=10**15, r=8, max_text_tokens=256)

@@ -112,7 +112,7 @@ def test_a_size_that_no_memory_holds_is_named(tree, monkeypatch):
         heads, rows = (case / "train.tsv").read_text(encoding="utf-8").split("\n", 1)
         (case / "many.tsv").write_text(f"{heads}\n{rows * 1000}", encoding="utf-8")
         status, out, err = fuzz.forked([*fuzz.TRAIN[1], *sizes], case)
-    assert status == 2 and fuzz.verdict(status, out, err)[0] == "refused"
+    assert status == 2 and fuzz.verdict(status, out, err)[0] == "refused", err
     assert "out of memory" in err and "--batch-tokens" in err
 
 

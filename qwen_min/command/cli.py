@@ -13,7 +13,7 @@ from typing import NoReturn, TextIO
 from qwen_min.command.terminal import SafeStream, one_line
 from qwen_min.errors import UserError
 
-OUT_OF_MEMORY = "out of memory|can't allocate memory|Storage size calculation overflowed"
+OUT_OF_MEMORY = "out of memory|can't (allocate memory|start new thread)|Storage size .* overflowed"
 SIZES = ("batch_tokens", "batch_size", "max_text_tokens", "r")  # arguments that memory grows with
 
 
