@@ -3,20 +3,23 @@
 import json
 import math
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from qwen_min.errors import UserError
 
-# Qwen1.5, Qwen2 and Qwen2.5 all declare "qwen2": their structure is the same.
-MODEL_TYPES = ("qwen2", "qwen3")
+# Qwen1.5, Qwen2 and Qwen2.5 all declare "qwen2": their structure is the same. Qwen3.5, 3.6 and 3.8
+# are released with images, as a "qwen3_5" whose text_config holds the fields of its text model.
+QWEN3_5, WITH_IMAGES = "qwen3_5_text", "qwen3_5"
+MODEL_TYPES = ("qwen2", "qwen3", QWEN3_5)
+LINEAR, FULL = "linear_attention", "full_attention"  # the layer_types that are computed here
 NAMES = ("float32", "bfloat16", "float16")
 # Fields that change what the reference computes: the values that are computed here, and advice.
 COMPUTED = {
     "hidden_act": (("silu", "swish"), "use a checkpoint with SiLU"),  # two names of one function
     # False and null: tokens also see what comes after them.
     "is_causal": ((True,), "attention is causal here; use a causal language model"),
-    "partial_rotary_factor": ((1, None), "RoPE rotates whole heads here; use such a checkpoint"),
+    "attn_output_gate": ((True, None), "its attention has a gate here; use such a checkpoint"),
     "per_layer_config": ((None, {}), "all layers are alike here; use such a checkpoint"),
     "num_experts": ((None, 0), "mixture of experts is not supported; use a dense Qwen"),
     "num_local_experts": ((None, 0), "mixture of experts is not supported; use a dense Qwen"),
@@ -54,11 +57,18 @@ class QwenConfig:
     @property
     def has_qk_norm(self) -> bool:
         """Whether queries and keys go through an RMSNorm over Dh before the rotation (Qwen3)."""
-        return self.model_type == "qwen3"
+        return self.model_type != "qwen2"
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many components of each query and key RoPE rotates: all Dh."""
+        return self.head_dim
+
+    conv_channels = 0  # only Qwen3.5 has a convolution
 
     @classmethod
     def from_json(cls, path: str | Path) -> "QwenConfig":
-        """Read config.json as written by transformers 4 or 5.
+        """Read config.json as written by transformers 4 or 5; a `Qwen3_5Config` for Qwen3.5.
 
         Raises UserError for a missing or malformed file, a missing field, an impossible value, and
         every feature that would load and then give wrong numbers: those in COMPUTED, another
@@ -77,73 +87,140 @@ class QwenConfig:
             raise UserError(f"{path}: cannot be read as JSON ({error}); fetch it again") from None
         if not isinstance(raw, dict):
             raise UserError(f"{path}: holds {type(raw).__name__}, expected a JSON object")
+        raw = text_fields(raw)
         if reason := _unsupported(raw):
             raise UserError(f"{path}: {reason}")
-
-        def field(key: str) -> float:
-            kind = cls.__annotations__[key]
-            value = raw.get(key, getattr(cls, key, None))
-            if kind is float and type(value) is int and abs(value) < 2**63:
-                value = float(value)
-            # Python's json also accepts Infinity and NaN as numbers.
-            limit, bound = (2**31, " below 2^31") if kind is int else (math.inf, "")
-            if type(value) is not kind or not (kind is bool or 0 < value < limit):
-                expected = "true or false" if kind is bool else f"a positive {kind.__name__}{bound}"
-                raise UserError(f"{path}: {key} is {reprlib.repr(value)}, expected {expected}")
-            return value
-
         if raw.get("num_key_value_heads", 32) is None:  # as in the reference: one for each head
             raw["num_key_value_heads"] = raw.get("num_attention_heads")
         raw = {key: value for key, value in raw.items() if value is not None}
-        is_qwen3 = raw["model_type"] == "qwen3"
-        if not is_qwen3:  # it has the bias without declaring it
+        model_type = raw["model_type"]
+        kind = Qwen3_5Config if model_type == QWEN3_5 else QwenConfig
+        types = {f.name: f.type for f in fields(kind) if f.type in (int, float, bool)}
+
+        def field(key: str) -> float:
+            value = raw.get(key, getattr(kind, key, None))
+            if types[key] is float and type(value) is int and abs(value) < 2**63:
+                value = float(value)
+            # Python's json also accepts Infinity and NaN as numbers.
+            whole = types[key] is int
+            limit, bound = (2**31, " below 2^31") if whole else (math.inf, "")
+            if type(value) is not types[key] or not (types[key] is bool or 0 < value < limit):
+                expected = f"a positive {types[key].__name__}{bound}"
+                expected = "true or false" if types[key] is bool else expected
+                raise UserError(f"{path}: {key} is {reprlib.repr(value)}, expected {expected}")
+            return value
+
+        if model_type == "qwen2":  # it has the bias without declaring it
             raw["attention_bias"] = True
-        # As in the reference: Qwen3's default is 128, whatever D / H is.
-        usual = 128 if is_qwen3 else field("hidden_size") // field("num_attention_heads")
-        raw.setdefault("head_dim", usual)
-        # As in the reference: rope_scaling replaces rope_parameters, and the rope_theta in either
-        # takes precedence over the top-level one.
-        nested = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        raw["rope_theta"] = nested.get("rope_theta", raw.get("rope_theta"))
-        heads, kv_heads = field("num_attention_heads"), field("num_key_value_heads")
-        if heads % kv_heads:
-            raise UserError(f"{path}: num_key_value_heads {kv_heads} does not divide {heads} heads")
-        if field("head_dim") % 2:
-            raise UserError(f"{path}: head_dim {raw['head_dim']} is odd; RoPE rotates pairs")
-        widest = max(heads * field("head_dim"), field("intermediate_size"), field("vocab_size"))
-        if widest * field("hidden_size") >= 2**48:  # the size of a matrix is an int64, in bytes
-            raise UserError(f"{path}: a matrix of {widest} rows is too large; check its sizes")
-        checked = [key for key, kind in cls.__annotations__.items() if kind in (int, float, bool)]
-        fields = {key: field(key) for key in checked}
+            raw.setdefault("head_dim", field("hidden_size") // field("num_attention_heads"))
+        if model_type == "qwen3":  # as in the reference, whatever D / H is
+            raw.setdefault("head_dim", 128)
+        # As in the reference: rope_scaling replaces rope_parameters, and what either says takes
+        # precedence over the top level.
+        raw |= raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        found = {key: field(key) for key in types}
+        groups = [("num_attention_heads", "num_key_value_heads")]
+        if kind is Qwen3_5Config:
+            found["layer_types"] = _layer_types(path, raw)
+            groups.append(("linear_num_value_heads", "linear_num_key_heads"))
+        for many, few in groups:
+            if found[many] % found[few]:
+                problem = f"{few} {found[few]} does not divide {found[many]} heads"
+                raise UserError(f"{path}: {problem}")
         dtype = raw.get("dtype") or raw.get("torch_dtype")
-        return cls(model_type=raw["model_type"], torch_dtype=dtype, **fields)
+        config = kind(model_type=model_type, torch_dtype=dtype, **found)
+        if (part := config.rotary_dim) % 2 or not 0 < part <= config.head_dim:
+            what = f"head_dim {config.head_dim}, of which RoPE would rotate {part}"
+            raise UserError(f"{path}: {what}; expected an even number, as it rotates pairs")
+        widest = 2 * config.num_attention_heads * config.head_dim
+        widest = max(widest, config.intermediate_size, config.vocab_size, config.conv_channels)
+        if widest * config.hidden_size >= 2**48:  # the size of a matrix is an int64, in bytes
+            raise UserError(f"{path}: a matrix of {widest} rows is too large; check its sizes")
+        return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3_5Config(QwenConfig):
+    """Qwen3.5 has the gated delta rule in most layers, and in the others attention with a gate."""
+
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    partial_rotary_factor: float = 0.25  # of each head's components, the first ones, RoPE rotates
+    layer_types: tuple[str, ...]  # of each layer: LINEAR, the gated delta rule, or FULL
+    linear_num_key_heads: int = 16  # Hk
+    linear_num_value_heads: int = 32  # Hv; Hv / Hk value heads share one key head
+    linear_key_head_dim: int = 128  # dk
+    linear_value_head_dim: int = 128  # dv
+    linear_conv_kernel_dim: int = 4  # tokens that the convolution sees
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many components of each query and key RoPE rotates: the first of Dh."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of a linear layer's convolution: those of its queries, keys and values."""
+        keys = self.linear_num_key_heads * self.linear_key_head_dim
+        return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
+
+
+def text_fields(raw: dict) -> dict:
+    """The fields of the text model: config.json itself or, if it also describes images, a part.
+
+    That part is not always whole: tie_word_embeddings, for example, may stand outside.
+    """
+    if raw.get("model_type") != WITH_IMAGES or not isinstance(raw.get("text_config"), dict):
+        return raw
+    kept = (*COMPUTED, "tie_word_embeddings")
+    outside = {key: value for key, value in raw.items() if key in kept}
+    return outside | {"model_type": QWEN3_5} | raw["text_config"]
+
+
+def _layer_types(path: Path, raw: dict) -> tuple[str, ...]:
+    """Of each layer, LINEAR or FULL; without the field, as in the reference, every fourth FULL."""
+    layers, every = raw["num_hidden_layers"], raw.get("full_attention_interval", 4)
+    kinds = raw.get("layer_types")
+    if kinds is None and type(every) is int and every > 0 and layers < 2**16:
+        kinds = [LINEAR if (i + 1) % every else FULL for i in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or {*map(str, kinds)} - {LINEAR, FULL}:
+        found = f"layer_types is {reprlib.repr(raw.get('layer_types'))}"
+        found += f", full_attention_interval {reprlib.repr(every)}"
+        raise UserError(f"{path}: {found}; expected {LINEAR} or {FULL} for each of {layers} layers")
+    return tuple(kinds)
 
 
 def _unsupported(raw: dict) -> str | None:
     """The first feature that the forward pass would compute wrongly, and what to do about it."""
     found = raw.get("model_type")
     if found not in MODEL_TYPES:
-        found = f"model_type is {reprlib.repr(found)}, expected qwen2 or qwen3"
-        return f"{found}; choose a dense Qwen1.5 to Qwen3"
+        found = f"model_type is {reprlib.repr(found)}, expected qwen2, qwen3 or qwen3_5"
+        return f"{found}; choose a dense Qwen1.5 to Qwen3.8"
     for key, (values, advice) in COMPUTED.items():
         if key in raw and raw[key] not in values:
             found, expected = reprlib.repr(raw[key]), " or ".join(map(repr, values))
             return f"{key} is {found}, expected {expected}; {advice}"
+    partial = found == QWEN3_5
     for key in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5; a file may hold both
         rope = raw.get(key) or {}
         # With this key the values are one level down, one set for each type of layer.
-        plain = isinstance(rope, dict) and "full_attention" not in rope
+        plain = isinstance(rope, dict) and FULL not in rope
         # rope_type is the newer name of type. Versions of the reference differ in which one counts.
         plain = plain and all(rope.get(k) in (None, "default") for k in ("rope_type", "type"))
-        if not plain or rope.get("partial_rotary_factor") not in (1, None):
+        if not plain or not (partial or rope.get("partial_rotary_factor") in (1, None)):
             found = f"{key} is {reprlib.repr(rope)}"
             return f"{found}; scaled RoPE is not supported, use the default RoPE"
+    if partial:
+        return None
+    if (part := raw.get("partial_rotary_factor")) not in (1, None):
+        found = f"partial_rotary_factor is {reprlib.repr(part)}, expected 1"
+        return f"{found}; RoPE rotates whole heads here; use such a checkpoint"
     # As in the reference: layer_types, where it is given, names each layer. Otherwise there is a
     # window where use_sliding_window and sliding_window ask for it, from max_window_layers on.
     first, layers = raw.get("max_window_layers"), raw.get("num_hidden_layers")
     if (kinds := raw.get("layer_types")) is not None:
         full = isinstance(kinds, list) and len(kinds) == layers
-        full = full and all(kind == "full_attention" for kind in kinds)
+        full = full and all(kind == FULL for kind in kinds)
     else:
         no_layer = isinstance(first, int) and isinstance(layers, int) and first >= layers
         window = raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None

@@ -14,12 +14,16 @@ token sees itself and the tokens before it. The main differences from that paper
 - The MLP has a gate.
 - No dropout. Qwen2 has biases on q, k and v only; Qwen3 normally has none, but normalises q and k.
 
+Qwen3.5 is built from other parts, described behind `DecoderLayer`: to follow Qwen2 or Qwen3, go on
+at `QwenModel` there. Three of four layers have no attention; delta_rule.py has what they have.
+
 This file is the definition, each computation once. If you change it, run the commands with
 `--plain`: by default they run `qwen_min/fast/`, a faster form that these classes do not know.
 
 Attribute names are the tensor names in the checkpoint (`model.layers.0.self_attn.q_proj.weight`),
-so loading needs no map of names. The numbers equal those of transformers' `modeling_qwen2.py` and
-`modeling_qwen3.py` with eager attention, including the casts between dtypes, marked `# dtype:`.
+so loading needs no map of names. The numbers equal those of transformers' `modeling_qwen2.py`,
+`modeling_qwen3.py` and `modeling_qwen3_5.py` with eager attention, including the casts between
+dtypes, marked `# dtype:`.
 
 Shapes, with the sizes of Qwen2.5-0.5B (24 layers):
     B batch                   T tokens of one text              D hidden_size 896
@@ -31,7 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_min.config import QwenConfig
+from qwen_min.config import LINEAR, Qwen3_5Config, QwenConfig
+from qwen_min.delta_rule import GatedDeltaNet
 
 
 class RMSNorm(nn.Module):
@@ -54,16 +59,17 @@ class RMSNorm(nn.Module):
         return self.weight * h.to(x.dtype)
 
 
-def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_cos_sin(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles (Su et al. 2021, arXiv:2104.09864).
 
     positions (T,) → two fp32 tensors (T, 1, Dh); the 1 broadcasts over the heads. Pair i turns by
-    position · theta^(-2i/Dh): the first pairs turn fast, the last ones very slowly.
+    position · theta^(-2i/Dh): the first pairs turn fast, the last ones very slowly. Dh is
+    rotary_dim, which is head_dim except in Qwen3.5.
     """
     # dtype: angles in fp32 even in a bf16 model, since bf16 cannot tell position 257 from 256.
     # Their cos and sin are at most 1 and may be rounded afterwards.
-    two_i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequency = 1.0 / theta ** (two_i / head_dim)  # (Dh/2,), radians per position
+    two_i = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = 1.0 / theta ** (two_i / rotary_dim)  # (Dh/2,), radians per position
     angles = positions.float()[:, None] * frequency  # (T, Dh/2)
     # Twice: components i and i + Dh/2 form pair i and turn by the same angle.
     angles = torch.cat([angles, angles], dim=-1)[:, None, :]  # (T, 1, Dh)
@@ -112,20 +118,25 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
 
-        # With H = 14 and K = 2: query heads 0 … 6 read key/value head 0, heads 7 … 13 head 1.
-        group = self.heads // self.kv_heads
-        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)  # (B, T, H, Dh)
-        # Heads before tokens, so that @ multiplies (T, Dh) matrices, one per head.
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, Dh)
+        return self.o_proj(attend(q, k, v))
 
-        # Row: query; column: key. Dividing by sqrt(Dh) keeps scores of order 1 whatever Dh is.
-        scores = q @ k.transpose(2, 3) * self.head_dim**-0.5  # (B, H, T, T)
-        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # later keys: True
-        scores = scores.masked_fill(future, -torch.inf)
-        # dtype: softmax in fp32, its result in the activations' dtype.
-        weights = scores.float().softmax(dim=-1).to(q.dtype)
-        out = (weights @ v).transpose(1, 2)  # (B, T, H, Dh)
-        return self.o_proj(out.reshape(B, T, self.heads * self.head_dim))
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / sqrt(Dh)) v: q (B, T, H, Dh), k and v (B, T, K, Dh) → (B, T, H·Dh)."""
+    T, H, Dh = q.shape[1:]
+    # With H = 14 and K = 2: query heads 0 … 6 read key/value head 0, heads 7 … 13 head 1.
+    group = H // k.shape[2]
+    k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)  # (B, T, H, Dh)
+    # Heads before tokens, so that @ multiplies (T, Dh) matrices, one per head.
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, Dh)
+
+    # Row: query; column: key. Dividing by sqrt(Dh) keeps scores of order 1 whatever Dh is.
+    scores = q @ k.transpose(2, 3) * Dh**-0.5  # (B, H, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)  # later keys: True
+    scores = scores.masked_fill(future, -torch.inf)
+    # dtype: softmax in fp32, its result in the activations' dtype.
+    weights = scores.float().softmax(dim=-1).to(q.dtype)
+    return (weights @ v).transpose(1, 2).flatten(2)  # (B, T, H·Dh)
 
 
 class MLP(nn.Module):
@@ -164,6 +175,69 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+# Qwen3.5: its layers have the parts above with small changes, and most have no attention.
+
+
+class ZeroCenteredRMSNorm(RMSNorm):
+    """x / sqrt(mean(x²) + eps) · (1 + weight): a weight of 0 leaves x normalised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # dtype: all in fp32, cast after the weight.
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return (h * (1 + self.weight.float())).to(x.dtype)
+
+
+class GatedAttention(Attention):
+    """Attention whose output has a gate, and whose queries and keys are rotated in part.
+
+    `q_proj` computes a query and a gate for each head, side by side. Only the first quarter of a
+    head's components is rotated: the others compare content without position.
+    """
+
+    def __init__(self, config: Qwen3_5Config):
+        super().__init__(config)
+        H, Dh = self.heads, self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, H * 2 * Dh, bias=config.attention_bias)
+        self.q_norm = ZeroCenteredRMSNorm(Dh, config.rms_norm_eps)
+        self.k_norm = ZeroCenteredRMSNorm(Dh, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, D), cos and sin of the positions (T, 1, rotary_dim) → (B, T, D)."""
+        B, T, _ = x.shape
+        q, gate = self.q_proj(x).view(B, T, self.heads, 2 * self.head_dim).chunk(2, dim=-1)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        q, k = rotate_part(self.q_norm(q), cos, sin), rotate_part(self.k_norm(k), cos, sin)
+        return self.o_proj(attend(q, k, v) * gate.flatten(2).sigmoid())
+
+
+def rotate_part(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` for the first components of each head, as many as cos has; the rest stays."""
+    part = cos.shape[-1]
+    return torch.cat([rotate(x[..., :part], cos, sin), x[..., part:]], dim=-1)
+
+
+class Qwen3_5Layer(nn.Module):
+    """x + mixer(norm(x)), then x + MLP(norm(x)). The mixer is attention or the gated delta rule."""
+
+    def __init__(self, config: Qwen3_5Config, layer_type: str):
+        super().__init__()
+        self.input_layernorm = ZeroCenteredRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.is_linear = layer_type == LINEAR
+        if self.is_linear:
+            self.linear_attn = GatedDeltaNet(config)
+        else:
+            self.self_attn = GatedAttention(config)
+        self.post_attention_layernorm = ZeroCenteredRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        h = self.input_layernorm(x)
+        x = x + (self.linear_attn(h) if self.is_linear else self.self_attn(h, cos, sin))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
 class QwenModel(nn.Module):
     """Embedding, decoder layers, final norm: from token ids to hidden states."""
 
@@ -173,8 +247,13 @@ class QwenModel(nn.Module):
         # Empty until a checkpoint is loaded. (To train from nothing, draw all weights first.)
         vectors = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(vectors, freeze=False)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if isinstance(config, Qwen3_5Config):
+            layers = [Qwen3_5Layer(config, layer_type) for layer_type in config.layer_types]
+            self.norm = ZeroCenteredRMSNorm(config.hidden_size, config.rms_norm_eps)
+        else:
+            layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) → hidden states (B, T, D).
@@ -187,7 +266,7 @@ class QwenModel(nn.Module):
     def residual_stream(self, ids: Tensor, layers: int) -> Tensor:
         """ids (B, T) → x (B, T, D) after the first `layers` layers; 0: the embedding."""
         positions = torch.arange(ids.shape[1], device=ids.device)
-        cos, sin = rotary_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rotary_cos_sin(positions, self.config.rotary_dim, self.config.rope_theta)
         x = self.embed_tokens(ids)  # (B, T, D)
         for layer in self.layers[:layers]:
             x = layer(x, cos, sin)

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3_5TextConfig, Qwen3Config
 
 # A shell starts background jobs with Ctrl-C ignored, and children inherit that; tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -78,6 +78,23 @@ def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+def redraw_qwen3_5(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every parameter again, with a standard deviation of 0.1: norms around 0, which Qwen3.5 adds
+    1 to, except those of the gated delta rule. Heads forget half of their state in 1 to 100 tokens.
+
+    With 0.3, rounding in fp32 moves the logits of 8 layers by 1e-3, here and in the reference.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("A_log"):
+                parameter.copy_(torch.linspace(-5, 0, len(noise)) + 0.1 * noise)
+            else:
+                parameter.copy_((name.endswith("linear_attn.norm.weight")) + 0.1 * noise)
+    return model
+
+
 def make_reference(
     directory: Path, kind: str = "qwen2", tied: bool = True, shard: str = "5GB", **changes
 ) -> torch.nn.Module:
@@ -94,10 +111,14 @@ def make_reference(
         "tie_word_embeddings": tied,
         "attn_implementation": "eager",
     }
-    if kind == "qwen3":
+    kinds = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen3_5": Qwen3_5TextConfig}
+    if kind != "qwen2":
         fields["head_dim"] = 16  # H · Dh = 64, not D = 32
-    config = (Qwen3Config if kind == "qwen3" else Qwen2Config)(**(fields | changes))
-    model = redraw(AutoModelForCausalLM.from_config(config)).eval()
+    if kind == "qwen3_5":
+        fields |= {"num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        fields |= {"linear_key_head_dim": 8, "linear_value_head_dim": 12}
+    model = AutoModelForCausalLM.from_config(kinds[kind](**(fields | changes)))
+    model = (redraw_qwen3_5 if kind == "qwen3_5" else redraw)(model).eval()
     model.save_pretrained(directory, max_shard_size=shard)
     make_tokenizer(directory)
     return model

@@ -90,7 +90,7 @@ def pack(
         before = torch.ones(T, start, dtype=torch.bool)
         masks.append(torch.cat([before, own], dim=1).to(device))
     config, ids = model.config, [token for text in texts for token in text.ids]
-    cos, sin = rotary_cos_sin(torch.cat(positions).to(device), config.head_dim, config.rope_theta)
+    cos, sin = rotary_cos_sin(torch.cat(positions).to(device), config.rotary_dim, config.rope_theta)
     lengths = [len(text.ids) for text in texts]
     asked = [n if t.queries is None else t.queries for t, n in zip(texts, lengths, strict=True)]
     ids = torch.tensor(ids, device=device)

@@ -23,6 +23,9 @@ from qwen_min.model import Qwen
 AGAIN = "fetch it again"
 FIT = "take config.json and unquantised weights from one checkpoint"
 EMBEDDING, HEAD, CLASSIFIER = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
+# Released files of Qwen3.5 have these two in fp32 and all else in bf16: rounding them would change
+# how fast a head forgets. They stay in fp32 in every dtype.
+FLOAT32 = (".linear_attn.A_log", ".linear_attn.norm.weight")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,7 +50,7 @@ def load_model(directory: str | Path, dtype: str = "auto", device: str = "cpu") 
         model = Qwen(config)
     head = tensors.pop(HEAD, None) if config.tie_word_embeddings else None
     _check(tensors, model.state_dict(), directory)
-    own, *others = {tensor.dtype for tensor in tensors.values()}
+    own, *others = {t.dtype for name, t in tensors.items() if not name.endswith(FLOAT32)}
     own = torch.float32 if others else own
     wanted = DTYPES.get(config.torch_dtype, own) if dtype == "auto" else DTYPES[dtype]
     # As in the reference: some tied checkpoints store the head as well, but another one counts.
@@ -55,7 +58,10 @@ def load_model(directory: str | Path, dtype: str = "auto", device: str = "cpu") 
         problem = f"tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}"
         advice = "if a head was trained or merged, make it false in config.json"
         raise UserError(f"{directory}: {problem}; {advice}")
-    weights = {name: tensor.to(device, wanted) for name, tensor in tensors.items()}
+    weights = {
+        name: tensor.to(device, torch.float32 if name.endswith(FLOAT32) else wanted)
+        for name, tensor in tensors.items()
+    }
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()
 
