@@ -19,7 +19,6 @@ COMPUTED = {
     "hidden_act": (("silu", "swish"), "use a checkpoint with SiLU"),  # two names of one function
     # False and null: tokens also see what comes after them.
     "is_causal": ((True,), "attention is causal here; use a causal language model"),
-    "attn_output_gate": ((True, None), "its attention has a gate here; use such a checkpoint"),
     "per_layer_config": ((None, {}), "all layers are alike here; use such a checkpoint"),
     "num_experts": ((None, 0), "mixture of experts is not supported; use a dense Qwen"),
     "num_local_experts": ((None, 0), "mixture of experts is not supported; use a dense Qwen"),
@@ -64,8 +63,6 @@ class QwenConfig:
         """How many components of each query and key RoPE rotates: all Dh."""
         return self.head_dim
 
-    conv_channels = 0  # only Qwen3.5 has a convolution
-
     @classmethod
     def from_json(cls, path: str | Path) -> "QwenConfig":
         """Read config.json as written by transformers 4 or 5; a `Qwen3_5Config` for Qwen3.5.
@@ -92,7 +89,9 @@ class QwenConfig:
             raise UserError(f"{path}: {reason}")
         if raw.get("num_key_value_heads", 32) is None:  # as in the reference: one for each head
             raw["num_key_value_heads"] = raw.get("num_attention_heads")
-        raw = {key: value for key, value in raw.items() if value is not None}
+        # Null means the default. The other one is refused: the reference would rotate whole heads.
+        other = "partial_rotary_factor"
+        raw = {key: value for key, value in raw.items() if value is not None or key == other}
         model_type = raw["model_type"]
         kind = Qwen3_5Config if model_type == QWEN3_5 else QwenConfig
         types = {f.name: f.type for f in fields(kind) if f.type in (int, float, bool)}
@@ -130,10 +129,12 @@ class QwenConfig:
         dtype = raw.get("dtype") or raw.get("torch_dtype")
         config = kind(model_type=model_type, torch_dtype=dtype, **found)
         if (part := config.rotary_dim) % 2 or not 0 < part <= config.head_dim:
-            what = f"head_dim {config.head_dim}, of which RoPE would rotate {part}"
-            raise UserError(f"{path}: {what}; expected an even number, as it rotates pairs")
-        widest = 2 * config.num_attention_heads * config.head_dim
-        widest = max(widest, config.intermediate_size, config.vocab_size, config.conv_channels)
+            found = f"head_dim is {config.head_dim}, and RoPE would rotate {part} of it"
+            raise UserError(f"{path}: {found}: none, too many or odd, but it rotates pairs")
+        widest = config.num_attention_heads * config.head_dim
+        widest = max(widest, config.intermediate_size, config.vocab_size)
+        if kind is Qwen3_5Config:
+            widest = max(2 * widest, config.conv_channels * config.linear_conv_kernel_dim)
         if widest * config.hidden_size >= 2**48:  # the size of a matrix is an int64, in bytes
             raise UserError(f"{path}: a matrix of {widest} rows is too large; check its sizes")
         return config
@@ -170,11 +171,12 @@ def text_fields(raw: dict) -> dict:
 
     That part is not always whole: tie_word_embeddings, for example, may stand outside.
     """
-    if raw.get("model_type") != WITH_IMAGES or not isinstance(raw.get("text_config"), dict):
+    if raw.get("model_type") != WITH_IMAGES:
         return raw
+    text = raw.get("text_config")
     kept = (*COMPUTED, "tie_word_embeddings")
     outside = {key: value for key, value in raw.items() if key in kept}
-    return outside | {"model_type": QWEN3_5} | raw["text_config"]
+    return outside | {"model_type": QWEN3_5} | (text if isinstance(text, dict) else {})
 
 
 def _layer_types(path: Path, raw: dict) -> tuple[str, ...]:
@@ -200,21 +202,21 @@ def _unsupported(raw: dict) -> str | None:
         if key in raw and raw[key] not in values:
             found, expected = reprlib.repr(raw[key]), " or ".join(map(repr, values))
             return f"{key} is {found}, expected {expected}; {advice}"
-    partial = found == QWEN3_5
     for key in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5; a file may hold both
         rope = raw.get(key) or {}
         # With this key the values are one level down, one set for each type of layer.
         plain = isinstance(rope, dict) and FULL not in rope
         # rope_type is the newer name of type. Versions of the reference differ in which one counts.
         plain = plain and all(rope.get(k) in (None, "default") for k in ("rope_type", "type"))
-        if not plain or not (partial or rope.get("partial_rotary_factor") in (1, None)):
+        if not plain:
             found = f"{key} is {reprlib.repr(rope)}"
             return f"{found}; scaled RoPE is not supported, use the default RoPE"
-    if partial:
+    if raw["model_type"] == QWEN3_5:
         return None
-    if (part := raw.get("partial_rotary_factor")) not in (1, None):
-        found = f"partial_rotary_factor is {reprlib.repr(part)}, expected 1"
-        return f"{found}; RoPE rotates whole heads here; use such a checkpoint"
+    for place in filter(None, (raw, raw.get("rope_scaling"), raw.get("rope_parameters"))):
+        if (part := place.get("partial_rotary_factor")) not in (1, None):
+            found = f"partial_rotary_factor is {reprlib.repr(part)}, expected 1"
+            return f"{found}; RoPE rotates whole heads here; use such a checkpoint"
     # As in the reference: layer_types, where it is given, names each layer. Otherwise there is a
     # window where use_sliding_window and sliding_window ask for it, from max_window_layers on.
     first, layers = raw.get("max_window_layers"), raw.get("num_hidden_layers")
