@@ -167,7 +167,8 @@ class Qwen3_5Config(QwenConfig):
 
 
 def text_fields(raw: dict) -> dict:
-    """The fields of the text model: config.json itself or, if it also describes images, a part.
+    """The fields of the text model: config.json itself or, if it also describes images, a part, as
+    the config.json of a text-only checkpoint.
 
     That part is not always whole: tie_word_embeddings, for example, may stand outside.
     """
@@ -176,7 +177,8 @@ def text_fields(raw: dict) -> dict:
     text = raw.get("text_config")
     kept = (*COMPUTED, "tie_word_embeddings")
     outside = {key: value for key, value in raw.items() if key in kept}
-    return outside | {"model_type": QWEN3_5} | (text if isinstance(text, dict) else {})
+    text = {"model_type": QWEN3_5} | (text if isinstance(text, dict) else {})
+    return outside | text | {"architectures": ["Qwen3_5ForCausalLM"]}
 
 
 def _layer_types(path: Path, raw: dict) -> tuple[str, ...]:

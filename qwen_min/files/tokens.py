@@ -34,7 +34,7 @@ def special_tokens(config: dict, model_type: str = "qwen2") -> dict[str, str]:
     model_type is config.json's. For qwen2, transformers ignores the class that the file names.
     """
     kind = str(config.get("tokenizer_class") or "Qwen2Tokenizer")
-    qwen = model_type == "qwen2" or kind.startswith("Qwen2Tokenizer")
+    qwen = model_type == "qwen2" or kind.startswith(("Qwen2Tokenizer", "Qwen3_5Tokenizer"))
     extra = extra if isinstance(extra := config.get("extra_special_tokens"), dict) else {}
     named = (DEFAULTS if qwen else {}) | {n: config[n] for n in config if n.endswith("_token")}
     texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in (named | extra).items()}
