@@ -125,17 +125,20 @@ def make_reference(
     return model
 
 
-def with_images(directory: Path, tied_outside: bool = False) -> None:
+def with_images(
+    directory: Path, dtype: torch.dtype = torch.bfloat16, tied_outside: bool = False
+) -> None:
     """Write a text-only Qwen3.5 again as Qwen3.5 is released: in a model of images and text, in
     bf16, but two kinds of tensors in fp32 with more digits than bf16 has."""
     path = directory / "config.json"
-    text = json.loads(path.read_text()) | {"dtype": "bfloat16"}
+    text = json.loads(path.read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
     del text["architectures"]
     raw = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5"}
     raw |= {"text_config": text, "image_token_id": 500}
     raw["vision_config"] = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16}
-    if tied_outside:
-        raw["tie_word_embeddings"] = text.pop("tie_word_embeddings")
+    raw["tie_word_embeddings"] = text["tie_word_embeddings"]
+    if tied_outside:  # and only there
+        del text["tie_word_embeddings"]
     path.write_text(json.dumps(raw))
     tensors = {
         "model.visual.blocks.0.norm1.weight": torch.ones(16),
@@ -144,7 +147,7 @@ def with_images(directory: Path, tied_outside: bool = False) -> None:
     for name, tensor in load_file(directory / "model.safetensors").items():
         name = name.replace("model.", "model.language_model.", 1)
         fp32 = name.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))
-        tensors[name] = tensor if fp32 else tensor.to(torch.bfloat16)
+        tensors[name] = tensor if fp32 else tensor.to(dtype)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
