@@ -89,9 +89,7 @@ class QwenConfig:
             raise UserError(f"{path}: {reason}")
         if raw.get("num_key_value_heads", 32) is None:  # as in the reference: one for each head
             raw["num_key_value_heads"] = raw.get("num_attention_heads")
-        # Null means the default. The other one is refused: the reference would rotate whole heads.
-        other = "partial_rotary_factor"
-        raw = {key: value for key, value in raw.items() if value is not None or key == other}
+        raw = {key: value for key, value in raw.items() if value is not None}
         model_type = raw["model_type"]
         kind = Qwen3_5Config if model_type == QWEN3_5 else QwenConfig
         types = {f.name: f.type for f in fields(kind) if f.type in (int, float, bool)}
@@ -118,26 +116,26 @@ class QwenConfig:
         # precedence over the top level.
         raw |= raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         found = {key: field(key) for key in types}
-        groups = [("num_attention_heads", "num_key_value_heads")]
         if kind is Qwen3_5Config:
             found["layer_types"] = _layer_types(path, raw)
-            groups.append(("linear_num_value_heads", "linear_num_key_heads"))
-        for many, few in groups:
-            if found[many] % found[few]:
-                problem = f"{few} {found[few]} does not divide {found[many]} heads"
-                raise UserError(f"{path}: {problem}")
         dtype = raw.get("dtype") or raw.get("torch_dtype")
         config = kind(model_type=model_type, torch_dtype=dtype, **found)
-        if (part := config.rotary_dim) % 2 or not 0 < part <= config.head_dim:
-            found = f"head_dim is {config.head_dim}, and RoPE would rotate {part} of it"
-            raise UserError(f"{path}: {found}: none, too many or odd, but it rotates pairs")
-        widest = config.num_attention_heads * config.head_dim
-        widest = max(widest, config.intermediate_size, config.vocab_size)
-        if kind is Qwen3_5Config:
-            widest = max(2 * widest, config.conv_channels * config.linear_conv_kernel_dim)
-        if widest * config.hidden_size >= 2**48:  # the size of a matrix is an int64, in bytes
-            raise UserError(f"{path}: a matrix of {widest} rows is too large; check its sizes")
+        if problem := config.problem():
+            raise UserError(f"{path}: {problem}")
         return config
+
+    def problem(self) -> str | None:
+        """What makes these sizes impossible together, if anything does."""
+        heads, kv_heads, part = self.num_attention_heads, self.num_key_value_heads, self.rotary_dim
+        if heads % kv_heads:
+            return f"num_key_value_heads {kv_heads} does not divide {heads} heads"
+        if part % 2 or not 0 < part <= self.head_dim:
+            found = f"head_dim is {self.head_dim}, and RoPE would rotate {part} of it"
+            return f"{found}: none, too many or odd, but it rotates pairs"
+        widest = max(heads * self.head_dim, self.intermediate_size, self.vocab_size)
+        if widest * self.hidden_size >= 2**48:  # the size of a matrix is an int64, in bytes
+            return f"a matrix of {widest} rows is too large; check its sizes"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +162,16 @@ class Qwen3_5Config(QwenConfig):
         """Channels of a linear layer's convolution: those of its queries, keys and values."""
         keys = self.linear_num_key_heads * self.linear_key_head_dim
         return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
+
+    def problem(self) -> str | None:
+        """What makes these sizes impossible together, if anything does."""
+        key_heads, value_heads = self.linear_num_key_heads, self.linear_num_value_heads
+        if value_heads % key_heads:
+            return f"linear_num_key_heads {key_heads} does not divide {value_heads} value heads"
+        widest = self.conv_channels * max(self.hidden_size, self.linear_conv_kernel_dim)
+        if widest >= 2**48:
+            return f"a matrix of {self.conv_channels} rows is too large; check linear_* sizes"
+        return super().problem()
 
 
 def text_fields(raw: dict) -> dict:
@@ -213,8 +221,10 @@ def _unsupported(raw: dict) -> str | None:
         if not plain:
             found = f"{key} is {reprlib.repr(rope)}"
             return f"{found}; scaled RoPE is not supported, use the default RoPE"
-    if raw["model_type"] == QWEN3_5:
-        return None
+    if raw["model_type"] == QWEN3_5:  # all else that the file may ask for is computed
+        null = "partial_rotary_factor" in raw and raw["partial_rotary_factor"] is None
+        # The reference takes the default where the field is missing, but rotates all if it is null.
+        return "partial_rotary_factor is null; give a number" if null else None
     for place in filter(None, (raw, raw.get("rope_scaling"), raw.get("rope_parameters"))):
         if (part := place.get("partial_rotary_factor")) not in (1, None):
             found = f"partial_rotary_factor is {reprlib.repr(part)}, expected 1"
