@@ -23,7 +23,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PEFT_KEY = "base_model.model.{}.weight"  # of a parameter; A and B are Linears in PEFT
 HEAD_KEY = PEFT_KEY.format("score")
-# Trained on Qwen3.5 with its model of images, an adapter calls the text model's parameters so.
+# How the keys of the text model begin where Qwen3.5 was trained with its model of images.
 WITH_IMAGES = "base_model.model.model.language_model."
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_MODULES = ["classifier", "score"]  # PEFT's names for the head of any SEQ_CLS model
@@ -130,9 +130,8 @@ def load_adapter(directory: str | Path, model: nn.Module) -> tuple[LoRAConfig, T
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise LoRAError(f"{path}: {reason}; expected an adapter's safetensors file") from error
-    if all(
-        key.startswith(WITH_IMAGES) for key in tensors.keys() - {HEAD_KEY}
-    ):  # never some of them
+    # All keys have this form or none: a mixture is refused below.
+    if all(key.startswith(WITH_IMAGES) for key in {*tensors} - {HEAD_KEY}):
         tensors = {key.replace(".language_model.", ".", 1): t for key, t in tensors.items()}
         targets = tuple(target.replace("language_model.", "") for target in config.targets)
         config = replace(config, targets=targets)
