@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from conftest import make_reference, with_images
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5Tokenizer
 
 from qwen_min.errors import UserError
 from qwen_min.files import disk
@@ -794,3 +795,24 @@ def test_a_checkpoint_of_text_alone(released, tmp_path):
     with torch.no_grad():
         expected = reference(IDS).logits
         torch.testing.assert_close(model.logits(model(IDS)), expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "PreTrainedTokenizerFast", None])
+def test_transformers_splits_words_as_the_released_tokenizer_does(released, tmp_path, kind):
+    """With images it ignores the class that the file names; in a text-only checkpoint it obeys."""
+    own, out = tmp_path / "own", tmp_path / "out"
+    shutil.copytree(released, own)
+    tokenizer = json.loads((own / "tokenizer.json").read_text())
+    config = json.loads((own / "tokenizer_config.json").read_text()) | {"tokenizer_class": kind}
+    expected = json.loads(Qwen3_5Tokenizer().backend_tokenizer.to_str())
+    for part in ("normalizer", "pre_tokenizer"):  # accents and vowel signs belong to words
+        tokenizer[part] = expected[part]
+    (own / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (own / "tokenizer_config.json").write_text(json.dumps(config))
+    save_model(load_model(own), own, out)
+    for directory in (own, out):
+        found = AutoTokenizer.from_pretrained(directory)
+        backend = json.loads(found.backend_tokenizer.to_str())
+        for part in ("normalizer", "pre_tokenizer"):
+            assert backend[part] == tokenizer[part], directory
+        assert (found.pad_token, found.eos_token) == ("<|endoftext|>", "<|im_end|>")

@@ -21,7 +21,7 @@ from qwen_min.files.disk import new_directory, read_json, read_regular, read_saf
 from qwen_min.files.hub import FILES, INDEX, NOT_TEXT, SINGLE, read_index
 from qwen_min.model import Qwen
 
-AGAIN = "fetch it again"
+AGAIN, TOKENIZER = "fetch it again", "tokenizer_config.json"
 FIT = "take config.json and unquantised weights from one checkpoint"
 EMBEDDING, HEAD, CLASSIFIER = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
 # Released files of Qwen3.5 have these two in fp32 and all else in bf16: rounding them would change
@@ -146,6 +146,11 @@ def save_model(
         dtype = str(model.lm_head_weight.dtype).removeprefix("torch.")
         # The older name and the newer one.
         config = {"torch_dtype": dtype, "dtype": dtype} | changes.get("config.json", {})
+        if isinstance(model.config, Qwen3_5Config):
+            # Released files name Qwen2's class, which splits words at accents. transformers knows
+            # better where there is a model of images, but not in a text-only checkpoint.
+            kind = {"tokenizer_class": "Qwen3_5Tokenizer"}
+            changes = changes | {TOKENIZER: changes.get(TOKENIZER, {}) | kind}
         for name, fields in (changes | {"config.json": config}).items():
             path = directory / name
             found = read_json(path, "a file of a checkpoint", AGAIN) if path.exists() else {}
