@@ -70,16 +70,16 @@ def test_jsonl(tmp_path):
         ('"很好"', True),
         ('"屏幕太暗\n1\t很好"', True),  # one field of pandas, two rows here
         ('尺寸 15.4"', False),
-        ('"屏幕"太暗', False),
+        ('"屏幕"太暗', True),
         ('他说"好"', False),
-        ('"房间10元', False),
+        ('"房间10元', True),
     ],
 )
 def test_quotes_in_a_tsv_are_read_as_they_are_with_a_note(tmp_path, capsys, field, noted):
     found = read(tmp_path, "a.tsv", f"label\ttext\n0\t差\n1\t{field}\n")
     assert [e.text for e in found] == ["差", *(part for part in field.split("\n1\t"))]
-    note = "found a field in quotes, read as it is: a .tsv has no quoting, each line is a row; if "
-    note = f"note: {tmp_path / 'a.tsv'}, line 3: {note}a program wrote it so, save it as .csv\n"
+    note = "texts that begin with a quote, which is kept: 1 (the first: line 3)"
+    note = f"note: {tmp_path / 'a.tsv'}: {note}\n"
     assert capsys.readouterr().err == note * noted
 
 

@@ -26,13 +26,11 @@ from types import SimpleNamespace
 from qwen_min.command.cli import make_parser, parse_with_given, run_command
 from qwen_min.command.finite import NotFinite
 from qwen_min.command.interface import Classifier, add_classifier_arguments, read_source
-from qwen_min.command.task import Task
 from qwen_min.command.terminal import WIDTH, clipped, columns, one_line, progress_bar, text_table
 from qwen_min.errors import UserError
 from qwen_min.files.data import read_texts
 from qwen_min.files.output import RowFile, open_outputs
 from qwen_min.metrics import softmax
-from qwen_min.prompt import Prompt
 
 Row = tuple[int, str, str, list[float]]  # line, text, label, probability of each class (C,)
 
@@ -71,18 +69,21 @@ def predict(args: argparse.Namespace, given: dict) -> int:
     if args.texts:
         texts = read_texts(args.texts, args.encoding, args.text_column)
     place = "standard input" if args.texts == "-" else args.texts or "--text"
-    # A chunk is read, scored and written together. With prompts of 64 tokens it fills 16 batches:
-    # most are full, of texts of like length, and a slow model loses seconds if it is stopped.
-    parts = chunks(source.task, texts, place, 1 + args.batch_tokens // 4)
-    first = next(parts, None)  # a file that is missing fails before the model is loaded
+    first = next(texts, None)  # a file that is missing fails before the model is loaded
     if not first:
         raise UserError(f"{place}: found no texts; give at least one")
+    texts = chain([first], texts)
     classifier = Classifier.load(source)
     labels, n, shortened, started = classifier.labels, 0, 0, time.perf_counter()
 
     def rows() -> Iterator[Row]:
         nonlocal shortened
-        for numbered, prompts in chain([first], parts):
+        # A chunk is read, scored and written together. With prompts of 64 tokens it fills 16
+        # batches: most are full, of texts of like length, and a slow model that is stopped loses
+        # seconds.
+        while numbered := list(islice(texts, 1 + args.batch_tokens // 4)):
+            places = [f"{place}, line {line}" for line, _ in numbered]
+            prompts = source.task.prompts([text for _, text in numbered], places)
             try:
                 scores = classifier.score_prompts(prompts, bar.update)
             except NotFinite as failure:
@@ -106,16 +107,6 @@ def predict(args: argparse.Namespace, given: dict) -> int:
         if n:
             print(said + most * bool(shortened), file=sys.stderr)
     return 0
-
-
-def chunks(
-    task: Task, texts: Iterable[tuple[int, str]], place: str, size: int
-) -> Iterator[tuple[list[tuple[int, str]], list[Prompt]]]:
-    """`size` texts at a time: with their lines, and their prompts."""
-    texts = iter(texts)
-    while numbered := list(islice(texts, size)):
-        places = [f"{place}, line {line}" for line, _ in numbered]
-        yield numbered, task.prompts([text for _, text in numbered], places)
 
 
 def csv_rows(labels: Sequence[str], rows: Iterable[Row]) -> Iterator[str]:

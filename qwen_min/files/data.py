@@ -56,7 +56,7 @@ def read_examples(
     """The examples of a data file, in file order; encoding and columns as in `read_table`.
 
     Separated by tabs: a header row; fields are not quoted, `"` is an ordinary character, unless the
-    header is quoted. If a whole field stands in quotes, as pandas writes it, stderr gets a note.
+    header is quoted.
     Separated by commas or semicolons: a header row; quoted fields may contain these, newlines and
     doubled quotes (RFC 4180). JSON: one object a line, or a list. Other columns are ignored.
     empty_texts: whether a text may be empty.

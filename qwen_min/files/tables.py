@@ -8,7 +8,6 @@ import codecs
 import csv
 import io
 import json
-import mmap
 import re
 import reprlib
 import shutil
@@ -29,8 +28,6 @@ WORKBOOK = b"PK\x03\x04"  # the beginning of a zip archive, which a workbook is
 BINARY = re.compile(rb"\xd0\xcf\x11\xe0|PAR1|\x1f\x8b")
 # How JSON lines begin, and how a list of objects does.
 JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*(\{|\]|$))')
-# A whole field in quotes, as CSV writes it; it may go over several lines.
-QUOTED = re.compile(rb'"(?<![^\t\n]")[^"]*(?:""[^"]*)*"(?![^\t\r\n])')
 QUOTING = 'a .csv has "..." around a field with a comma or newline; save a .tsv with quotes as .csv'
 ADVICE = 'expected {"label": 1, "text": "..."}: correct it'
 # The names that columns of texts and of labels usually have; letter case does not count.
@@ -62,8 +59,9 @@ def read_table(
 
     encoding: None takes UTF-16 by its mark, else UTF-8, else GB18030. Columns: None takes the one
     with a usual name. empty_texts: whether a text of nothing but spaces is accepted. stderr gets a
-    line for what is not the usual, and one each that counts empty texts, and what is skipped: blank
-    rows, and labelled tasks of Label Studio with none or several choices.
+    line for what is not the usual, and one each that counts empty texts, texts that begin with a
+    quote (a .tsv has no quoting, yet some programs quote), and what is skipped: blank rows, and
+    labelled tasks of Label Studio with none or several choices.
 
     Raises UserError, one line that names the file and if possible the line in it.
     """
@@ -100,6 +98,8 @@ def read_table(
                 text, label = _checked(place, text, label, empty_texts)
                 if not text.strip():
                     counted["empty texts"].append(line)
+                if isinstance(row, list) and text.startswith('"'):
+                    counted["texts that begin with a quote, which is kept"].append(line)
                 yield line, text, label
         finally:  # also where the reader wants no more rows
             for what, lines in counted.items():
@@ -185,18 +185,8 @@ def _rows(
     # Excel's "Unicode text" is UTF-16, with tabs, and quoted as CSV is.
     quoted = '"' in first or encoding.startswith("utf-16")
     if first and delimiter == "\t" and not quoted:
-        _note_quotes(name, file)
         return enumerate((line.split("\t") for line in bare), start=1)
     return _csv_rows(name, lines(), delimiter)
-
-
-def _note_quotes(name: str, file: BinaryIO) -> None:
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if found := QUOTED.search(content):
-            line = content[: found.start()].count(b"\n") + 1
-            how = "read as it is: a .tsv has no quoting, each line is a row"
-            advice = "if a program wrote it so, save it as .csv"
-            note(f"{name}, line {line}", f"found a field in quotes, {how}; {advice}")
 
 
 def _csv_rows(name: str, lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
