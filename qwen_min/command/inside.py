@@ -155,6 +155,4 @@ def explain(source: Source, load: Callable[[Source], Scorer]) -> int:
     shown = (task.tokenizer, prompt, empty, task.labels if by_head else task.words, models)
     print(explain_head(*shown, scorer.head) if by_head else explain_labels(*shown))
     print("\n" + format_clauses(clauses, of_clauses))
-    if others and not args.plain and (dtype := dtype_name(scorer.model)) != "float32":
-        print(f"  In {dtype} rounding can differ from the steps above; --dtype float32 agrees.")
     return 0
