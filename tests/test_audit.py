@@ -195,7 +195,6 @@ def test_the_counts_of_the_real_files():
         ([], "required: A"),
         (["a.tsv", "b.tsv", "c.tsv"], "unrecognized arguments: c.tsv"),
         (["missing.tsv"], "missing.tsv: not a data file (No such"),
-        (["a.tsv", "a.tsv"], "given twice"),
         (["a.tsv", "--labels", "好"], "at least two classes"),
         (["a.tsv", "--encoding", "latin-9000"], "not a text encoding"),
         (["a.tsv", "gbk.tsv", "--encoding", "utf-8"], "not valid utf-8"),

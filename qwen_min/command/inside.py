@@ -14,6 +14,7 @@ from qwen_min.command.task import read_rows
 from qwen_min.command.terminal import WIDTH, clipped, one_line, progress_bar, text_table
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example
+from qwen_min.files.overlap import Training
 from qwen_min.metrics import softmax
 from qwen_min.prompt import shorten
 
@@ -32,9 +33,7 @@ def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict[str, Callable[
     return inside
 
 
-def neutral_prompts(
-    source: Source, examples: Sequence[Example], training: tuple[str, list[Example]] | None
-) -> tuple:
+def neutral_prompts(source: Source, examples: Sequence[Example], training: Training) -> tuple:
     """What corrections learn from beside the rows' scores, a `Neutral`; less without examples."""
     from qwen_min.lab import calibration
 

@@ -28,8 +28,8 @@ from qwen_min.command.finite import NotFinite
 from qwen_min.command.interface import Classifier, add_classifier_arguments, read_source
 from qwen_min.command.terminal import WIDTH, clipped, columns, one_line, progress_bar, text_table
 from qwen_min.errors import UserError
-from qwen_min.files.data import read_texts
 from qwen_min.files.output import RowFile, open_outputs
+from qwen_min.files.tables import read_table
 from qwen_min.metrics import softmax
 
 Row = tuple[int, str, str, list[float]]  # line, text, label, probability of each class (C,)
@@ -67,7 +67,8 @@ def predict(args: argparse.Namespace, given: dict) -> int:
     write = RowFile(args.output).append if args.output else partial(print, end="", flush=True)
     texts = enumerate(args.text or (), start=1)
     if args.texts:
-        texts = read_texts(args.texts, args.encoding, args.text_column)
+        table = read_table(args.texts, args.encoding, args.text_column, labelled=False)
+        texts = ((line, text) for line, text, _ in table)
     place = "standard input" if args.texts == "-" else args.texts or "--text"
     first = next(texts, None)  # a file that is missing fails before the model is loaded
     if not first:

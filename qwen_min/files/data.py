@@ -85,18 +85,6 @@ def read_examples(
     return [Example(row[1], y, row[0], read_as) for row, y in zip(rows, classes, strict=True)]
 
 
-def read_texts(
-    source: str | Path, encoding: str | None = None, text_column: str | None = None
-) -> Iterator[tuple[int, str]]:
-    """(line, text) of each row of a file, or of standard input ("-"); labels are ignored.
-
-    Streamed: memory does not grow with the file. As in `read_table`, a .txt or standard input
-    without a header holds one text a line. Raises UserError as `read_examples` does.
-    """
-    for line, text, _ in read_table(source, encoding, text_column, labelled=False):
-        yield line, text
-
-
 def parse_names(
     argument: str, say: Callable | None = None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:

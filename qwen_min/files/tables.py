@@ -35,6 +35,7 @@ USUAL = {
     "text": ("text", "text_a", "sentence", "content", "review", "评论", "内容", "文本"),
     "label": ("label", "category", "类别", "标签"),
 }
+Rows = Iterator[tuple[int, list[str] | dict]]  # the line and the fields of each row
 UNSAID = {"text", "text_a", "label"}  # what is taken without a note
 
 
@@ -151,7 +152,7 @@ def _opened(source: str | Path) -> BinaryIO:
 
 def _rows(
     name: str, file: BinaryIO, encoding: str | None, plain: bool, control: str | None
-) -> Iterator[tuple[int, list[str] | dict]]:
+) -> Rows:
     """Line and fields of each row, those of an object by name; the first list is the header.
 
     plain: whether the file may hold one text a line, without a header. control: see `_flat`.
@@ -189,7 +190,7 @@ def _rows(
     return _csv_rows(name, lines(), delimiter)
 
 
-def _csv_rows(name: str, lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(name: str, lines: Iterator[str], delimiter: str) -> Rows:
     csv.field_size_limit(2**31 - 1)  # by default a text of more than 131,072 characters is refused
     reader = csv.reader(lines, strict=True, delimiter=delimiter)
     line = 1
@@ -201,9 +202,7 @@ def _csv_rows(name: str, lines: Iterator[str], delimiter: str) -> Iterator[tuple
         raise UserError(f"{name}, line {line}: not valid CSV ({error}): {QUOTING}") from None
 
 
-def _json_rows(
-    name: str, lines: Iterator[str], is_list: bool, control: str | None
-) -> Iterator[tuple[int, dict | list[str]]]:
+def _json_rows(name: str, lines: Iterator[str], is_list: bool, control: str | None) -> Rows:
     """The objects of JSON lines, or of one list; a blank line is a blank row."""
     for i, source in enumerate(["".join(lines)] if is_list else lines, start=1):
         rows = [[source]]
@@ -234,7 +233,7 @@ def _flat(row: object, control: str | None) -> dict:
     }
 
 
-def _workbook_rows(name: str, file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
+def _workbook_rows(name: str, file: BinaryIO) -> Rows:
     """The rows of an .xlsx file's first sheet."""
     advice = "install openpyxl, or save it as .csv in its program"
     with one_line_error(name, advice, "a workbook or archive that cannot be read", Exception):
@@ -258,28 +257,22 @@ def _encoding(name: str, file: BinaryIO, encoding: str | None) -> str:
     tried = ["utf-8", "gb18030"] if encoding is None else [encoding]
     if encoding is None and file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         tried = ["utf-16"]
-    try:
-        for candidate in tried:
-            b"\xff".decode(candidate, "replace")  # refuses codecs that are not for texts
-            if (wrong := _first_wrong_byte(file, candidate)) is None:
-                if candidate != tried[0]:
-                    how = "read as GB18030; if texts look wrong, give --encoding"
-                    note(name, f"not valid UTF-8, {how}")
-                return codecs.lookup(candidate).name
+    for candidate in tried:
         file.seek(0)
-        line = file.read(wrong).decode(candidate, errors="replace").count("\n") + 1
-    except (LookupError, ValueError):  # ValueError: a codec's own, or a name with a NUL
-        raise UserError(f"--encoding {encoding}: not a text encoding; try utf-8") from None
+        try:
+            b"\xff".decode(candidate, "replace")  # refuses codecs that are not for texts
+            for _ in codecs.iterdecode(iter(partial(file.read, 2**20), b""), candidate):
+                pass
+        except UnicodeDecodeError as error:  # error.object: a chunk, with the last one's rest
+            wrong = file.tell() - len(error.object) + error.start
+        except (LookupError, ValueError):  # ValueError: a codec's own, or a name with a NUL
+            raise UserError(f"--encoding {encoding}: not a text encoding; try utf-8") from None
+        else:
+            if candidate != tried[0]:
+                how = "read as GB18030; if texts look wrong, give --encoding"
+                note(name, f"not valid UTF-8, {how}")
+            return codecs.lookup(candidate).name
+    file.seek(0)
+    line = file.read(wrong).decode(candidate, errors="replace").count("\n") + 1
     found = f"byte offset {wrong} is not valid {', nor is the file '.join(reversed(tried))}"
     raise UserError(f"{name}, line {line}: {found}: name the file's encoding by --encoding")
-
-
-def _first_wrong_byte(file: BinaryIO, encoding: str) -> int | None:
-    """The offset of the first byte that `encoding` cannot read; None if it reads everything."""
-    file.seek(0)
-    try:
-        for _ in codecs.iterdecode(iter(partial(file.read, 2**20), b""), encoding):
-            pass
-    except UnicodeDecodeError as error:  # error.object: the chunk, and what was left of the last
-        return file.tell() - len(error.object) + error.start
-    return None

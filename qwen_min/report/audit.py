@@ -9,7 +9,6 @@ texts are compared without punctuation, white space and differences in character
 """
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Sequence
 from itertools import product
@@ -20,7 +19,6 @@ import numpy as np
 
 from qwen_min.command.cli import make_parser, positive_int, run_command
 from qwen_min.command.terminal import WIDTH, clipped, text_table
-from qwen_min.errors import UserError
 from qwen_min.files.data import Example, find_labels, parse_names, read_examples
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.overlap import normalised, stand_in
@@ -64,8 +62,6 @@ def audit(args: argparse.Namespace) -> int:
     labels = parse_names(args.labels or find_labels(args.first, args.encoding, *columns))[0]
     tokenizer = read_tokenizer(resolve_model(args.model)) if args.model else None
     names = [args.first, *filter(None, [args.second])]
-    if len(set(map(os.path.realpath, names))) < len(names):
-        raise UserError(f"{args.second}: given twice; name two files, or one alone")
     files, read_as = [], None
     for name in names:  # what the labels of the first file are read as holds for the second
         examples = read_examples(name, labels, args.encoding, None, read_as, *columns, True)
