@@ -249,6 +249,9 @@ def test_python_arguments_are_checked_as_typed_ones():
     for wrong in ({"dtype": "float8"}, {"max_text_tokens": -1}, {"batch_tokens": 0}):
         with pytest.raises(UserError, match=option(*wrong)):
             qwen_min.Classifier.zero_shot("base", **wrong)
+    how = {"template": TEMPLATE, "device": "cpu", "plain": True, "chat": False, "system": None}
+    args = qwen_min.Classifier.zero_shot("base", **how).source.args
+    assert (args.plain, args.chat, args.system) == (True, False, None)
     for texts in ("好", [None]):
         with pytest.raises(TypeError, match="expected a list of str"):
             qwen_min.Classifier.zero_shot("base", template=TEMPLATE).predict(texts)
@@ -279,6 +282,7 @@ def test_what_is_refused(capsys):
         ("missing.txt", "--output", "labels.csv"): "missing.txt",
         ("empty.txt", "--output", "labels.csv"): "empty.txt: found no",
         ("texts.txt", "--method", "lora_head"): "needs --run",
+        ("texts.txt", "--run", "head_only", "--calibration", "pmi_dc"): "scores of label words",
     }.items():
         if said:
             more = PROMPT if not {"--model", "--run"} & {*arguments} else []

@@ -228,9 +228,8 @@ def _flat(row: object, control: str | None) -> dict:
     own = [r for a in done for r in a["result"] if r["type"] == "choices"]
     own = [r for r in own if control in (None, "label", r["from_name"])]
     choices = {choice for r in own for choice in r["value"]["choices"]}
-    return row["data"] | {
-        control or "label": choices.pop() if len(choices) == 1 else {"choices": choices}
-    }
+    label = choices.pop() if len(choices) == 1 else {"choices": choices}
+    return row["data"] | {control or "label": label}
 
 
 def _workbook_rows(name: str, file: BinaryIO) -> Rows:

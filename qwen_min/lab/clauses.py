@@ -53,7 +53,7 @@ def format_clauses(clauses: Sequence[str], scores: Mapping[str, np.ndarray]) -> 
     return (
         f"margin of {last}'s decision over the best other, one of {len(clauses)} clauses left out\n"
         f"{text_table(['left out', *scores], rows)}\n\n"
-        f"Below zero, another class is ahead.\n"
+        "Below zero, another class is ahead.\n"
         "  This is a counterfactual, not a cause: the shorter text is another text,\n"
         "  and clauses act together."
     )
