@@ -13,7 +13,6 @@ from qwen_min.command.cli import choose_device
 from qwen_min.command.inside import neutral_prompts
 from qwen_min.command.task import read_task
 from qwen_min.errors import UserError
-from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.record import METHODS
 from qwen_min.files.tokens import read_tokenizer
@@ -33,9 +32,7 @@ def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Qwen, T
     return load_model(directory, dtype, choose_device(device)), read_tokenizer(directory)
 
 
-def score_labels(
-    model: Qwen, prompts: Sequence[Prompt], batch_tokens: int = DEFAULT_BATCH_TOKENS
-) -> np.ndarray:
+def score_labels(model: Qwen, prompts: Sequence[Prompt], batch_tokens: int = 2048) -> np.ndarray:
     """Scores of each prompt's labels: (n, C), float64. batch_tokens limits one forward's tokens."""
     return Scorer(model, "label words", None, forms(False), batch_tokens).scores(prompts)
 
@@ -143,7 +140,7 @@ def add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
     methods = ("zero_shot", *METHODS, "transplanted_head")
     add("--method", choices=methods, help="default: the method of --run, or zero_shot")
     arguments.add_trained_arguments(parser)
-    arguments.add_model_arguments(parser, DEFAULT_BATCH_TOKENS)
+    arguments.add_model_arguments(parser, batch_tokens=2048)
     known, corrected = arguments.CALIBRATIONS[:3], "correct the scores of label words"
     add("--calibration", choices=known, help=corrected)
     arguments.add_prompt_arguments(parser)
