@@ -129,7 +129,7 @@ def test_rendered_as_transformers_renders_it(name, system, template, directory):
         assert list(prompt.ids) == list(expected)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_5_text"])
 @pytest.mark.parametrize(
     "config",
     [
@@ -140,6 +140,7 @@ def test_rendered_as_transformers_renders_it(name, system, template, directory):
         {"bos_token": "<|im_start|>"},
         {"bos_token": {"__type": "AddedToken", "content": "<|im_end|>"}, "eos_token": None},
         {"tokenizer_class": "Qwen2Tokenizer", "eos_token": None, "my_token": "<tool_call>"},
+        {"tokenizer_class": "Qwen3_5Tokenizer", "eos_token": None, "pad_token": "<|im_end|>"},
         {"tokenizer_class": "Qwen2Tokenizer", "extra_special_tokens": {"my_token": "<|im_end|>"}},
     ],
 )
