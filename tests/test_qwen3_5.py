@@ -243,10 +243,10 @@ def test_padding_and_other_rows_change_nothing(pair):
 ATTENTION, NORM = (GatedAttention, "forward"), (ZeroCenteredRMSNorm, "forward")
 CONVOLUTION, HEADS = (delta_rule, "causal_convolution"), (GatedDeltaNet, "heads")
 GATES, GATED_NORM = (GatedDeltaNet, "gates"), (GatedRMSNorm, "forward")
-OUTPUT, RULE = (GatedDeltaNet, "output"), (delta_rule, "gated_delta_rule")
+OUTPUT, RULE = (GatedDeltaNet, "output"), (delta_rule, "one_token")
 SPLIT, LENGTH = "self.heads, 2 * self.head_dim).chunk(2, dim=-1)", "weight.shape[-1] - 1, 0"
-DECAY, WRITE = "g[:, t, :, None, None].exp() * S", "S + k[:, t, :, :, None] * change[:, :, None, :]"
-ROTATED, ANSWER = "rotate(x[..., :part], cos, sin), x[..., part:]", "answers.append"
+DECAY, WRITE = "g.exp()[..., None, None] * S", "S + k[..., :, None] * change[..., None, :]"
+ROTATED, ANSWER = "rotate(x[..., :part], cos, sin), x[..., part:]", "return S, read(S, q)"
 LAST = "x[..., :-part], rotate(x[..., -part:], cos, sin)"
 SHARED = "x.repeat_interleave(self.value_heads // self.key_heads, dim=-2)"
 TURN = "x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)"
@@ -277,16 +277,10 @@ MUTATIONS = {
     "one token too early": (CONVOLUTION, LENGTH, "weight.shape[-1] - 2, 1"),
     "no zeros": (CONVOLUTION, f"({LENGTH})", f"({LENGTH}), mode='replicate'"),
     "kernel reversed": (CONVOLUTION, "before, weight,", "before, weight.flip(-1),"),
-    "decay after the update": (
-        *(RULE, f"S = {DECAY}", "pass", WRITE, f"({WRITE})"),
-        *(ANSWER, f"S = {DECAY}; {ANSWER}"),
-    ),
+    "decay after the update": (RULE, f"S = {DECAY}", "pass", ANSWER, f"return {DECAY}, read(S, q)"),
     "no decay": (RULE, DECAY, "S"),
-    "nothing erased": (RULE, "(v[:, t] - old)", "v[:, t]"),
-    "answer before the update": (
-        *(RULE, f"S = {WRITE}", f"before, S = S, {WRITE}"),
-        *(f"{ANSWER}(read(S", f"{ANSWER}(read(before"),
-    ),
+    "nothing erased": (RULE, "(v - old)", "v"),
+    "answer before the update": (RULE, WRITE, f"read(S, q), {WRITE}", ANSWER, "return S[1], S[0]"),
     "state in bf16": (RULE, WRITE, f"({WRITE}).bfloat16().float()"),
     "beta without sigmoid": (GATES, ".sigmoid()", ""),
     "dt_bias outside of softplus": (GATES, " + self.dt_bias)", ") + self.dt_bias"),
