@@ -122,13 +122,12 @@ def forward(program: str, args: argparse.Namespace, ids: torch.Tensor) -> Call:
     return torch.inference_mode()(lambda: states(program, model, ids).float())
 
 
-def score(args: argparse.Namespace, ids: torch.Tensor) -> None:
+def score(args: argparse.Namespace, ids: torch.Tensor) -> object:
     """Score two labels of one token behind each text, four texts at a time."""
     model = load(args.only, args)
     if args.only == "ours":
         prompts = [Prompt(tuple(row), ((1,), (2,)), False) for row in ids.tolist()]
-        score_labels(model, prompts, TEXTS * ids.shape[1])
-        return
+        return score_labels(model, prompts, TEXTS * ids.shape[1])
     with torch.inference_mode():
         for part in ids.split(TEXTS):
             model(input_ids=part, use_cache=False, logits_to_keep=1).logits.float().log_softmax(-1)
