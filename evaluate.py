@@ -140,9 +140,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     identity = source.identity if args.output or args.method == "zero_shot_generate" else {}
     prompts = all_prompts(args.data, source, examples)
     fed = fed_rows(task.directory, examples)
-    how = (args.encoding, task.labels, record, examples[0].read_as)
-    columns = (args.text_column, args.label_column)
-    training = training_examples(args.train_data, *how, columns)
+    training = training_examples(args, task.labels, record, examples[0].read_as)
     corrected = args.calibrate or args.calibration
     neutral = inside.neutral_prompts(source, examples, training) if corrected else None
     evaluation = Evaluation(source, METHODS[args.method](source), examples, prompts, neutral)

@@ -240,7 +240,7 @@ def test_more_classes_than_the_table_has_columns(capsys):
 def test_any_text_is_read_back_from_a_csv():
     texts = ["a\rb", 'c"d', "e\nf", "=1+1", " g,h "]
     rows = [(i, text, "负面", [0.75, 0.25]) for i, text in enumerate(texts)]
-    written = "".join(predict.csv_rows(("负面", "正面"), rows, True))
+    written = "".join(predict.csv_rows(("负面", "正面"), rows))
     found = list(csv.reader(io.StringIO(written.removeprefix("\ufeff"), newline="")))
     assert [row[1] for row in found[1:]] == texts and {*map(len, found)} == {5}
 
@@ -249,6 +249,9 @@ def test_python_arguments_are_checked_as_typed_ones():
     for wrong in ({"dtype": "float8"}, {"max_text_tokens": -1}, {"batch_tokens": 0}):
         with pytest.raises(UserError, match=option(*wrong)):
             qwen_min.Classifier.zero_shot("base", **wrong)
+    how = {"template": TEMPLATE, "device": "cpu", "plain": True, "chat": False, "system": None}
+    args = qwen_min.Classifier.zero_shot("base", **how).source.args
+    assert (args.plain, args.chat, args.system) == (True, False, None)
     for texts in ("好", [None]):
         with pytest.raises(TypeError, match="expected a list of str"):
             qwen_min.Classifier.zero_shot("base", template=TEMPLATE).predict(texts)
@@ -257,10 +260,9 @@ def test_python_arguments_are_checked_as_typed_ones():
 def test_the_tables_lines_fit_a_terminal():
     texts = ["好" * 200, "x" * 200, "短"]
     rows = [(i, text, "负面", [0.75, 0.25]) for i, text in enumerate(texts)]
-    lines = predict.table_rows(("负面", "正面"), rows, True)
-    assert [columns(line.rstrip("\n")) for line in lines[1:3]] == [80, 80]  # 好 takes two
+    lines = "".join(predict.table_rows(("负面", "正面"), rows)).splitlines()
+    assert [columns(line) for line in lines[1:3]] == [80, 80]  # 好 takes two
     assert lines[3].split() == ["负面", "0.7500", "0.2500", "短"]
-    assert predict.table_rows(("负面", "正面"), rows, False) == lines[1:]
 
 
 def test_what_is_refused(capsys):

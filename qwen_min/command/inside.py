@@ -12,10 +12,11 @@ from qwen_min.command.arguments import CALIBRATIONS, UNTRAINED
 from qwen_min.command.classifier import Evaluation, Outcome, Scorer, Source, forms
 from qwen_min.command.finite import dtype_name
 from qwen_min.command.task import read_rows
-from qwen_min.command.terminal import WIDTH, clipped, one_line, progress_bar, text_table
+from qwen_min.command.terminal import WIDTH, clipped, one_line, text_table
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example
 from qwen_min.files.disk import read_json
+from qwen_min.files.overlap import Training
 from qwen_min.metrics import softmax
 from qwen_min.prompt import shorten
 
@@ -30,13 +31,15 @@ def look_inside(evaluation: Evaluation, outcome: Outcome) -> dict[str, Callable[
         rows = (evaluation.prompts, outcome.all_scores)
         inside["label_sets"] = partial(compare_sets, evaluation.true_classes, sets, *rows)
     if args.calibrate:
-        inside["calibration"] = partial(calibrate, evaluation, outcome.raw_scores)
+        from qwen_min.lab.calibration import calibrations
+
+        rows = (evaluation.true_classes, outcome.raw_scores, evaluation.label_ids)
+        how = (evaluation.neutral, evaluation.scorer.scores)
+        inside["calibration"] = partial(calibrations, *rows, *how)
     return inside
 
 
-def neutral_prompts(
-    source: Source, examples: Sequence[Example], training: tuple[str, list[Example]] | None
-) -> tuple:
+def neutral_prompts(source: Source, examples: Sequence[Example], training: Training) -> tuple:
     """What corrections learn from beside the rows' scores, a `Neutral`; less without examples."""
     from qwen_min.lab import calibration
 
@@ -61,16 +64,6 @@ def neutral_prompts(
         template = calibration.premise_template(task.template) if name == "pmi_dc" else None
         prompts[name] = task.prompts(texts, places, template=template)
     return calibration.Neutral(prompts, np.array([row.label for row in rows]))
-
-
-def calibrate(evaluation: Evaluation, scores: np.ndarray) -> dict[str, dict]:
-    """--calibrate: the scores (n, C) corrected in each way, and how the corrections do."""
-    from qwen_min.lab.calibration import calibrations
-
-    rows = (evaluation.true_classes, scores, evaluation.label_ids)
-    with progress_bar(desc="calibration") as bar:
-        score = partial(evaluation.scorer.scores, progress=bar.update)
-        return calibrations(*rows, evaluation.neutral, score)
 
 
 def apply_calibration(evaluation: Evaluation, outcome: Outcome) -> tuple[dict, Outcome]:

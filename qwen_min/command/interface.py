@@ -13,7 +13,6 @@ from qwen_min.command.cli import choose_device
 from qwen_min.command.inside import correction_of
 from qwen_min.command.task import read_task
 from qwen_min.errors import UserError
-from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.record import METHODS
 from qwen_min.files.tokens import read_tokenizer
@@ -33,9 +32,7 @@ def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Qwen, T
     return load_model(directory, dtype, choose_device(device)), read_tokenizer(directory)
 
 
-def score_labels(
-    model: Qwen, prompts: Sequence[Prompt], batch_tokens: int = DEFAULT_BATCH_TOKENS
-) -> np.ndarray:
+def score_labels(model: Qwen, prompts: Sequence[Prompt], batch_tokens: int = 2048) -> np.ndarray:
     """Scores of each prompt's labels: (n, C), float64. batch_tokens limits one forward's tokens."""
     return Scorer(model, "label words", None, forms(False), batch_tokens).scores(prompts)
 
@@ -82,19 +79,16 @@ class Classifier:
 
     @classmethod
     def _of(cls, **given: object) -> "Classifier":
-        parser = argparse.ArgumentParser(exit_on_error=False)
+        parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
         add_classifier_arguments(parser)
-        args = parser.parse_args([])
-        for name, value in given.items():
-            if not hasattr(args, name):
-                raise TypeError(f"Classifier: unknown argument {name!r}")
-            if isinstance(value, str | int) and not isinstance(value, bool):  # checked as if typed
-                try:
-                    typed = parser.parse_args([f"{arguments.option(name)}={value}"])
-                except argparse.ArgumentError as error:
-                    raise UserError(str(error)) from None
-                value = getattr(typed, name)
-            setattr(args, name, value)
+        if unknown := given.keys() - vars(parser.parse_args([])).keys():
+            raise TypeError(f"Classifier: unknown argument {min(unknown)!r}")
+        typed = [(arguments.option(name), v) for name, v in given.items() if v is not None]
+        typed = [name if v is True else f"{name}={v}" for name, v in typed if v is not False]
+        try:  # checked as on a command line
+            args = parser.parse_args(typed)
+        except argparse.ArgumentError as error:
+            raise UserError(str(error)) from None
         return cls.load(read_source(args, given))
 
     @classmethod
@@ -147,7 +141,7 @@ def add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
     methods = ("zero_shot", *METHODS, "transplanted_head")
     add("--method", choices=methods, help="default: the method of --run, or zero_shot")
     arguments.add_trained_arguments(parser)
-    arguments.add_model_arguments(parser, DEFAULT_BATCH_TOKENS)
+    arguments.add_model_arguments(parser, batch_tokens=2048)
     names = ", ".join(arguments.CALIBRATIONS[:3])
     corrected = f"correct the scores of label words: {names}, or results of evaluate.py "
     add("--calibration", metavar="NAME", help=corrected + "--calibration, whose prior is taken")

@@ -71,11 +71,11 @@ class ConvolutionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, weight: Tensor, windows: Tensor) -> Tensor:
-        kernel = weight.shape[-1]
-        x, T = rows[windows], windows.shape[1] - kernel + 1
-        y = x[:, :T] * weight[:, 0, 0]
-        for i in range(1, kernel):
-            y.addcmul_(x[:, i : i + T], weight[:, 0, i])
+        w = weight[:, 0].T.contiguous()  # (kernel, C)
+        x, T = rows[windows], windows.shape[1] - len(w) + 1
+        y = x[:, :T] * w[0]
+        for i in range(1, len(w)):
+            y.addcmul_(x[:, i : i + T], w[i])
         ctx.save_for_backward(rows if weight.requires_grad else None, weight, windows)
         ctx.rows = len(rows)
         return y
@@ -85,13 +85,14 @@ class ConvolutionFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, windows = ctx.saved_tensors
         n, T, C = dy.shape
+        w = weight[:, 0].T.contiguous()
         dx, dw = dy.new_zeros(n, windows.shape[1], C), None
-        for i in range(weight.shape[-1]):
-            dx[:, i : i + T].addcmul_(dy, weight[:, 0, i])
+        for i in range(len(w)):
+            dx[:, i : i + T].addcmul_(dy, w[i])
         d_rows = dy.new_zeros(ctx.rows, C).index_add_(0, windows.flatten(), dx.flatten(0, 1))
         if ctx.needs_input_grad[1]:
             x = rows[windows]
-            dw = [(x[:, i : i + T] * dy).sum((0, 1)) for i in range(weight.shape[-1])]
+            dw = [(x[:, i : i + T] * dy).sum((0, 1)) for i in range(len(w))]
             dw = torch.stack(dw, dim=-1)[:, None]
         return d_rows, dw, None
 
