@@ -18,10 +18,11 @@ training  a step of LoRA with AdamW: forward, loss of one label token for each t
           and in_proj_qkv, in_proj_z and out_proj of the delta rule.
 
 Both programs run in one process in turn, one round after the other; each round gives the ratio of
-their times, transformers' by ours. The table has the median of the rounds and, for the ratio, the
-smallest and the largest. Before that, states and the losses of some steps must agree; otherwise
-the exit status is 1. Peak memory is that of a new process that scores 4, 16 or 64 texts in batches
-of 4. It should not grow with their number.
+their times, transformers' by ours. The settings that this project's commands make for a process
+(freed memory is kept, numbers below 1e-38 become 0) hold for both. The table has the median of the
+rounds and, for the ratio, the smallest and the largest. Before that, states and the losses of some
+steps must agree; otherwise the exit status is 1. Peak memory is that of a new process that scores
+4, 16 or 64 texts in batches of 4. It should not grow with their number.
 """
 
 import argparse
@@ -39,8 +40,8 @@ from lora import inject_lora
 from qwen_min.command.cli import positive_int
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.fast.layout import Text, pack
-from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.fast.packed import forward_packed
+from qwen_min.fast.process import set_up_process
 from qwen_min.files.weights import load_model
 from qwen_min.prompt import Prompt
 
@@ -163,7 +164,7 @@ def main() -> None:
     for hidden in ("--model", "--only", "--texts"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    keep_freed_memory()  # like the commands; transformers gains as well
+    set_up_process()  # like the commands
     count, tokens = int(args.texts or TEXTS), 70 if args.quick else 256
     drawn = torch.Generator().manual_seed(0)
     ids = torch.randint(0, args.vocabulary, (count, tokens), generator=drawn)
