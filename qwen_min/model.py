@@ -62,17 +62,17 @@ class RMSNorm(nn.Module):
 def rotary_cos_sin(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles (Su et al. 2021, arXiv:2104.09864).
 
-    positions (T,) → two fp32 tensors (T, 1, Dh); the 1 broadcasts over the heads. Pair i turns by
-    position · theta^(-2i/Dh): the first pairs turn fast, the last ones very slowly. Dh is
-    rotary_dim, which is head_dim except in Qwen3.5.
+    positions (T,) → two fp32 tensors (T, 1, R); the 1 broadcasts over the heads. R, rotary_dim, is
+    Dh, except in Qwen3.5. Pair i turns by position · theta^(-2i/R): the first pairs turn fast, the
+    last ones very slowly.
     """
     # dtype: angles in fp32 even in a bf16 model, since bf16 cannot tell position 257 from 256.
     # Their cos and sin are at most 1 and may be rounded afterwards.
     two_i = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32)
-    frequency = 1.0 / theta ** (two_i / rotary_dim)  # (Dh/2,), radians per position
-    angles = positions.float()[:, None] * frequency  # (T, Dh/2)
-    # Twice: components i and i + Dh/2 form pair i and turn by the same angle.
-    angles = torch.cat([angles, angles], dim=-1)[:, None, :]  # (T, 1, Dh)
+    frequency = 1.0 / theta ** (two_i / rotary_dim)  # (R/2,), radians per position
+    angles = positions.float()[:, None] * frequency  # (T, R/2)
+    # Twice: components i and i + R/2 form pair i and turn by the same angle.
+    angles = torch.cat([angles, angles], dim=-1)[:, None, :]  # (T, 1, R)
     return angles.cos(), angles.sin()
 
 
@@ -191,8 +191,8 @@ class ZeroCenteredRMSNorm(RMSNorm):
 class GatedAttention(Attention):
     """Attention whose output has a gate, and whose queries and keys are rotated in part.
 
-    `q_proj` computes a query and a gate for each head, side by side. Only the first quarter of a
-    head's components is rotated: the others compare content without position.
+    `q_proj` computes a query and a gate for each head, side by side. Of each head only the first
+    rotary_dim components are rotated: the others compare content without position.
     """
 
     def __init__(self, config: Qwen3_5Config):
