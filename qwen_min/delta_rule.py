@@ -20,7 +20,8 @@ rate β. That is the delta rule (Widrow & Hoff 1960); the decay in front of it i
 al. 2024, "Gated Delta Networks", arXiv:2412.06464). g and β are computed from the token itself.
 
 The price of a state of fixed size: what has faded or been overwritten is lost. So some layers of
-Qwen3.5 are still attention: every fourth one, or as `layer_types` says. There are no rotary positions here: the order is in the recurrence.
+Qwen3.5 are still attention: every fourth one, or as `layer_types` says. There are no rotary
+positions here: the order is in the recurrence.
 
 This file is the definition, token by token. fast/delta.py computes 64 tokens at a time. The numbers
 equal those of transformers' `modeling_qwen3_5.py`, including its casts, marked `# dtype:`.
