@@ -1,6 +1,7 @@
 """What a command line asks for, before any model is loaded: label words, template, prompts."""
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -80,12 +81,13 @@ class Task:
         labels = self.scored if labels is None else labels
         template = self.template if template is None else template
         whole = self.whole_template(template)
+        trim, most = str, self.max_text_tokens
         if self.chat is not None:
             from qwen_min.lab.chat import check_texts
 
-            short = [shorten(self.tokenizer, text, self.max_text_tokens) for text in texts]
-            check_texts(short, template, self.chat, self.system, places)
-        prompts = build_prompts(self.tokenizer, texts, whole, labels, self.max_text_tokens, places)
+            short = [shorten(self.tokenizer, text, most) for text in texts]
+            trim = check_texts(short, template, self.chat, self.system, places)
+        prompts = build_prompts(self.tokenizer, texts, whole, labels, most, places, trim)
         check_lengths(prompts, self.config.max_position_embeddings, places, new_tokens)
         return prompts
 
@@ -128,7 +130,8 @@ def read_task(args: argparse.Namespace, record: dict | None = None) -> Task:
     if args.chat:
         from qwen_min.lab.chat import read_chat_format
 
-        chat = read_chat_format(directory, config.model_type)
+        file = (directory / "config.json").read_text(encoding="utf-8")
+        chat = read_chat_format(directory, json.loads(file)["model_type"])
     # In the system message, as in the template, \n means a newline.
     system = args.system and args.system.replace("\\n", "\n")
     scored = words if args.method in SCORE_LABELS else ()
