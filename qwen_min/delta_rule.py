@@ -46,12 +46,20 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -
     S = v.new_zeros(B, Hv, dk, v.shape[-1])
     answers = []
     for t in range(T):
-        S = g[:, t, :, None, None].exp() * S
-        old = read(S, k[:, t])  # (B, Hv, dv)
-        change = beta[:, t, :, None] * (v[:, t] - old)
-        S = S + k[:, t, :, :, None] * change[:, :, None, :]  # k changeᵀ
-        answers.append(read(S, q[:, t]))
+        S, o = one_token(S, q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t])
+        answers.append(o)
     return torch.stack(answers, dim=1)
+
+
+def one_token(
+    S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The four steps for one token of each text: the new state (B, Hv, dk, dv), o (B, Hv, dv)."""
+    S = g.exp()[..., None, None] * S  # decay
+    old = read(S, k)
+    change = beta[..., None] * (v - old)
+    S = S + k[..., :, None] * change[..., None, :]  # write: k changeᵀ
+    return S, read(S, q)
 
 
 def read(S: Tensor, k: Tensor) -> Tensor:

@@ -25,6 +25,13 @@ VARIANTS = {
     "qwen3-tied": {"kind": "qwen3"},
     "qwen3-untied": {"kind": "qwen3", "tied": False},
     "qwen3-bias": {"kind": "qwen3", "attention_bias": True},
+    "qwen3.5-tied": {"kind": "qwen3_5"},
+    "qwen3.5-linear-last": {
+        "kind": "qwen3_5",
+        "tied": False,
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+        "num_hidden_layers": 3,
+    },
 }
 
 
@@ -97,8 +104,8 @@ def test_asking_for_last_tokens_alone_gives_the_same(pair, counts):
     h, _ = forward_packed(ours, pack(ours, texts))
     torch.testing.assert_close(h, expected, **FP32)
     # The same behind a cache, where masks take the place of causality.
-    _, cache = forward_packed(ours, pack(ours, [Text(random_ids(1, 5)[0])]))
-    prefix = [layer * len(rows) for layer in cache]
+    _, cache = forward_packed(ours, pack(ours, [Text(random_ids(1, 5)[0])], keep=True))
+    prefix = cache * len(rows)
     whole, _ = forward_packed(ours, pack(ours, [Text(row) for row in rows], prefix))
     h, _ = forward_packed(ours, pack(ours, texts, prefix))
     asked = [s[-n:] for s, n in zip(whole.split([len(r) for r in rows]), counts, strict=True)]
@@ -110,14 +117,14 @@ def test_asking_for_last_tokens_alone_gives_the_same(pair, counts):
 def test_continuing_a_cache_equals_the_whole(pair, suffix):
     ours, _ = pair
     rows = [random_ids(1, n, seed=n)[0] for n in (9, 14)]
-    _, cache = forward_packed(ours, pack(ours, [Text(row[:-suffix]) for row in rows]))
-    before = [tensor.clone() for layer in cache for kv in layer for tensor in kv]
+    _, cache = forward_packed(ours, pack(ours, [Text(row[:-suffix]) for row in rows], keep=True))
+    before = [tensor.clone() for past in cache for kept in past.layers for tensor in kept]
     new = pack(ours, [Text(row[-suffix:]) for row in rows], cache)
     h, _ = forward_packed(ours, new)
     for row, states in zip(rows, h.split(suffix), strict=True):
         torch.testing.assert_close(states, ours(row[None])[0, -suffix:], **FP32)
     # Continuing left the cache as it was: a second time gives the same to the bit.
-    after = [tensor for layer in cache for kv in layer for tensor in kv]
+    after = [tensor for past in cache for kept in past.layers for tensor in kept]
     assert all(map(torch.equal, before, after))
     again, _ = forward_packed(ours, new)
     assert torch.equal(h, again)
@@ -127,17 +134,14 @@ def test_continuing_a_cache_equals_the_whole(pair, suffix):
 def test_tree_equals_each_branch_alone(pair):
     ours, _ = pair
     prompt = random_ids(1, 6)[0]
-    # Two branches: a → b, and c. Nodes a, b, c; b sees a and itself, c only itself.
-    tree = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    # Two branches: a → b, and c.
     a, b, c = 17, 301, 44
-    _, cache = forward_packed(ours, pack(ours, [Text(prompt)]))
-    h, _ = forward_packed(ours, pack(ours, [Text([a, b, c], tree)], cache))
+    _, cache = forward_packed(ours, pack(ours, [Text(prompt)], keep=True))
+    h, _ = forward_packed(ours, pack(ours, [Text([a, b, c], (-1, 0, -1))], cache))
     torch.testing.assert_close(h[:2], ours(torch.tensor([[*prompt, a, b]]))[0, -2:], **FP32)
     torch.testing.assert_close(h[2], ours(torch.tensor([[*prompt, c]]))[0, -1], **FP32)
     # The same in one pass, the tree behind its prompt, beside a text without one.
-    mask = torch.ones(9, 9).tril().bool()
-    mask[6:, 6:] = tree
-    texts = [Text([*prompt, a, b, c], mask, queries=3), Text(prompt[:4], queries=1)]
+    texts = [Text([*prompt, a, b, c], (5, 6, 5), queries=3), Text(prompt[:4], queries=1)]
     both, _ = forward_packed(ours, pack(ours, texts))
     torch.testing.assert_close(both[:3], h, **FP32)
     torch.testing.assert_close(both[3], ours(prompt[None, :4])[0, -1], **FP32)
@@ -338,7 +342,7 @@ def test_a_shared_prefix_run_once_equals_each_text_with_its_own(pair, checkpoint
     torch.testing.assert_close(found, h.detach(), **FP32)
     for a, b in zip(*gradients, strict=True):
         assert (a - b).abs().max() < 2e-5 * b.abs().max()
-    assert [len(k) for k, _ in cache[0]] == [6, 9, 7, 14]  # each text's keys, the prefix's included
+    assert cache == []  # nothing is kept where nothing continues
     with torch.no_grad():
         h, _ = forward_packed(ours, pack(ours, texts, first_is_prefix=True))
     torch.testing.assert_close(h[1:], found, **FP32)
@@ -352,10 +356,11 @@ def test_long_texts_take_the_form_that_keeps_no_weights(pair, monkeypatch):
     monkeypatch.setattr(packed_module, "padded_attention", lambda *a: calls.append(1) or real(*a))
     texts = [Text(ids[:10]), Text(ids[10:])]
     whole, _ = forward_packed(ours, pack(ours, texts))
-    assert len(calls) == len(ours.model.layers)
+    layers = sum(isinstance(module, Attention) for module in ours.modules())
+    assert len(calls) == layers
     monkeypatch.setattr(packed_module, "LARGEST_PADDED", 2 * 20 * 20 - 1)
     h, _ = forward_packed(ours, pack(ours, texts))
-    assert len(calls) == len(ours.model.layers)
+    assert len(calls) == layers
     torch.testing.assert_close(h, whole, **FP32)
 
 

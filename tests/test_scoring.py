@@ -102,9 +102,8 @@ def test_label_tree_runs_shared_tokens_once():
     tree = label_tree(LABELS)
     assert sorted(tree.tokens) == [8, 10, 12]  # 8 once; last tokens and one-token labels never
     node = {token: i for i, token in enumerate(tree.tokens)}
-    assert tree.mask[node[10], node[8]]  # 10 follows 8
-    assert not tree.mask[node[12], node[8]]
-    assert tree.mask.diagonal().all()
+    assert tree.parents[node[10]] == 1 + node[8]
+    assert tree.parents[node[8]] == tree.parents[node[12]] == 0  # the prompt's end
     assert tree.steps[0] == ((0, 7),)
     assert tree.steps[2] == ((0, 8), (1 + node[8], 10), (1 + node[10], 11))
     assert label_tree(((1,), (2,))).tokens == ()

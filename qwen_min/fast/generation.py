@@ -1,4 +1,4 @@
-"""Greedy decoding of several prompts at once, with a key/value cache.
+"""Greedy decoding of several prompts at once, each layer keeping what it needs of past tokens.
 
 It gives the tokens of `qwen_min.lab.generation.greedy`, but each step runs one token per text.
 """
@@ -33,10 +33,10 @@ def generate_answers(
     # The cache also holds the answer.
     lengths = [len(prompt.ids) + max_new_tokens for prompt in prompts]
     for rows in token_budget_batches(lengths, batch_tokens):
-        active, cache = rows, None  # the rows that are not finished, in the cache's order
+        active, pasts = rows, None  # the rows that are not finished, and what is kept of each
         texts = [Text(prompts[row].ids, queries=1) for row in rows]
         for _ in range(max_new_tokens):
-            h, cache = forward_packed(model, pack(model, texts, cache))
+            h, pasts = forward_packed(model, pack(model, texts, pasts, keep=True))
             most, tokens = (t.tolist() for t in model.logits(h).max(dim=-1))  # (active rows,)
             going = []
             for i, row in enumerate(active):
@@ -48,7 +48,7 @@ def generate_answers(
             if not going:
                 break
             active = [active[i] for i in going]
-            cache = [[layer[i] for i in going] for layer in cache]
+            pasts = [pasts[i] for i in going]
             texts = [Text([tokens[i]]) for i in going]
         progress(sum(len(prompts[row].ids) for row in rows))
     return answers

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS, common_prefix, token_budget_batches
-from qwen_min.fast.layout import Cache, Text, pack
+from qwen_min.fast.layout import Past, Text, pack
 from qwen_min.fast.packed import forward_packed
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
@@ -34,7 +34,7 @@ class LabelTree:
     """
 
     tokens: tuple[int, ...]  # node i > 0 is tokens[i - 1]; parents before children
-    mask: Tensor  # (nodes, nodes): each node attends to itself and its ancestors
+    parents: tuple[int, ...]  # of node i > 0, the node that it follows
     steps: tuple[tuple[tuple[int, int], ...], ...]  # per label: (node that predicts, next token)
 
 
@@ -43,10 +43,9 @@ def label_tree(labels: tuple[tuple[int, ...], ...]) -> LabelTree:
     """The tree of the given label words (token ids)."""
     inner = sorted({label[:t] for label in labels for t in range(1, len(label))}, key=len)
     node_of = {(): 0} | {beginning: i + 1 for i, beginning in enumerate(inner)}
-    mask = [[child[: len(parent)] == parent for parent in inner] for child in inner]
-    mask = torch.tensor(mask, dtype=torch.bool).view(len(inner), len(inner))
+    parents = tuple(node_of[beginning[:-1]] for beginning in inner)
     steps = [tuple((node_of[word[:t]], word[t]) for t in range(len(word))) for word in labels]
-    return LabelTree(tuple(beginning[-1] for beginning in inner), mask, tuple(steps))
+    return LabelTree(tuple(beginning[-1] for beginning in inner), parents, tuple(steps))
 
 
 @torch.inference_mode()
@@ -62,9 +61,10 @@ def score_labels(
     that are finished. Batch size and order change scores only by float rounding.
     """
     shared = common_prefix([prompt.ids for prompt in prompts])
-    prefix: Cache | None = None
+    prefix: Past | None = None
     if shared:
-        _, prefix = forward_packed(model, pack(model, [Text(prompts[0].ids[:shared])]))
+        first = Text(prompts[0].ids[:shared], queries=1)
+        _, (prefix,) = forward_packed(model, pack(model, [first], keep=True))
     scores = np.zeros((len(prompts), len(prompts[0].labels)))
     lengths = [len(p.ids) - shared + len(label_tree(p.labels).tokens) for p in prompts]
     for rows in token_budget_batches(lengths, batch_tokens):
@@ -87,20 +87,17 @@ def filler(model: Qwen, texts: Sequence[Text]) -> list[Text]:
 
 
 def score_batch(
-    model: Qwen, batch: Sequence[tuple[tuple[int, ...], LabelTree]], prefix: Cache | None
+    model: Qwen, batch: Sequence[tuple[tuple[int, ...], LabelTree]], prefix: Past | None
 ) -> np.ndarray:
     """Scores (rows, C) of one batch: of each row the prompt's ids behind `prefix`, and its tree."""
     # 1. Prompt and tree are one text, whose branches do not see each other. The prompt's last token
     # predicts the first token of each label, a node of the tree the next one.
     texts = []
     for ids, tree in batch:
-        T, nodes, mask = len(ids) + len(tree.tokens), len(tree.tokens), None
-        if nodes:
-            mask = torch.ones(T, T, dtype=torch.bool).tril()
-            mask[-nodes:, -nodes:] = tree.mask
-        texts.append(Text((*ids, *tree.tokens), mask, queries=1 + nodes))
+        parents = [len(ids) - 1 + node for node in tree.parents]
+        texts.append(Text((*ids, *tree.tokens), parents, queries=1 + len(parents)))
     texts += filler(model, texts)
-    past = None if prefix is None else [layer * len(texts) for layer in prefix]
+    past = None if prefix is None else [prefix] * len(texts)
     h, _ = forward_packed(model, pack(model, texts, past))  # (Σ queries, D)
 
     # 2. Of each step: the row of h that predicts it, its token, and the score it is added to.

@@ -12,13 +12,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from qwen_min.fast.chunks import Chunks, make_chunks
 from qwen_min.model import Qwen, rotary_cos_sin
 
-# Keys (rotated) and values of one text in one layer: two tensors (S, K, Dh).
-KeysValues = tuple[Tensor, Tensor]
-# Keys and values of all layers and texts: [layer][text]. Never changed in place: continuing a text
-# makes a new cache, so many candidates can continue one prompt, in any order.
-Cache = list[list[KeysValues]]
+# What a layer keeps of one text. Attention: keys (rotated) and values, two tensors (S, K, Dh). The
+# gated delta rule: its state (Hv, dk, dv), and the last inputs of its convolution (kernel − 1, C).
+Kept = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Past:
+    """What stands before a text that continues another one, from an earlier forward.
+
+    Never changed in place: continuing a text makes a new one, so many candidates can continue one
+    prompt, in any order.
+    """
+
+    length: int  # tokens
+    layers: list[Kept]
 
 
 @dataclass(frozen=True)
@@ -26,10 +37,23 @@ class Text:
     """One text of a batch."""
 
     ids: Sequence[int]
-    # (T, T): which of the text's own tokens each token attends to; None: itself and those before.
-    # Another pattern makes a tree: several continuations of one prompt side by side.
-    mask: Tensor | None = None
+    # Its last tokens can be a tree instead of a line: several continuations of one prompt side by
+    # side. For each of them, which of the text's tokens it follows: the last one in front of the
+    # tree (−1 if there is none), or one of the tree that stands before it.
+    parents: Sequence[int] = ()
     queries: int | None = None  # how many of its last tokens need an output; None: all
+
+    @property
+    def line(self) -> int:
+        """How many tokens stand in a line, in front of the tree."""
+        return len(self.ids) - len(self.parents)
+
+    def mask(self) -> Tensor:
+        """(T, T): which of the text's tokens each token attends to: itself and those before."""
+        mask = torch.ones(len(self.ids), len(self.ids), dtype=torch.bool).tril()
+        for token, parent in enumerate(self.parents, start=self.line):
+            mask[token, :token] = mask[parent, :token] if parent >= 0 else False
+        return mask
 
 
 @dataclass(frozen=True)
@@ -38,14 +62,27 @@ class Batch:
 
     ids: Tensor  # (N,)
     lengths: list[int]  # tokens of each text; their sum is N
-    cos: Tensor  # (N, 1, Dh), of each token's position in its text, prefix included
+    cos: Tensor  # (N, 1, rotary_dim), of each token's position in its text, prefix included
     sin: Tensor
     masks: list[Tensor | None]  # per text (query tokens, S): which keys each sees; None: causal
     query_counts: list[int]  # per text, the number of its last tokens that get an output
     asked: list[int]  # the same in the last layer: the tokens whose states the caller reads
-    prefix: Cache | None = None  # keys and values before each text
+    texts: Sequence[Text]
+    kernel: int  # tokens that the convolution of Qwen3.5 sees
+    prefix: Sequence[Past] | None = None  # what stands before each text
     first_is_prefix: bool = False  # all other texts continue the first one
+    keep: bool = False  # whether the caller continues these texts: what each layer keeps of them
     query_index: Tensor | None = None  # in the last layer: where the query tokens stand in N
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        """The layout for the gated delta rule, made once a batch."""
+        # A single token that continues a text is one step of the recurrence, not a chunk.
+        single = (-1,) if self.prefix is not None else ()
+        trees = [single if len(t.ids) == 1 and single else t.parents for t in self.texts]
+        lines = [len(t.ids) - len(tree) for t, tree in zip(self.texts, trees, strict=True)]
+        how = (self.kernel, self.prefix is not None, self.first_is_prefix)
+        return make_chunks(lines, trees, *how).to(self.ids.device)
 
     @cached_property
     def padded_mask(self) -> Tensor:
@@ -63,11 +100,15 @@ class Batch:
 
 
 def pack(
-    model: Qwen, texts: Sequence[Text], prefix: Cache | None = None, first_is_prefix: bool = False
+    model: Qwen,
+    texts: Sequence[Text],
+    prefix: Sequence[Past] | None = None,
+    first_is_prefix: bool = False,
+    keep: bool = False,
 ) -> Batch:
     """Lay texts end to end for `forward_packed`, on the model's device.
 
-    prefix: the cache of what stands before each text, from an earlier forward. first_is_prefix: the
+    prefix: what stands before each text, from an earlier forward with `keep`. first_is_prefix: the
     first text is a prefix that the other texts continue; it is computed once, and gradients flow
     through it as if each text had its own copy (LoRA's dropout draws once for all of them). Not
     together with `prefix`.
@@ -77,12 +118,12 @@ def pack(
         T = len(text.ids)
         start = len(texts[0].ids) if first_is_prefix and i else 0
         if prefix is not None:
-            start = len(prefix[0][i][0])
-        if text.mask is None and start == 0:
+            start = prefix[i].length
+        if not text.parents and start == 0:
             positions.append(torch.arange(T))
             masks.append(None)
             continue
-        own = torch.ones(T, T, dtype=torch.bool).tril() if text.mask is None else text.mask
+        own = text.mask()
         # A token's position is the number of tokens that it attends to, minus one.
         positions.append(start + own.sum(dim=1) - 1)
         # scaled_dot_product_attention aligns is_causal with the first key, not with the last one,
@@ -94,7 +135,9 @@ def pack(
     lengths = [len(text.ids) for text in texts]
     asked = [n if t.queries is None else t.queries for t, n in zip(texts, lengths, strict=True)]
     ids = torch.tensor(ids, device=device)
-    return Batch(ids, lengths, cos, sin, masks, lengths, asked, prefix, first_is_prefix)
+    kernel = getattr(config, "linear_conv_kernel_dim", 0)
+    how = (texts, kernel, prefix, first_is_prefix, keep)
+    return Batch(ids, lengths, cos, sin, masks, lengths, asked, *how)
 
 
 def select_queries(batch: Batch) -> Batch:
