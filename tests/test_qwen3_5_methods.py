@@ -11,7 +11,9 @@ import pytest
 import torch
 from conftest import REPO, make_reference
 from safetensors.torch import load_file
+from test_chat import QWEN35
 from test_plain import assert_same_predictions, numbers, read_lines
+from test_tokenizer import WITH_MARKS, make_qwen3_5_tokenizer
 from test_train import in_child
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +22,9 @@ import train
 from qwen_min.command import predict
 from qwen_min.fast import forms
 from qwen_min.files.run import checkpoints
+from qwen_min.files.tokens import read_tokenizer
 from qwen_min.metrics import softmax
+from qwen_min.prompt import shorten
 
 TRAINED = ("head_only", "lora_head", "lora_label_scoring")
 METHODS = {name: name for name in TRAINED}
@@ -123,6 +127,14 @@ def test_both_forms_train_alike(method, runs):
     assert len(losses[0]) == 5 and losses[1] == pytest.approx(losses[0], abs=TOLERANCE, rel=0)
 
 
+def reference_score(model, tokenizer, prompt: str, word: str) -> float:
+    """log p(word | prompt) by transformers."""
+    n, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(prompt + word)["input_ids"]
+    with torch.inference_mode():
+        log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return log_p[torch.arange(n - 1, len(ids) - 1), ids[n:]].sum().item()
+
+
 def test_zero_shot_scores_are_those_of_transformers(base, data, tmp_path, capsys):
     rows, _ = evaluated(
         tmp_path / "p.jsonl", "--method", "zero_shot", "--model", base, "--data", data
@@ -131,13 +143,9 @@ def test_zero_shot_scores_are_those_of_transformers(base, data, tmp_path, capsys
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert len(rows) == 20
     for row in rows:
-        prompt = tokenizer(TEMPLATE.replace("{text}", row["text"]))["input_ids"]
+        prompt = TEMPLATE.replace("{text}", row["text"])
         for word, found in zip(WORDS, row["scores"], strict=True):
-            ids = tokenizer(TEMPLATE.replace("{text}", row["text"]) + word)["input_ids"]
-            with torch.inference_mode():
-                log_p = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
-            n = len(prompt)
-            expected = log_p[torch.arange(n - 1, len(ids) - 1), ids[n:]].sum().item()
+            expected = reference_score(reference, tokenizer, prompt, word)
             assert found == pytest.approx(expected, abs=TOLERANCE, rel=0)
 
 
@@ -225,3 +233,66 @@ def test_a_killed_run_goes_on_to_the_bit(method, base, data, tmp_path):
         paths = [*checkpoints(run)[-1][1].rglob("*.safetensors")]
         files.append({str(path.relative_to(run)): path.read_bytes() for path in paths})
     assert len(files[0]) >= 2 and files[0] == files[1]
+
+
+def as_released(directory: Path) -> Path:
+    """A base with Qwen3.5's tokenizer, the class that a release names, and a chat template."""
+    make_reference(directory, "qwen3_5", vocab_size=960)
+    make_qwen3_5_tokenizer(directory, "qwen3_5_text", "Qwen2Tokenizer")
+    (directory / "chat_template.jinja").write_text(QWEN35, encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def marks(tmp_path_factory) -> Path:
+    """Texts with marks, and with white space at both ends."""
+    path = tmp_path_factory.mktemp("marks") / "marks.jsonl"
+    rows = [{"label": i % 2, "text": f" {text}\n"} for i, text in enumerate(WITH_MARKS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("template", ["{text}", "评论：{text}", TEMPLATE])
+def test_a_chat_is_scored_as_by_transformers(template, marks, tmp_path, capsys):
+    """The whole way, with a text at both borders of the message, at one, and inside."""
+    base = as_released(tmp_path / "base")
+    given = ["--method", "zero_shot", "--model", base, "--data", marks, "--chat"]
+    given += ["--template", template, "--max-text-tokens", 9]
+    rows = both(tmp_path, *given)["default"][0]
+    (base / "tokenizer_config.json").write_text(  # so that transformers reads tokenizer.json
+        (base / "tokenizer_config.json").read_text().replace("Qwen2T", "Qwen3_5T")
+    )
+    reference = AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval()
+    ours, theirs = read_tokenizer(base), AutoTokenizer.from_pretrained(base)
+    for row in rows:
+        content = template.replace("{text}", shorten(ours, row["text"], 9))
+        prompt = theirs.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        for word, found in zip(WORDS, row["scores"], strict=True):
+            assert found == pytest.approx(
+                reference_score(reference, theirs, prompt, word), abs=TOLERANCE
+            )
+
+
+@pytest.mark.parametrize("method", ["lora_head", "lora_label_scoring"])
+def test_what_is_exported_has_its_tokenizer_and_its_prompt(method, marks, tmp_path, capsys):
+    base, run, out = as_released(tmp_path / "base"), tmp_path / "run", tmp_path / "out"
+    args = ["--method", method, "--model", base, "--data", marks, "--output", run, *LORA]
+    args += ["--chat", "--template", "评：{text}", "--export", out]
+    assert train.main(command(*args)) == 0
+    ours, theirs = read_tokenizer(out), AutoTokenizer.from_pretrained(out)
+    for text in WITH_MARKS:
+        assert theirs(text)["input_ids"] == ours.encode(text)
+    assert theirs.padding_side == "right" or method != "lora_head"
+    prompt = json.loads((out / "prompt.json").read_text(encoding="utf-8"))
+    assert "{text}<|im_end|>" in prompt["template"]
+    assert prompt["input"].endswith(" Once cut, trim the text as Python's rstrip does.")
+    rows, _ = evaluated(tmp_path / "p.jsonl", "--run", run, "--data", marks)
+    texts, found = tmp_path / "texts.jsonl", tmp_path / "found.jsonl"
+    texts.write_text("".join(json.dumps({"text": r["text"]}) + "\n" for r in rows))
+    assert predict.main(command(texts, "--run", run, "--output", found)) == 0
+    assert [r["label"] for r in read_lines(found)] == [WORDS[r["prediction"]] for r in rows]

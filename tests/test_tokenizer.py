@@ -457,7 +457,8 @@ def make_qwen3_5_tokenizer(directory: Path, model_type: str, kind: str | None) -
     }
     beside = {name: value for name, value in beside.items() if name != "tokenizer_class" or value}
     (directory / "tokenizer_config.json").write_text(json.dumps(beside))
-    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if not (directory / "config.json").exists():
+        (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
 
 
 QWEN3_5_CLASSES = [

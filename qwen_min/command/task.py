@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,18 @@ class Task:
             raise UserError(f"--template {template!r}: {found}; write it where it belongs")
         return template
 
+    def trim(self, template: str, texts: Sequence[str], places: Sequence[str]) -> Callable:
+        """What chat markup does to a text, once cut: nothing (`str`), or `str.strip`, say.
+
+        Raises UserError for one of `texts` that the checkpoint's template treats in another way.
+        """
+        if self.chat is None:
+            return str
+        from qwen_min.lab.chat import check_texts
+
+        short = [shorten(self.tokenizer, text, self.max_text_tokens) for text in texts]
+        return check_texts(short, template, self.chat, self.system, places)
+
     def prompts(
         self,
         texts: Sequence[str],
@@ -81,13 +93,8 @@ class Task:
         labels = self.scored if labels is None else labels
         template = self.template if template is None else template
         whole = self.whole_template(template)
-        trim, most = str, self.max_text_tokens
-        if self.chat is not None:
-            from qwen_min.lab.chat import check_texts
-
-            short = [shorten(self.tokenizer, text, most) for text in texts]
-            trim = check_texts(short, template, self.chat, self.system, places)
-        prompts = build_prompts(self.tokenizer, texts, whole, labels, most, places, trim)
+        how = (self.max_text_tokens, places, self.trim(template, texts, places))
+        prompts = build_prompts(self.tokenizer, texts, whole, labels, *how)
         check_lengths(prompts, self.config.max_position_embeddings, places, new_tokens)
         return prompts
 

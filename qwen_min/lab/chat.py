@@ -46,11 +46,9 @@ START, END = "<|im_start|>", "<|im_end|>"
 EMPTY_THOUGHTS = "<think>\n\n</think>\n\n"
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 # Qwen3.5's format, where a checkpoint has no template of its own.
-QWEN3_5_SOURCE = f"""{{% for message in messages %}}
-{START}{{{{ message.role + '\n' + message.content | trim }}}}{END}
-{{% endfor %}}
-{START}assistant
-{EMPTY_THOUGHTS.strip()}{{{{ '\n\n' }}}}"""
+QWEN3_5_TURN = START + "{{ message.role }}\n{{ message.content | trim }}" + END + "\n"
+QWEN3_5_SOURCE = "{% for message in messages %}" + QWEN3_5_TURN + "{% endfor %}"
+QWEN3_5_SOURCE += f"{START}assistant\n{EMPTY_THOUGHTS}\n"  # Jinja drops the last newline
 KIND, ADVICE = "a chat template", "fetch it again, or leave out --chat"
 # What a template gets beside the messages and the special tokens, as from transformers.
 GIVEN = {"add_generation_prompt": True, "enable_thinking": False, "tools": None, "documents": None}
