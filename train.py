@@ -76,7 +76,6 @@ def head_only(job: Job) -> dict:
         check_finite(model, job.prompts, features.isfinite().flatten(1).all(dim=1))
     except NotFinite as error:
         raise NotFinite(f"{job.places[error.rows[0]]}: {error}", error.rows, None) from None
-    seconds_features = time.perf_counter() - started
     labels, classes = np.array([e.label for e in job.examples]), len(job.source.task.labels)
     rows = (job.training, job.held_out)
     weights = None if job.weights is None else torch.tensor(job.weights, dtype=torch.float64)
@@ -84,11 +83,7 @@ def head_only(job: Job) -> dict:
     save_head(job.run / run_files.HEAD, head)
     print(format_layers(found, head.layer))
     size, seconds = head.weight.numel() + head.bias.numel(), time.perf_counter() - started
-    measured = {
-        "trained_parameters": size,
-        "seconds": seconds,
-        "seconds_features": seconds_features,
-    }
+    measured = {"trained_parameters": size, "seconds": seconds}
     return {"layer": head.layer, "layers": found} | measured
 
 

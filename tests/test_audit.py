@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 import unicodedata
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +195,6 @@ def test_the_counts_of_the_real_files():
         ([], "required: A"),
         (["a.tsv", "b.tsv", "c.tsv"], "unrecognized arguments: c.tsv"),
         (["missing.tsv"], "missing.tsv: not a data file (No such"),
-        (["a.tsv", "a.tsv"], "given twice"),
         (["a.tsv", "--labels", "好"], "at least two classes"),
         (["a.tsv", "--encoding", "latin-9000"], "not a text encoding"),
         (["a.tsv", "gbk.tsv", "--encoding", "utf-8"], "not valid utf-8"),
@@ -250,21 +250,22 @@ def test_a_run_knows_its_training_data(tmp_path, capsys):
     arguments = {"data": str(path), "labels": "负面,正面", "encoding": "utf-8", "limit": 4}
     record = {"arguments": arguments, "labels": ["负面", "正面"]}
     record["data_hash"] = examples_hash(examples[:4])
-    found = training_examples(None, "ascii", ("x", "y"), record)
+    args = Namespace(train_data=None, encoding="ascii", text_column=None, label_column=None)
+    found = training_examples(args, ("x", "y"), record)
     assert found == (str(path), [Example(*row, i + 2) for i, row in enumerate(A[:4])])
-    assert training_examples(None, "utf-8", WORDS, None) is None
+    assert training_examples(args, WORDS, None) is None
     # A file that the user names takes precedence over the run's, and is read whole.
-    other = tsv(tmp_path / "b.tsv", B)
-    named = training_examples(str(other), "utf-8", WORDS, record)[1]
+    given = {"train_data": str(tsv(tmp_path / "b.tsv", B)), "encoding": "utf-8"}
+    named = training_examples(Namespace(**vars(args) | given), WORDS, record)[1]
     assert [(example.text, example.label) for example in named] == B
     assert capsys.readouterr().err == ""
 
     tsv(path, B)
-    assert training_examples(None, "utf-8", WORDS, record) is None
+    assert training_examples(args, WORDS, record) is None
     changed = capsys.readouterr().err
     assert "has changed since the run was trained on it" in changed
     path.unlink()
-    assert training_examples(None, "utf-8", WORDS, record) is None
+    assert training_examples(args, WORDS, record) is None
     gone = capsys.readouterr().err
     assert "not a data file (No such file" in gone
     assert gone.count("\n") == changed.count("\n") == 1

@@ -202,6 +202,7 @@ def test_a_bug_keeps_its_traceback():
 def test_a_terminal_that_cannot_show_a_label_shows_its_code(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    parser()  # as every command begins
     assert status_of(lambda args: print("F1 of 负面") or 0) == 0
     assert written.getvalue() == rb"F1 of \u8d1f\u9762" + b"\n"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qwen_min.errors import UserError
-from qwen_min.files.data import Example, class_counts, examples_hash, held_out_split, read_examples
+from qwen_min.files.data import Example, examples_hash, held_out_split, read_examples
 
 WORDS = ("负面", "正面")
 # Measurement data lies beside a development checkout and is not part of the project.
@@ -70,16 +70,16 @@ def test_jsonl(tmp_path):
         ('"很好"', True),
         ('"屏幕太暗\n1\t很好"', True),  # one field of pandas, two rows here
         ('尺寸 15.4"', False),
-        ('"屏幕"太暗', False),
+        ('"屏幕"太暗', True),
         ('他说"好"', False),
-        ('"房间10元', False),
+        ('"房间10元', True),
     ],
 )
 def test_quotes_in_a_tsv_are_read_as_they_are_with_a_note(tmp_path, capsys, field, noted):
     found = read(tmp_path, "a.tsv", f"label\ttext\n0\t差\n1\t{field}\n")
     assert [e.text for e in found] == ["差", *(part for part in field.split("\n1\t"))]
-    note = "found a field in quotes, read as it is: a .tsv has no quoting, each line is a row; if "
-    note = f"note: {tmp_path / 'a.tsv'}, line 3: {note}a program wrote it so, save it as .csv\n"
+    note = "texts that begin with a quote, which is kept: 1 (the first: line 3)"
+    note = f"note: {tmp_path / 'a.tsv'}: {note}\n"
     assert capsys.readouterr().err == note * noted
 
 
@@ -588,10 +588,6 @@ def test_split_refuses_what_cannot_be_split():
         )
 
 
-def test_class_counts():
-    assert class_counts(examples_of(("a", 2), ("b", 0), ("c", 2)), 4) == [1, 0, 2, 0]
-
-
 # --- real data ------------------------------------------------------------------------------------
 
 
@@ -603,10 +599,10 @@ def test_class_counts():
 def test_chnsenticorp():
     train = read_examples(CHNSENTICORP / "train.tsv", WORDS)
     assert len(train) == 9600  # 9,146 if `"` were read as a quote
-    assert class_counts(train, 2) == [4801, 4799]
+    assert Counter(example.label for example in train) == {0: 4801, 1: 4799}
     dev = read_examples(CHNSENTICORP / "dev.tsv", WORDS)
     assert len(dev) == 1200
-    assert class_counts(dev, 2) == [607, 593]
+    assert Counter(example.label for example in dev) == {0: 607, 1: 593}
     assert sum('"' in example.text for example in train) == 55
 
     texts = Counter(example.text for example in train)

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen_min.fast.delta import ConvolutionFunction
 from qwen_min.fast.kernels import RMSNormFunction, SwiGLUFunction, pad, padded_attention, unpad
 from qwen_min.fast.label_scores import last_states
 from qwen_min.fast.layout import Text, pack, select_queries
-from qwen_min.fast.packed import forward_packed
+from qwen_min.fast.packed import forward_packed, rms_norm
 from qwen_min.files.weights import load_model
-from qwen_min.model import RMSNorm
+from qwen_min.model import RMSNorm, ZeroCenteredRMSNorm
 
 # fp32 sums of some ten products, in another order, on values of size 1.
 FP32 = {"atol": 2e-6, "rtol": 1e-5}
@@ -25,34 +26,51 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 @pytest.mark.parametrize("shape", [(5, 8), (3, 2, 8), (0, 8)])
 @pytest.mark.parametrize("trained", ["x", "weight", "both"])
-def test_norm_equals_its_definition(shape, trained):
+@pytest.mark.parametrize("kind", [RMSNorm, ZeroCenteredRMSNorm])
+def test_norm_equals_its_definition(kind, shape, trained):
     # An eps as large as the mean square itself: a gradient that left it out would show.
-    norm, x, dy = RMSNorm(8, 0.5), draw(*shape), draw(*shape, seed=1).detach()
+    norm, x, dy = kind(8, 0.5), draw(*shape), draw(*shape, seed=1).detach()
     norm.weight.data = draw(8, seed=2).detach()
     inputs = {"x": [x], "weight": [norm.weight], "both": [x, norm.weight]}[trained]
     x.requires_grad_(trained != "weight")
     norm.weight.requires_grad_(trained != "x")
-    y = RMSNormFunction.apply(x, norm.weight, 0.5)
+    y = rms_norm(norm, x)
     assert torch.equal(y, norm(x))
     found, expected = (torch.autograd.grad(out, inputs, dy) for out in (y, norm(x)))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, **FP32)
 
 
-def test_norm_in_bf16():
-    norm, x = RMSNorm(64, 1e-6).bfloat16(), draw(32, 64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("kind", [RMSNorm, ZeroCenteredRMSNorm])
+def test_norm_in_bf16(kind):
+    norm, x = kind(64, 1e-6).bfloat16(), draw(32, 64, dtype=torch.bfloat16)
     norm.weight.data = draw(64, seed=2, dtype=torch.bfloat16).detach()
     dy = draw(32, 64, seed=1, dtype=torch.bfloat16).detach()
-    y = RMSNormFunction.apply(x, norm.weight, 1e-6)
+    y = rms_norm(norm, x)
     assert torch.equal(y, norm(x))
     found = torch.autograd.grad(y, (x, norm.weight), dy)
     inputs = [t.detach().float().requires_grad_() for t in (x, norm.weight)]
-    expected = torch.autograd.grad(RMSNormFunction.apply(*inputs, 1e-6), inputs, dy.float())
+    exact = RMSNormFunction.apply(*inputs, 1e-6, kind is ZeroCenteredRMSNorm)
+    expected = torch.autograd.grad(exact, inputs, dy.float())
     # dx is rounded twice, each time by up to 2^-8: w·dy, and the result. dw is a sum of 32 products
     # of one sign or the other, whose factors, products and sum are rounded.
     for a, b, bound in zip(found, expected, (2 * 2**-8, 4 * 2**-8), strict=True):
         assert a.dtype == torch.bfloat16
         assert (a.float() - b).abs().max() < bound * b.abs().max()
+
+
+@pytest.mark.parametrize("trained", ["rows", "weight", "both"])
+def test_convolution_and_its_gradient(trained):
+    """Windows that overlap: rows 2 and 3 are in both, row 0 twice in one."""
+    rows, weight = draw(6, 5, dtype=torch.float64), draw(5, 1, 3, seed=1, dtype=torch.float64)
+    rows.requires_grad_(trained != "weight")
+    weight.requires_grad_(trained != "rows")
+    windows = torch.tensor([[0, 0, 1, 2, 3], [2, 3, 4, 5, 1]])
+    y = ConvolutionFunction.apply(rows, weight, windows)
+    for window, found in zip(windows, y, strict=True):
+        expected = F.conv1d(rows[window].T[None], weight, groups=5)[0].T
+        torch.testing.assert_close(found, expected)
+    assert torch.autograd.gradcheck(ConvolutionFunction.apply, (rows, weight, windows))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

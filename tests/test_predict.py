@@ -240,7 +240,7 @@ def test_more_classes_than_the_table_has_columns(capsys):
 def test_any_text_is_read_back_from_a_csv():
     texts = ["a\rb", 'c"d', "e\nf", "=1+1", " g,h "]
     rows = [(i, text, "负面", [0.75, 0.25]) for i, text in enumerate(texts)]
-    written = "".join(predict.csv_rows(("负面", "正面"), rows, True))
+    written = "".join(predict.csv_rows(("负面", "正面"), rows))
     found = list(csv.reader(io.StringIO(written.removeprefix("\ufeff"), newline="")))
     assert [row[1] for row in found[1:]] == texts and {*map(len, found)} == {5}
 
@@ -249,6 +249,9 @@ def test_python_arguments_are_checked_as_typed_ones():
     for wrong in ({"dtype": "float8"}, {"max_text_tokens": -1}, {"batch_tokens": 0}):
         with pytest.raises(UserError, match=option(*wrong)):
             qwen_min.Classifier.zero_shot("base", **wrong)
+    how = {"template": TEMPLATE, "device": "cpu", "plain": True, "chat": False, "system": None}
+    args = qwen_min.Classifier.zero_shot("base", **how).source.args
+    assert (args.plain, args.chat, args.system) == (True, False, None)
     for texts in ("好", [None]):
         with pytest.raises(TypeError, match="expected a list of str"):
             qwen_min.Classifier.zero_shot("base", template=TEMPLATE).predict(texts)
@@ -257,10 +260,9 @@ def test_python_arguments_are_checked_as_typed_ones():
 def test_the_tables_lines_fit_a_terminal():
     texts = ["好" * 200, "x" * 200, "短"]
     rows = [(i, text, "负面", [0.75, 0.25]) for i, text in enumerate(texts)]
-    lines = predict.table_rows(("负面", "正面"), rows, True)
-    assert [columns(line.rstrip("\n")) for line in lines[1:3]] == [80, 80]  # 好 takes two
+    lines = "".join(predict.table_rows(("负面", "正面"), rows)).splitlines()
+    assert [columns(line) for line in lines[1:3]] == [80, 80]  # 好 takes two
     assert lines[3].split() == ["负面", "0.7500", "0.2500", "短"]
-    assert predict.table_rows(("负面", "正面"), rows, False) == lines[1:]
 
 
 def test_what_is_refused(capsys):
@@ -280,7 +282,7 @@ def test_what_is_refused(capsys):
         ("missing.txt", "--output", "labels.csv"): "missing.txt",
         ("empty.txt", "--output", "labels.csv"): "empty.txt: found no",
         ("texts.txt", "--method", "lora_head"): "needs --run",
-        ("texts.txt", "--calibration", "batch"): "batch: not results with a calibration",
+        ("texts.txt", "--run", "head_only", "--calibration", "pmi_dc"): "scores of label words",
     }.items():
         if said:
             more = PROMPT if not {"--model", "--run"} & {*arguments} else []
@@ -424,34 +426,18 @@ def test_evaluate_decides_by_corrected_scores(name, capsys):
     np.testing.assert_allclose([row["scores"] for row in rows], scores, atol=10 * FP32)
     assert [row["prediction"] for row in rows] == scores.argmax(axis=1).tolist()
 
-    # predict takes it from the results, or, if it needs no data, by its name.
-    known = [name] * (name in CALIBRATIONS[:3]) + ["results.json"]
-    for given in known:
-        more = ["--calibration", given, "--output", "a.jsonl"]
-        assert predict.main(["texts.txt", *SOURCES["zero_shot"], *more]) == 0
-        found = [[*row["probabilities"].values()] for row in json_rows("a.jsonl")]
-        np.testing.assert_allclose(found, softmax(scores.tolist()), atol=FP32)
-        how = {"template": TEMPLATE, "device": "cpu", "calibration": given}
-        classifier = qwen_min.Classifier.zero_shot("base", **how)
-        np.testing.assert_allclose(classifier.scores(TEXTS), scores, atol=10 * FP32)
-
-
-def test_a_correction_of_another_prompt_or_model_is_refused(capsys):
-    evaluated(*SOURCES["zero_shot"], "--calibration", "batch")
-    given = ["texts.txt", "--device", "cpu", "--calibration", "results.json"]
-    same = [*PROMPT[:4], *given]
-    for more, said in {
-        ("--labels", "正面,负面"): "arguments.labels is",
-        ("--template", "评价：{text}\\n情感倾向：\\n"): "template is",
-        ("--run", "lora_label_scoring"): "method is 'zero_shot', expected",
-        ("--run", "head_only"): "about scores of label words",
-    }.items():
-        error = error_of(capsys, *(same if more[0] != "--run" else given), *more)
-        assert said in error
-    make_reference(Path("other"), kind="qwen3")
-    assert "base_fingerprint" in error_of(capsys, *same, "--model", "other")
-    evaluated(*SOURCES["zero_shot"])
-    assert "applied_calibration is None" in error_of(capsys, *same)
+    # predict takes it too, if it needs no data.
+    how = {"template": TEMPLATE, "device": "cpu", "calibration": name}
+    if name not in CALIBRATIONS[:3]:
+        with pytest.raises(UserError, match="--calibration: invalid choice"):
+            qwen_min.Classifier.zero_shot("base", **how)
+        return
+    more = ["--calibration", name, "--output", "a.jsonl"]
+    assert predict.main(["texts.txt", *SOURCES["zero_shot"], *more]) == 0
+    found = [[*row["probabilities"].values()] for row in json_rows("a.jsonl")]
+    np.testing.assert_allclose(found, softmax(scores.tolist()), atol=FP32)
+    classifier = qwen_min.Classifier.zero_shot("base", **how)
+    np.testing.assert_allclose(classifier.scores(TEXTS), scores, atol=10 * FP32)
 
 
 def test_corrected_results_do_not_replace_raw_ones(capsys):

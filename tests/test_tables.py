@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import openpyxl
@@ -14,7 +15,8 @@ import pytest
 import evaluate
 import train
 from qwen_min.errors import UserError
-from qwen_min.files.data import examples_hash, find_labels, parse_names, read_examples, read_texts
+from qwen_min.files.data import examples_hash, find_labels, parse_names, read_examples
+from qwen_min.files.tables import read_table
 from qwen_min.report.audit import main as audit
 from qwen_min.report.tables import main as report
 
@@ -62,6 +64,12 @@ def workbook(names: str = "text,label") -> bytes:
     book.create_sheet("more").append(["no", "columns"])
     book.save(data)
     return data.getvalue()
+
+
+def read_texts(source: str, text_column: str | None = None) -> Iterator[tuple[int, str]]:
+    """Lines and texts, as predict reads them."""
+    for line, text, _ in read_table(source, text_column=text_column, labelled=False):
+        yield line, text
 
 
 def task(text: str, *choices: list[str], **more: object) -> dict:

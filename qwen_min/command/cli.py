@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from qwen_min.command.terminal import SafeStream, one_line
 from qwen_min.errors import UserError
@@ -28,10 +28,6 @@ class CommandParser(argparse.ArgumentParser):
                 advice = f"did you mean {near[0]}?"
         self.exit(2, f"error: {one_line(message)}; {advice}\n")
 
-    def _print_message(self, message: str, file: TextIO | None = None) -> None:
-        show_codes(file)  # --help has Chinese examples
-        super()._print_message(message, file)
-
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the examples of a docstring as they are written, and shows every default."""
@@ -42,7 +38,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 def make_parser(description: str) -> CommandParser:
-    """A parser whose help keeps the description's examples and shows every default."""
+    """A parser whose help keeps the description's examples and shows every default.
+
+    What is printed from then on, the help first, has characters that the encoding of standard
+    output lacks as their codes, as on stderr.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     return CommandParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
@@ -106,19 +108,12 @@ def choose_device(name: str) -> str:
     return name
 
 
-def show_codes(stream: TextIO | None) -> None:
-    """Let a character that the stream's encoding lacks be written as its code, as on stderr."""
-    if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="backslashreplace")
-
-
 def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command: a user's mistake becomes one line and status 2; a bug keeps its traceback."""
-    show_codes(sys.stdout)
     if not getattr(args, "plain", True):  # a command that computes, and not by the definitions
-        from qwen_min.fast.memory import keep_freed_memory
+        from qwen_min.fast.process import set_up_process
 
-        keep_freed_memory()
+        set_up_process()
     out, err = SafeStream(sys.stdout), SafeStream(sys.stderr, lines=True)
     with redirect_stdout(out), redirect_stderr(err):
         status = _status(command, args)

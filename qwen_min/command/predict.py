@@ -26,13 +26,11 @@ from types import SimpleNamespace
 from qwen_min.command.cli import make_parser, parse_with_given, run_command
 from qwen_min.command.finite import NotFinite
 from qwen_min.command.interface import Classifier, add_classifier_arguments, read_source
-from qwen_min.command.task import Task
 from qwen_min.command.terminal import WIDTH, clipped, columns, one_line, progress_bar, text_table
 from qwen_min.errors import UserError
-from qwen_min.files.data import read_texts
 from qwen_min.files.output import RowFile, open_outputs
+from qwen_min.files.tables import read_table
 from qwen_min.metrics import softmax
-from qwen_min.prompt import Prompt
 
 Row = tuple[int, str, str, list[float]]  # line, text, label, probability of each class (C,)
 
@@ -65,37 +63,44 @@ def predict(args: argparse.Namespace, given: dict) -> int:
         raise UserError(f"--output {args.output}: expected a name that ends in .csv or .jsonl")
     source = read_source(args, given)
     inputs = [source.task.directory, args.adapter, args.run, args.run and f"{args.run}/adapter"]
-    inputs.append(args.calibration)
     open_outputs([args.output], [*inputs, args.texts if args.texts != "-" else None])
     write = RowFile(args.output).append if args.output else partial(print, end="", flush=True)
     texts = enumerate(args.text or (), start=1)
     if args.texts:
-        texts = read_texts(args.texts, args.encoding, args.text_column)
+        table = read_table(args.texts, args.encoding, args.text_column, labelled=False)
+        texts = ((line, text) for line, text, _ in table)
     place = "standard input" if args.texts == "-" else args.texts or "--text"
-    # A chunk is read, scored and written together. With prompts of 64 tokens it fills 16 batches:
-    # most are full, of texts of like length, and a slow model loses seconds if it is stopped.
-    parts = chunks(source.task, texts, place, 1 + args.batch_tokens // 4)
-    first = next(parts, None)  # a file that is missing fails before the model is loaded
+    first = next(texts, None)  # a file that is missing fails before the model is loaded
     if not first:
         raise UserError(f"{place}: found no texts; give at least one")
+    texts = chain([first], texts)
     classifier = Classifier.load(source)
     labels, n, shortened, started = classifier.labels, 0, 0, time.perf_counter()
+
+    def rows() -> Iterator[Row]:
+        nonlocal shortened
+        # A chunk is read, scored and written together. With prompts of 64 tokens it fills 16
+        # batches: most are full, of texts of like length, and a slow model that is stopped loses
+        # seconds.
+        while numbered := list(islice(texts, 1 + args.batch_tokens // 4)):
+            places = [f"{place}, line {line}" for line, _ in numbered]
+            prompts = source.task.prompts([text for _, text in numbered], places)
+            try:
+                scores = classifier.score_prompts(prompts, bar.update)
+            except NotFinite as failure:
+                line, _ = numbered[failure.rows[0]]
+                raise UserError(f"{place}, line {line}: {failure}") from None
+            for text, own, p in zip(numbered, scores, softmax(scores).tolist(), strict=True):
+                yield *text, labels[own.argmax()], p
+            shortened += sum(prompt.truncated for prompt in prompts)
+
     try:
         with progress_bar(desc="texts", disable=not args.output) as bar:
-            for numbered, prompts in chain([first], parts):
-                scores = classifier.score_prompts(prompts, bar.update)
-                every = zip(numbered, scores, softmax(scores).tolist(), strict=True)
-                rows = [(*text, labels[own.argmax()], p) for text, own, p in every]
-                lines = form(labels, rows, n == 0)
-                for i, line in enumerate(lines):  # one by one: a killed process leaves whole rows
-                    write(line)
-                    n += i >= len(lines) - len(rows)  # not the header
+            for line in form(labels, rows()):  # one by one: a killed process leaves whole rows
+                write(line)
+                n += 1
                 if getattr(sys.stdout, "failure", None):  # nobody reads on, as with `| head`
                     break
-                shortened += sum(prompt.truncated for prompt in prompts)
-    except NotFinite as failure:
-        line, _ = numbered[failure.rows[0]]
-        raise UserError(f"{place}, line {line}: {failure}") from None
     finally:  # also if an error or Ctrl-C ends it
         said = f"{n} texts, {n / (time.perf_counter() - started):.1f} rows/s"
         said += f", written to {args.output}" * bool(args.output)
@@ -105,50 +110,34 @@ def predict(args: argparse.Namespace, given: dict) -> int:
     return 0
 
 
-def chunks(
-    task: Task, texts: Iterable[tuple[int, str]], place: str, size: int
-) -> Iterator[tuple[list[tuple[int, str]], list[Prompt]]]:
-    """`size` texts at a time: with their lines, and their prompts."""
-    texts = iter(texts)
-    while numbered := list(islice(texts, size)):
-        places = [f"{place}, line {line}" for line, _ in numbered]
-        yield numbered, task.prompts([text for _, text in numbered], places)
-
-
-def csv_rows(labels: Sequence[str], rows: Sequence[Row], first: bool) -> list[str]:
-    """CSV. The first rows have a header before them, and a byte-order mark, for Excel."""
-    lines: list[str] = []
+def csv_rows(labels: Sequence[str], rows: Iterable[Row]) -> Iterator[str]:
+    """CSV. The first row has the header before it, and a byte-order mark, for Excel."""
     # Its own line ends: with "\n" alone, a "\r" inside a text would not be quoted.
-    writer = csv.writer(SimpleNamespace(write=lines.append))
-    if first:
-        writer.writerow(["\ufeffline", "text", "label", *(f"p({label})" for label in labels)])
+    as_line = csv.writer(SimpleNamespace(write=str)).writerow  # returns what `write` does
+    head = as_line(["\ufeffline", "text", "label", *(f"p({label})" for label in labels)])
     for *row, probabilities in rows:
-        writer.writerow([*row, *(f"{p:.6g}" for p in probabilities)])
-    return lines
+        yield head + as_line([*row, *(f"{p:.6g}" for p in probabilities)])
+        head = ""
 
 
-def json_rows(labels: Sequence[str], rows: Sequence[Row], first: bool) -> list[str]:
+def json_rows(labels: Sequence[str], rows: Iterable[Row]) -> Iterator[str]:
     """JSON lines: line, text, label, and probabilities by label."""
-    lines = []
     for line, text, label, probabilities in rows:
         row = {"line": line, "text": text, "label": label}
         row["probabilities"] = dict(zip(labels, probabilities, strict=True))
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    return lines
+        yield json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def table_rows(labels: Sequence[str], rows: Sequence[Row], first: bool) -> list[str]:
+def table_rows(labels: Sequence[str], rows: Iterable[Row]) -> Iterator[str]:
     """Lines for a terminal, the texts clipped. Of many labels only the predicted one's p fits."""
     names = [f"p({label})" for label in labels]
-    if sum(columns(name) + 2 for name in names) > WIDTH * 3 // 4:
-        names, rows = ["p"], [(*row, [max(probabilities)]) for *row, probabilities in rows]
-    heads = ["label".ljust(max(map(columns, labels))), *names, "text"]
-    cells = [
-        [label, *(f"{p:.4f}" for p in probabilities), one_line(text)[:WIDTH]]
-        for _, text, label, probabilities in rows
-    ]
-    lines = text_table(heads, cells, words=len(heads)).split("\n")
-    return [clipped(line, WIDTH) + "\n" for line in lines[not first :]]
+    fits = sum(columns(name) + 2 for name in names) <= WIDTH * 3 // 4
+    heads = ["label".ljust(max(map(columns, labels))), *(names if fits else ["p"]), "text"]
+    for i, (_, text, label, probabilities) in enumerate(rows):
+        shown = probabilities if fits else [max(probabilities)]
+        cells = [label, *(f"{p:.4f}" for p in shown), one_line(text)[:WIDTH]]
+        lines = text_table(heads, [cells], words=len(heads)).split("\n")
+        yield "".join(clipped(line, WIDTH) + "\n" for line in lines[i > 0 :])
 
 
 FORMS = {".csv": csv_rows, ".jsonl": json_rows}

@@ -44,9 +44,8 @@ def format_results(results: Mapping) -> str:
     rows.append({"name": "macro", **results["macro"], "support": n})
     table = [[row["name"], *(number(row[k]) for k in keys), str(row["support"])] for row in rows]
     heads = names + ["off track"] * bool(results["off_track"])
-    counts = [
-        [w, *map(str, row)] for w, row in zip(names, results["confusion_matrix"], strict=True)
-    ]
+    by_class = zip(names, results["confusion_matrix"], strict=True)
+    counts = [[word, *map(str, row)] for word, row in by_class]
     lines = "\n".join(f"{name:12}  {value}" for name, value in facts.items())
     classes = text_table(["class", "precision", "recall", "F1", "examples"], table)
     return f"{lines}\n\n{classes}\n\n" + text_table(["true \\ predicted", *heads], counts)

@@ -4,11 +4,10 @@ import io
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 from unicodedata import category, east_asian_width
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from tqdm import tqdm
 
 WIDTH = 80  # of a terminal, in columns
 LOG_SECONDS = 30  # between two lines of progress in a log
@@ -31,11 +30,12 @@ def one_line(text: str) -> str:
     return text if len(text) <= LINE else f"{text[: LINE // 2 - 1]}…{text[-LINE // 2 :]}"
 
 
-class SafeStream:
+class SafeStream(io.TextIOBase):
     """Stands for sys.stdout or sys.stderr while a command runs, and writes only printable text.
 
     lines: each text that is written, without its final newline, becomes one line. A stream that is
-    closed or full does not stop the command: `failure` keeps the error, later text is dropped.
+    closed or full does not stop the command: `failure` keeps the error, later text is dropped. It
+    is no terminal, so that other libraries draw no bar: its cursor movements would be escaped.
     """
 
     def __init__(self, stream: TextIO | None, lines: bool = False):
@@ -53,10 +53,6 @@ class SafeStream:
         """Write out what is buffered."""
         self._try(self.stream.flush)
 
-    def isatty(self) -> bool:
-        """False, so that other libraries draw no bar: its cursor movements would be escaped."""
-        return False
-
     def _try(self, action: Callable[[], object]) -> None:
         try:
             if self.failure is None:
@@ -65,12 +61,11 @@ class SafeStream:
             self.failure = error
 
 
-def progress_bar(**options: object) -> "tqdm":
+def progress_bar(**options: object) -> tqdm:
     """tqdm's bar, which counts tokens; if stderr is no terminal, a line every LOG_SECONDS.
 
     The bar moves the cursor, so it writes without SafeStream.
     """
-    from tqdm import tqdm
 
     class Lines(tqdm):
         def display(self, **_: object) -> None:

@@ -41,6 +41,7 @@ class Chunks:
 
     groups: list[Group]  # the second one, if any, continues the only text of the first
     windows: Tensor  # (chunks, kernel − 1 + CHUNK): rows of the convolution's inputs
+    tokens: Tensor  # (chunks, CHUNK): the rows of its own tokens
     levels: list[Level]
     places: Tensor  # (N,): where each token's answer stands, those of levels behind all chunks
     ends: Tensor  # (texts, kernel − 1): the convolution's inputs that the next token would need
@@ -48,9 +49,9 @@ class Chunks:
     def to(self, device: torch.device) -> "Chunks":
         """The same with its index tensors on `device`."""
         levels = [Level(*(t.to(device) for t in vars(level).values())) for level in self.levels]
-        tensors = (self.windows, self.places, self.ends)
-        windows, places, ends = (t.to(device) for t in tensors)
-        return Chunks(self.groups, windows, levels, places, ends)
+        tensors = (self.windows, self.tokens, self.places, self.ends)
+        windows, tokens, places, ends = (t.to(device) for t in tensors)
+        return Chunks(self.groups, windows, tokens, levels, places, ends)
 
 
 def make_chunks(
@@ -114,4 +115,6 @@ def make_chunks(
         answered += len(rows)
     shape = (len(windows), before + CHUNK)
     windows = torch.stack(windows) if windows else torch.zeros(shape, dtype=torch.long)
-    return Chunks(groups, windows, made, places, torch.tensor(after).view(n, before))
+    return Chunks(
+        groups, windows, windows[:, before:], made, places, torch.tensor(after).view(n, before)
+    )

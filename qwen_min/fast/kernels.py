@@ -24,13 +24,17 @@ class RMSNormFunction(torch.autograd.Function):
         dx = r·(g − n·mean(g·n)),    dw = Σ dy·n over tokens.
 
     The second term removes the part of g that only changes the length of x: the norm undoes it.
+    With `zero_centered`, w stands for 1 + w, and all is in fp32, as in that definition.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
         h = x.float()
         r = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, r)
+        ctx.zero_centered = zero_centered
+        if zero_centered:
+            return (h * r).mul_(1 + weight.float()).to(x.dtype)
         return weight * (h * r).to(x.dtype)  # dtype: as in the definition
 
     @staticmethod
@@ -40,12 +44,13 @@ class RMSNormFunction(torch.autograd.Function):
         n = x.float() * r
         dx = dw = None
         if ctx.needs_input_grad[1]:
-            dw = (dy * n.to(x.dtype)).flatten(0, -2).sum(0)
+            dw = (dy * (n if ctx.zero_centered else n.to(x.dtype))).flatten(0, -2).sum(0)
+            dw = dw.to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            g = (weight * dy).float()
+            g = (1 + weight.float()) * dy if ctx.zero_centered else (weight * dy).float()
             mean = (g * n).mean(-1, keepdim=True)
             dx = g.addcmul_(n, mean, value=-1).mul_(r).to(x.dtype)
-        return dx, dw, None
+        return dx, dw, None, None
 
 
 class SwiGLUFunction(torch.autograd.Function):

@@ -20,6 +20,7 @@ from qwen_min.model import (
     Qwen,
     Qwen3_5Layer,
     RMSNorm,
+    ZeroCenteredRMSNorm,
     rotate,
     rotate_part,
 )
@@ -129,7 +130,8 @@ def attention_by_text(
 
 
 def rms_norm(norm: RMSNorm | nn.Identity, x: Tensor) -> Tensor:
-    """The norm's `forward`, for RMSNorm with a hand-written gradient."""
-    if type(norm) is RMSNorm:
-        return RMSNormFunction.apply(x, norm.weight, norm.eps)
-    return norm(x)
+    """The norm's `forward`, with a hand-written gradient."""
+    if not isinstance(norm, RMSNorm):
+        return x
+    zero_centered = isinstance(norm, ZeroCenteredRMSNorm)
+    return RMSNormFunction.apply(x, norm.weight, norm.eps, zero_centered)

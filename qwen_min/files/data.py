@@ -56,7 +56,7 @@ def read_examples(
     """The examples of a data file, in file order; encoding and columns as in `read_table`.
 
     Separated by tabs: a header row; fields are not quoted, `"` is an ordinary character, unless the
-    header is quoted. If a whole field stands in quotes, as pandas writes it, stderr gets a note.
+    header is quoted.
     Separated by commas or semicolons: a header row; quoted fields may contain these, newlines and
     doubled quotes (RFC 4180). JSON: one object a line, or a list. Other columns are ignored.
     empty_texts: whether a text may be empty.
@@ -83,18 +83,6 @@ def read_examples(
             raise UserError(f"{path}: found no rows, expected examples: give the right file")
         classes, read_as = _class_indices(path, rows, table, labels, read_as)
     return [Example(row[1], y, row[0], read_as) for row, y in zip(rows, classes, strict=True)]
-
-
-def read_texts(
-    source: str | Path, encoding: str | None = None, text_column: str | None = None
-) -> Iterator[tuple[int, str]]:
-    """(line, text) of each row of a file, or of standard input ("-"); labels are ignored.
-
-    Streamed: memory does not grow with the file. As in `read_table`, a .txt or standard input
-    without a header holds one text a line. Raises UserError as `read_examples` does.
-    """
-    for line, text, _ in read_table(source, encoding, text_column, labelled=False):
-        yield line, text
 
 
 def parse_names(
@@ -193,12 +181,6 @@ def held_out_split(
     return sorted(set(range(len(examples))) - set(held_out)), sorted(held_out)
 
 
-def class_counts(examples: Sequence[Example], num_classes: int) -> list[int]:
-    """Number of examples of each class, in class order: (C,)."""
-    counts = Counter(example.label for example in examples)
-    return [counts[label] for label in range(num_classes)]
-
-
 def _class_indices(
     path: Path, rows: list, rest: Iterator, labels: Sequence[str], read_as: str | None
 ) -> tuple[list[int], str]:
@@ -211,32 +193,28 @@ def _class_indices(
     numbers = {str(i): i for i in range(len(labels))}
     shown = (f"words ({', '.join(labels)})", f"class numbers (0..{len(labels) - 1})")
     shown = dict(zip(READINGS, shown, strict=True))
-    fixed, asked = read_as is not None and any(map(NUMBER.fullmatch, words)), read_as
-
-    def classes() -> list[list[int | None]]:
-        return [[kind.get(label) for *_, label in rows] for kind in (words, numbers)]
-
-    count, (as_words, as_numbers) = len(rows), classes()
-    if not fixed and None not in [*as_words, *as_numbers] and as_words != as_numbers:
-        rows = [*rows, *rest]
-        as_words, as_numbers = classes()
-    kinds = dict(zip(READINGS, (as_words, as_numbers), strict=True))
-    if not fixed:  # the kind that fits more rows from the start is the file's; words if both fit
-        read_as = max(kinds, key=lambda kind: [*kinds[kind], None].index(None))
-    if None in (taken := kinds[read_as]):
-        line, _, label = rows[taken.index(None)]
-        expected = f"{shown[read_as]}, as in the training data or the other file"
-        if not fixed:
-            expected = f"{' or '.join(shown.values())}, one kind in all rows"
-        found = f"found the label {reprlib.repr(label)}, expected {expected}"
-        raise UserError(
-            f"{path}, line {line}: {found}: correct it, or name the words with --labels"
-        )
+    kinds = dict(zip(READINGS, (words, numbers), strict=True))
+    both = words.keys() & numbers.keys()
+    differ = {label for label in both if words[label] != numbers[label]}
+    count, asked, found = len(rows), read_as, {label for *_, label in rows}
+    expected = f"{shown.get(read_as)}, as in the training data or the other file"
+    if read_as is None or not any(map(NUMBER.fullmatch, words)):
+        expected = f"{' or '.join(shown.values())}, one kind in all rows"
+        if found <= both and found & differ:
+            rows = [*rows, *rest]
+            found = {label for *_, label in rows}
+        # the kind that fits more rows from the start is the file's; words if both fit
+        fits = {kind: [*(row[2] in kinds[kind] for row in rows), False] for kind in kinds}
+        read_as = max(kinds, key=lambda kind: fits[kind].index(False))
+    for line, _, label in rows:
+        if label not in kinds[read_as]:
+            wrong = f"found the label {reprlib.repr(label)}, expected {expected}"
+            advice = "correct it, or name the words with --labels"
+            raise UserError(f"{path}, line {line}: {wrong}: {advice}")
     if (asked, read_as) == READINGS:  # the run was trained on words, in the order of its labels
         named = ", ".join(f"{y} = {label}" for y, label in enumerate(labels[:10]))
         note(str(path), f"labels are class numbers: {named}{', …' * (len(labels) > 10)}")
-    pairs = zip(as_words, as_numbers, strict=True)
-    if None not in as_numbers and any(word not in (None, number) for word, number in pairs):
-        found = "some labels are both a word of --labels and the number of another class"
-        note(str(path), f"{found}; all are read as {shown[read_as]}")
-    return taken[:count], read_as
+    if found <= numbers.keys() and found & differ:
+        both = "some labels are both a word of --labels and the number of another class"
+        note(str(path), f"{both}; all are read as {shown[read_as]}")
+    return [kinds[read_as][label] for *_, label in rows[:count]], read_as

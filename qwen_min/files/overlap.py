@@ -4,6 +4,7 @@ A trained method may have memorised such a text. "Normalised" texts are compared
 punctuation, white space and differences in character width.
 """
 
+import argparse
 import hashlib
 import os
 import sys
@@ -40,21 +41,17 @@ def stand_in(texts: Iterable[str], known: Iterable[str]) -> list[int]:
 
 
 def training_examples(
-    file: str | None,
-    encoding: str | None,
-    labels: Sequence[str],
-    record: dict | None,
-    read_as: str | None = None,
-    columns: tuple[str | None, str | None] = (None, None),
+    args: argparse.Namespace, labels: Sequence[str], record: dict | None, read_as: str | None = None
 ) -> Training:
     """The name of the training file, and its examples; None if there is none.
 
-    file: named by the user; None: the file in `record`, the run.json of the evaluated run. If that
-    file is missing or has changed, stderr gets a note and the result is None. read_as: what the
-    labels of the evaluated data are read as. columns: of texts and of labels, in `file`.
+    args: where --train-data is not given, it is the file in `record`, the run.json of the evaluated
+    run. If that is missing or has changed, stderr gets a note and the result is None. read_as: what
+    the labels of the evaluated data are read as.
     """
-    if file is not None:
-        return file, read_examples(file, labels, encoding, None, read_as, *columns, True)
+    if (file := args.train_data) is not None:
+        how = (args.encoding, None, read_as, args.text_column, args.label_column, True)
+        return file, read_examples(file, labels, *how)
     if record is None:
         return None
     own = record["arguments"]

@@ -8,7 +8,6 @@ import codecs
 import csv
 import io
 import json
-import mmap
 import re
 import reprlib
 import shutil
@@ -29,8 +28,6 @@ WORKBOOK = b"PK\x03\x04"  # the beginning of a zip archive, which a workbook is
 BINARY = re.compile(rb"\xd0\xcf\x11\xe0|PAR1|\x1f\x8b")
 # How JSON lines begin, and how a list of objects does.
 JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*(\{|\]|$))')
-# A whole field in quotes, as CSV writes it; it may go over several lines.
-QUOTED = re.compile(rb'"(?<![^\t\n]")[^"]*(?:""[^"]*)*"(?![^\t\r\n])')
 QUOTING = 'a .csv has "..." around a field with a comma or newline; save a .tsv with quotes as .csv'
 ADVICE = 'expected {"label": 1, "text": "..."}: correct it'
 # The names that columns of texts and of labels usually have; letter case does not count.
@@ -38,6 +35,7 @@ USUAL = {
     "text": ("text", "text_a", "sentence", "content", "review", "评论", "内容", "文本"),
     "label": ("label", "category", "类别", "标签"),
 }
+Rows = Iterator[tuple[int, list[str] | dict]]  # the line and the fields of each row
 UNSAID = {"text", "text_a", "label"}  # what is taken without a note
 
 
@@ -62,8 +60,9 @@ def read_table(
 
     encoding: None takes UTF-16 by its mark, else UTF-8, else GB18030. Columns: None takes the one
     with a usual name. empty_texts: whether a text of nothing but spaces is accepted. stderr gets a
-    line for what is not the usual, and one each that counts empty texts, and what is skipped: blank
-    rows, and labelled tasks of Label Studio with none or several choices.
+    line for what is not the usual, and one each that counts empty texts, texts that begin with a
+    quote (a .tsv has no quoting, yet some programs quote), and what is skipped: blank rows, and
+    labelled tasks of Label Studio with none or several choices.
 
     Raises UserError, one line that names the file and if possible the line in it.
     """
@@ -100,6 +99,8 @@ def read_table(
                 text, label = _checked(place, text, label, empty_texts)
                 if not text.strip():
                     counted["empty texts"].append(line)
+                if isinstance(row, list) and text.startswith('"'):
+                    counted["texts that begin with a quote, which is kept"].append(line)
                 yield line, text, label
         finally:  # also where the reader wants no more rows
             for what, lines in counted.items():
@@ -151,7 +152,7 @@ def _opened(source: str | Path) -> BinaryIO:
 
 def _rows(
     name: str, file: BinaryIO, encoding: str | None, plain: bool, control: str | None
-) -> Iterator[tuple[int, list[str] | dict]]:
+) -> Rows:
     """Line and fields of each row, those of an object by name; the first list is the header.
 
     plain: whether the file may hold one text a line, without a header. control: see `_flat`.
@@ -185,21 +186,11 @@ def _rows(
     # Excel's "Unicode text" is UTF-16, with tabs, and quoted as CSV is.
     quoted = '"' in first or encoding.startswith("utf-16")
     if first and delimiter == "\t" and not quoted:
-        _note_quotes(name, file)
         return enumerate((line.split("\t") for line in bare), start=1)
     return _csv_rows(name, lines(), delimiter)
 
 
-def _note_quotes(name: str, file: BinaryIO) -> None:
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if found := QUOTED.search(content):
-            line = content[: found.start()].count(b"\n") + 1
-            how = "read as it is: a .tsv has no quoting, each line is a row"
-            advice = "if a program wrote it so, save it as .csv"
-            note(f"{name}, line {line}", f"found a field in quotes, {how}; {advice}")
-
-
-def _csv_rows(name: str, lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(name: str, lines: Iterator[str], delimiter: str) -> Rows:
     csv.field_size_limit(2**31 - 1)  # by default a text of more than 131,072 characters is refused
     reader = csv.reader(lines, strict=True, delimiter=delimiter)
     line = 1
@@ -211,9 +202,7 @@ def _csv_rows(name: str, lines: Iterator[str], delimiter: str) -> Iterator[tuple
         raise UserError(f"{name}, line {line}: not valid CSV ({error}): {QUOTING}") from None
 
 
-def _json_rows(
-    name: str, lines: Iterator[str], is_list: bool, control: str | None
-) -> Iterator[tuple[int, dict | list[str]]]:
+def _json_rows(name: str, lines: Iterator[str], is_list: bool, control: str | None) -> Rows:
     """The objects of JSON lines, or of one list; a blank line is a blank row."""
     for i, source in enumerate(["".join(lines)] if is_list else lines, start=1):
         rows = [[source]]
@@ -239,12 +228,11 @@ def _flat(row: object, control: str | None) -> dict:
     own = [r for a in done for r in a["result"] if r["type"] == "choices"]
     own = [r for r in own if control in (None, "label", r["from_name"])]
     choices = {choice for r in own for choice in r["value"]["choices"]}
-    return row["data"] | {
-        control or "label": choices.pop() if len(choices) == 1 else {"choices": choices}
-    }
+    label = choices.pop() if len(choices) == 1 else {"choices": choices}
+    return row["data"] | {control or "label": label}
 
 
-def _workbook_rows(name: str, file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
+def _workbook_rows(name: str, file: BinaryIO) -> Rows:
     """The rows of an .xlsx file's first sheet."""
     advice = "install openpyxl, or save it as .csv in its program"
     with one_line_error(name, advice, "a workbook or archive that cannot be read", Exception):
@@ -268,28 +256,22 @@ def _encoding(name: str, file: BinaryIO, encoding: str | None) -> str:
     tried = ["utf-8", "gb18030"] if encoding is None else [encoding]
     if encoding is None and file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         tried = ["utf-16"]
-    try:
-        for candidate in tried:
-            b"\xff".decode(candidate, "replace")  # refuses codecs that are not for texts
-            if (wrong := _first_wrong_byte(file, candidate)) is None:
-                if candidate != tried[0]:
-                    how = "read as GB18030; if texts look wrong, give --encoding"
-                    note(name, f"not valid UTF-8, {how}")
-                return codecs.lookup(candidate).name
+    for candidate in tried:
         file.seek(0)
-        line = file.read(wrong).decode(candidate, errors="replace").count("\n") + 1
-    except (LookupError, ValueError):  # ValueError: a codec's own, or a name with a NUL
-        raise UserError(f"--encoding {encoding}: not a text encoding; try utf-8") from None
+        try:
+            b"\xff".decode(candidate, "replace")  # refuses codecs that are not for texts
+            for _ in codecs.iterdecode(iter(partial(file.read, 2**20), b""), candidate):
+                pass
+        except UnicodeDecodeError as error:  # error.object: a chunk, with the last one's rest
+            wrong = file.tell() - len(error.object) + error.start
+        except (LookupError, ValueError):  # ValueError: a codec's own, or a name with a NUL
+            raise UserError(f"--encoding {encoding}: not a text encoding; try utf-8") from None
+        else:
+            if candidate != tried[0]:
+                how = "read as GB18030; if texts look wrong, give --encoding"
+                note(name, f"not valid UTF-8, {how}")
+            return codecs.lookup(candidate).name
+    file.seek(0)
+    line = file.read(wrong).decode(candidate, errors="replace").count("\n") + 1
     found = f"byte offset {wrong} is not valid {', nor is the file '.join(reversed(tried))}"
     raise UserError(f"{name}, line {line}: {found}: name the file's encoding by --encoding")
-
-
-def _first_wrong_byte(file: BinaryIO, encoding: str) -> int | None:
-    """The offset of the first byte that `encoding` cannot read; None if it reads everything."""
-    file.seek(0)
-    try:
-        for _ in codecs.iterdecode(iter(partial(file.read, 2**20), b""), encoding):
-            pass
-    except UnicodeDecodeError as error:  # error.object: the chunk, and what was left of the last
-        return file.tell() - len(error.object) + error.start
-    return None

@@ -30,6 +30,7 @@ CONTENT_FREE = ("N/A", "[MASK]", "")
 # Enough to fit one number; the held-out part may have thousands of rows, each with a forward.
 TEMPERATURE_ROWS = 256
 MEASURES = ("accuracy", "auc_roc", "log_loss", "ece")
+LabelIds = Sequence[Sequence[Sequence[int]]]  # of each row's words
 Score = Callable[[Sequence[Prompt]], np.ndarray]  # the scores (m, C) of m prompts
 
 
@@ -127,7 +128,7 @@ class Correction(NamedTuple):
     log_prior: list[float] | None = None  # (C,)
     temperature: float | None = None
 
-    def apply(self, scores: np.ndarray, label_ids: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+    def apply(self, scores: np.ndarray, label_ids: LabelIds) -> np.ndarray:
         """Scores (n, C), corrected. label_ids: the token ids of each row's words.
 
         length_normalised is s_y / (y's tokens), the mean log-probability of a token (Brown et al.
@@ -164,11 +165,7 @@ def learn(name: str, scores: np.ndarray | None, neutral: Neutral, score: Score) 
 
 
 def calibrations(
-    labels: np.ndarray,
-    scores: np.ndarray,
-    label_ids: Sequence[Sequence[Sequence[int]]],
-    neutral: Neutral,
-    score: Score,
+    labels: np.ndarray, scores: np.ndarray, label_ids: LabelIds, neutral: Neutral, score: Score
 ) -> dict[str, dict]:
     """For each correction of `scores`: its measures, its prior (C,) and temperature, if any.
 

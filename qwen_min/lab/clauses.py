@@ -16,7 +16,6 @@ MARKS = "。！？；，、,.!?;\n"
 CLAUSE = re.compile(
     rf"(?:[^{MARKS}]|(?<=[0-9A-Za-z])[.,](?=[0-9A-Za-z]))+[{MARKS}\s”’」』）)]*|[{MARKS}\s]+"
 )
-SHOWN = 10  # clauses in the table
 
 
 def split_clauses(text: str) -> list[str]:
@@ -48,14 +47,13 @@ def format_clauses(clauses: Sequence[str], scores: Mapping[str, np.ndarray]) -> 
     found = [margins(of, scores[last][0].argmax()) for of in scores.values()]
     change = np.abs(found[-1][1:] - found[-1][0])
     rows = [["(none)", *(f"{m[0]:+.4f}" for m in found)]]
-    for i in np.argsort(-change, kind="stable")[:SHOWN]:
+    for i in np.argsort(-change, kind="stable"):
         clause = clipped(one_line(clauses[i].strip())[:WIDTH], 40)
         rows.append([clause, *(f"{m[i + 1]:+.4f}" for m in found)])
-    most = f"The {SHOWN} with the largest change. " * (len(clauses) > SHOWN)
     return (
         f"margin of {last}'s decision over the best other, one of {len(clauses)} clauses left out\n"
         f"{text_table(['left out', *scores], rows)}\n\n"
-        f"{most}Below zero, another class is ahead.\n"
+        "Below zero, another class is ahead.\n"
         "  This is a counterfactual, not a cause: the shorter text is another text,\n"
         "  and clauses act together."
     )

@@ -9,7 +9,6 @@ texts are compared without punctuation, white space and differences in character
 """
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Sequence
 from itertools import product
@@ -19,9 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from qwen_min.command.cli import make_parser, positive_int, run_command
-from qwen_min.command.terminal import text_table
-from qwen_min.errors import UserError
-from qwen_min.files.data import Example, class_counts, find_labels, parse_names, read_examples
+from qwen_min.command.terminal import WIDTH, clipped, text_table
+from qwen_min.files.data import Example, find_labels, parse_names, read_examples
 from qwen_min.files.hub import resolve_model
 from qwen_min.files.overlap import normalised, stand_in
 from qwen_min.files.tokens import read_tokenizer
@@ -64,8 +62,6 @@ def audit(args: argparse.Namespace) -> int:
     labels = parse_names(args.labels or find_labels(args.first, args.encoding, *columns))[0]
     tokenizer = read_tokenizer(resolve_model(args.model)) if args.model else None
     names = [args.first, *filter(None, [args.second])]
-    if len(set(map(os.path.realpath, names))) < len(names):
-        raise UserError(f"{args.second}: given twice; name two files, or one alone")
     files, read_as = [], None
     for name in names:  # what the labels of the first file are read as holds for the second
         examples = read_examples(name, labels, args.encoding, None, read_as, *columns, True)
@@ -113,8 +109,9 @@ def file_counts(file: File, labels: Sequence[str], max_tokens: int) -> dict[str,
     """One file's column of the table: what is counted → the count."""
     n, texts = len(file.examples), file.texts
     counts: dict[str, str | int] = {"rows": n}
-    for word, count in zip(labels, class_counts(file.examples, len(labels)), strict=True):
-        counts[f"class {word}"] = f"{count} ({count / n:.1%})"
+    rows_of = Counter(example.label for example in file.examples)
+    for y, word in enumerate(labels):
+        counts[f"class {word}"] = f"{rows_of[y]} ({rows_of[y] / n:.1%})"
     lengths = {"characters": [len(text) for text in texts["verbatim"]], "tokens": file.tokens}
     for unit, values in lengths.items():
         if values:
@@ -169,7 +166,6 @@ def findings(files: Sequence[File], labels: Sequence[str], max_tokens: int) -> l
             reasons = [f"{what} {at}" for what, of in marks.items() if (at := twin(file, i, of))]
             if file.tokens and file.tokens[i] > max_tokens:
                 reasons.append(f"{file.tokens[i]} tokens, cut to {max_tokens}")
-            text = " ".join(example.text.split())
-            text = text if len(text) <= 40 else text[:39] + "…"
+            text = clipped(" ".join(example.text.split()), WIDTH)
             lines += [f"{file.name}, line {example.line}: {why}: {text}" for why in reasons]
     return lines

@@ -138,9 +138,8 @@ def read_result(path: Path) -> Result:
     advice = "give the file that evaluate.py writes as --output, or a run directory"
     if failed := read_json(path, KIND, advice).get("failed"):
         with refuse_malformed(path, KIND, advice):
-            what = "metrics" if isinstance(failed, str) else f"{len(failed['lines'])} rows"
-            why = failed if what == "metrics" else failed["reason"]
-        raise UserError(f"{path}: {what} failed ({why}): evaluate again")
+            why = failed if isinstance(failed, str) else failed["reason"]
+        raise UserError(f"{path}: failed ({why}): evaluate again")
     results = read_json(path, KIND, advice, **NEEDED)
     arguments, training = results["arguments"], results.get("training_arguments")
     # The run directory may have been moved since, with the results in it.
