@@ -33,9 +33,9 @@ WORDS = ["不满意", "好"]  # of several tokens and of one
 TEMPLATE = "评论：{text}\n情感倾向："
 # In fp32 sums in another order, through four layers; scores are up to 20 in size.
 TOLERANCE = 1e-4
-# Adam divides a gradient by its size, so that rounding in a small one is enlarged. Five steps of
-# 0.001 move each B, which starts as zero, by far more than this.
-TENSOR_TOLERANCE = 5e-5
+# Of a tensor's norm. Adam divides a gradient by its size, so that rounding in a small one is
+# enlarged: measured at most 5e-5.
+TENSOR_TOLERANCE = 5e-4
 FORMS = {"default": [], "plain": ["--plain"]}
 TARGETS = "in_proj_qkv,in_proj_z,out_proj,q_proj,v_proj,down_proj"
 LORA = ["--epochs", 1, "--batch-size", 4, "--dropout", 0, "--lr", 1e-3, "--lora-targets", TARGETS]
@@ -49,10 +49,11 @@ def command(*args: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """20 reviews, cut short."""
+    """20 reviews, cut short; three have more than 64 tokens, a chunk of the default form."""
     rows = (REPO / "qwen_min/sample/train.tsv").read_text(encoding="utf-8").split("\n")[:21]
     path = tmp_path_factory.mktemp("data") / "train.tsv"
-    path.write_text("\n".join(row[:20] for row in rows) + "\n", encoding="utf-8")
+    rows = [row[: 90 if len(row) > 100 else 20] for row in rows]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
 
 
@@ -97,14 +98,13 @@ def both(directory: Path, *args: object) -> dict[str, tuple[list[dict], dict]]:
     return found
 
 
-def same_tensors(runs: dict[str, Path], name: str, moved: str) -> None:
-    """The files of both forms; those whose name holds `moved` are not what they started from."""
+def same_tensors(runs: dict[str, Path], name: str, some: str) -> None:
+    """The file `name` is the same in both forms; some of its tensors have `some` in their names."""
     default, plain = (load_file(runs[form] / name) for form in ("default", "plain"))
-    assert default.keys() == plain.keys() and any(moved in key for key in default)
+    assert default.keys() == plain.keys() and any(some in key for key in default)
     for key, tensor in default.items():
-        assert (plain[key] - tensor).abs().max() <= TENSOR_TOLERANCE, key
-        if "lora_B" in key:  # zero at first
-            assert tensor.abs().max() > 20 * TENSOR_TOLERANCE, key
+        assert tensor.norm() > 0, key  # lora_B is zero at first
+        assert (plain[key] - tensor).norm() <= TENSOR_TOLERANCE * tensor.norm(), key
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -142,6 +142,7 @@ def test_zero_shot_scores_are_those_of_transformers(base, data, tmp_path, capsys
     reference = AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert len(rows) == 20
+    assert sum(len(tokenizer(row["text"])["input_ids"]) > 64 for row in rows) == 3
     for row in rows:
         prompt = TEMPLATE.replace("{text}", row["text"])
         for word, found in zip(WORDS, row["scores"], strict=True):
