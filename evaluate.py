@@ -30,10 +30,9 @@ from functools import partial
 import numpy as np
 
 from qwen_min.command import arguments, inside
-from qwen_min.command.classifier import Evaluation, Outcome, Source
+from qwen_min.command.classifier import Evaluation, Outcome, Scorer, Source
 from qwen_min.command.cli import choose_device, make_parser, parse_with_given, run_command, seed
 from qwen_min.command.finite import NotFinite
-from qwen_min.command.interface import load_scorer
 from qwen_min.command.outcome import circumstances, prediction_lines, raise_failures, try_parts
 from qwen_min.command.summary import format_results, majority
 from qwen_min.command.task import read_rows, read_task, row_prompts, warn_about_labels
@@ -42,12 +41,47 @@ from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash
 from qwen_min.files.output import commit_outputs, open_outputs
 from qwen_min.files.overlap import clean_part, fed_rows, training_examples
-from qwen_min.files.record import METHODS as TRAINED
 from qwen_min.metrics import OFF_TRACK, evaluate_predictions
 from qwen_min.prompt import Prompt
 from qwen_min.scoring import label_mass
 
-METHODS = (*arguments.UNTRAINED, *TRAINED, "transplanted_head")
+
+def zero_shot(source: Source) -> Scorer:
+    """The base as it is, scored by label words: their log-probabilities after the prompt."""
+    return source.scorer(source.base(), "label words")
+
+
+def zero_shot_generate(source: Source) -> Scorer:
+    """The base as it is. It writes an answer, and the first label word in it is the prediction."""
+    return source.scorer(source.base(), "answers")
+
+
+def head_only(source: Source) -> Scorer:
+    """The frozen base, with --adapter in training an adapted one, and the head solved on it."""
+    model = source.base()
+    return source.scorer(model, "head", source.add_trained(model))
+
+
+def lora_head(source: Source) -> Scorer:
+    """The base with its LoRA, and the linear head that was trained together with it."""
+    return head_only(source)  # what is added to the base is decided by the run
+
+
+def lora_label_scoring(source: Source) -> Scorer:
+    """The base with its LoRA, scored by label words as in zero_shot."""
+    model = source.base()
+    source.add_trained(model)
+    return source.scorer(model, "label words")
+
+
+def transplanted_head(source: Source) -> Scorer:
+    """lora_head's head on the base without the LoRA that it was trained with."""
+    head = source.add_trained(source.base())
+    return source.scorer(source.base(), "head", head)
+
+
+_functions = [zero_shot, zero_shot_generate, head_only, lora_head, lora_label_scoring]
+METHODS = {method.__name__: method for method in [*_functions, transplanted_head]}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,7 +128,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     task, device = read_task(args, record), choose_device(args.device)
     source = Source(args, task, device, record)
     if args.explain is not None or args.explain_row is not None:
-        return inside.explain(source, load_scorer)
+        return inside.explain(source, METHODS[args.method])
     examples = read_rows(args, task, record, empty_texts=True)
     inputs = [task.directory, args.data, args.train_data, args.adapter, args.run]
     if args.run:
@@ -109,7 +143,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     training = training_examples(args, task.labels, record, examples[0].read_as)
     corrected = args.calibrate or args.calibration
     neutral = inside.neutral_prompts(source, examples, training) if corrected else None
-    evaluation = Evaluation(source, load_scorer(source), examples, prompts, neutral)
+    evaluation = Evaluation(source, METHODS[args.method](source), examples, prompts, neutral)
     applied, outcome = inside.apply_calibration(evaluation, classify(evaluation))
     parts = {
         "metrics": partial(measure, evaluation, outcome),

@@ -474,7 +474,7 @@ SEEN_BEFORE_LOADING: dict[str, tuple[Callable[[], object] | None, dict, tuple[st
     "another architecture": (
         lambda: change_config(model_type="llama"),
         {},
-        ("model/config.json", "'llama'", "qwen2 or qwen3", "choose"),
+        ("model/config.json", "'llama'", "qwen2, qwen3 or qwen3_5", "choose"),
     ),
     "broken config": (
         lambda: write("{", "model/config.json"),

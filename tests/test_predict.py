@@ -282,7 +282,7 @@ def test_what_is_refused(capsys):
         ("missing.txt", "--output", "labels.csv"): "missing.txt",
         ("empty.txt", "--output", "labels.csv"): "empty.txt: found no",
         ("texts.txt", "--method", "lora_head"): "needs --run",
-        ("texts.txt", "--run", "head_only", "--calibration", "pmi_dc"): "scores of label words",
+        ("texts.txt", "--calibration", "batch"): "batch: not results with a calibration",
     }.items():
         if said:
             more = PROMPT if not {"--model", "--run"} & {*arguments} else []
@@ -426,18 +426,34 @@ def test_evaluate_decides_by_corrected_scores(name, capsys):
     np.testing.assert_allclose([row["scores"] for row in rows], scores, atol=10 * FP32)
     assert [row["prediction"] for row in rows] == scores.argmax(axis=1).tolist()
 
-    # predict takes it too, if it needs no data.
-    how = {"template": TEMPLATE, "device": "cpu", "calibration": name}
-    if name not in CALIBRATIONS[:3]:
-        with pytest.raises(UserError, match="--calibration: invalid choice"):
-            qwen_min.Classifier.zero_shot("base", **how)
-        return
-    more = ["--calibration", name, "--output", "a.jsonl"]
-    assert predict.main(["texts.txt", *SOURCES["zero_shot"], *more]) == 0
-    found = [[*row["probabilities"].values()] for row in json_rows("a.jsonl")]
-    np.testing.assert_allclose(found, softmax(scores.tolist()), atol=FP32)
-    classifier = qwen_min.Classifier.zero_shot("base", **how)
-    np.testing.assert_allclose(classifier.scores(TEXTS), scores, atol=10 * FP32)
+    # predict takes it from the results, or, if it needs no data, by its name.
+    known = [name] * (name in CALIBRATIONS[:3]) + ["results.json"]
+    for given in known:
+        more = ["--calibration", given, "--output", "a.jsonl"]
+        assert predict.main(["texts.txt", *SOURCES["zero_shot"], *more]) == 0
+        found = [[*row["probabilities"].values()] for row in json_rows("a.jsonl")]
+        np.testing.assert_allclose(found, softmax(scores.tolist()), atol=FP32)
+        how = {"template": TEMPLATE, "device": "cpu", "calibration": given}
+        classifier = qwen_min.Classifier.zero_shot("base", **how)
+        np.testing.assert_allclose(classifier.scores(TEXTS), scores, atol=10 * FP32)
+
+
+def test_a_correction_of_another_prompt_or_model_is_refused(capsys):
+    evaluated(*SOURCES["zero_shot"], "--calibration", "batch")
+    given = ["texts.txt", "--device", "cpu", "--calibration", "results.json"]
+    same = [*PROMPT[:4], *given]
+    for more, said in {
+        ("--labels", "正面,负面"): "arguments.labels is",
+        ("--template", "评价：{text}\\n情感倾向：\\n"): "template is",
+        ("--run", "lora_label_scoring"): "method is 'zero_shot', expected",
+        ("--run", "head_only"): "about scores of label words",
+    }.items():
+        error = error_of(capsys, *(same if more[0] != "--run" else given), *more)
+        assert said in error
+    make_reference(Path("other"), kind="qwen3")
+    assert "base_fingerprint" in error_of(capsys, *same, "--model", "other")
+    evaluated(*SOURCES["zero_shot"])
+    assert "applied_calibration is None" in error_of(capsys, *same)
 
 
 def test_corrected_results_do_not_replace_raw_ones(capsys):

@@ -4,16 +4,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from qwen_min.command.arguments import UNTRAINED
+from qwen_min.command.arguments import CALIBRATIONS, UNTRAINED
 from qwen_min.command.classifier import Evaluation, Outcome, Scorer, Source, forms
 from qwen_min.command.finite import dtype_name
 from qwen_min.command.task import read_rows
 from qwen_min.command.terminal import WIDTH, clipped, one_line, text_table
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example
+from qwen_min.files.disk import read_json
 from qwen_min.files.overlap import Training
 from qwen_min.metrics import softmax
 from qwen_min.prompt import shorten
@@ -76,6 +78,26 @@ def apply_calibration(evaluation: Evaluation, outcome: Outcome) -> tuple[dict, O
     scores = correction.apply(scores, evaluation.label_ids)
     applied = {"applied_calibration": correction._asdict()}
     return applied, replace(outcome, predictions=scores.argmax(axis=1), scores=scores)
+
+
+def correction_of(source: Source) -> Callable[[Scorer], tuple]:
+    """What makes the `Correction` of new texts: --calibration NAME, or FILE with a learned one.
+
+    Raises UserError if it needs more than the prompt, and for results of another model or prompt.
+    """
+    from qwen_min.lab.calibration import Correction, learn
+
+    name, alone = source.args.calibration, CALIBRATIONS[:3]
+    if name in alone:
+        neutral = neutral_prompts(source, [], None)
+        return lambda scorer: learn(name, None, neutral, scorer.scores)
+    fields = {"applied": CALIBRATIONS, "log_prior": (list, None), "temperature": (float, None)}
+    kind = "results with a calibration of this model and prompt"
+    advice = f"give {', '.join(alone)} or results of evaluate.py --calibration NAME"
+    needed = {"applied_calibration": fields, "method": source.args.method}
+    needed |= source.identity | {"arguments": {"labels": source.args.labels}}
+    found = read_json(Path(name), kind, advice, **needed)["applied_calibration"]
+    return lambda scorer: Correction(*(found[field] for field in fields))
 
 
 def print_inside(evaluation: Evaluation, outcome: Outcome, results: dict) -> None:
@@ -148,4 +170,6 @@ def explain(source: Source, load: Callable[[Source], Scorer]) -> int:
     shown = (task.tokenizer, prompt, empty, task.labels if by_head else task.words, models)
     print(explain_head(*shown, scorer.head) if by_head else explain_labels(*shown))
     print("\n" + format_clauses(clauses, of_clauses))
+    if others and not args.plain and (dtype := dtype_name(scorer.model)) != "float32":
+        print(f"  In {dtype} rounding can differ from the steps above; --dtype float32 agrees.")
     return 0

@@ -10,7 +10,7 @@ import numpy as np
 from qwen_min.command import arguments
 from qwen_min.command.classifier import Progress, Scorer, Source, forms
 from qwen_min.command.cli import choose_device
-from qwen_min.command.inside import neutral_prompts
+from qwen_min.command.inside import correction_of
 from qwen_min.command.task import read_task
 from qwen_min.errors import UserError
 from qwen_min.files.hub import resolve_model
@@ -94,14 +94,15 @@ class Classifier:
     @classmethod
     def load(cls, source: Source) -> "Classifier":
         """The classifier of a command's arguments. Its weights are loaded here."""
-        name, correct = source.args.calibration, None
-        neutral = neutral_prompts(source, [], None) if name else None
-        scorer = load_scorer(source)
-        if neutral:
-            from qwen_min.lab.calibration import learn
-
-            correct = learn(name, None, neutral, scorer.scores).apply
-        return cls(source, scorer, correct)
+        args, head = source.args, None
+        correct = correction_of(source) if args.calibration else None
+        model = source.base()
+        if args.method != "zero_shot":
+            head = source.add_trained(model)
+        if args.method == "transplanted_head":
+            model = source.base()
+        scorer = source.scorer(model, "label words" if head is None else "head", head)
+        return cls(source, scorer, correct and correct(scorer).apply)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -141,8 +142,9 @@ def add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=methods, help="default: the method of --run, or zero_shot")
     arguments.add_trained_arguments(parser)
     arguments.add_model_arguments(parser, batch_tokens=2048)
-    known, corrected = arguments.CALIBRATIONS[:3], "correct the scores of label words"
-    add("--calibration", choices=known, help=corrected)
+    names = ", ".join(arguments.CALIBRATIONS[:3])
+    corrected = f"correct the scores of label words: {names}, or results of evaluate.py "
+    add("--calibration", metavar="NAME", help=corrected + "--calibration, whose prior is taken")
     arguments.add_prompt_arguments(parser)
     arguments.add_machine_arguments(parser)
 
@@ -153,22 +155,3 @@ def read_source(args: argparse.Namespace, given: dict) -> Source:
         args.method = "zero_shot"
     args, record = arguments.with_run(args, given)
     return Source(args, read_task(args, record), choose_device(args.device), record)
-
-
-def load_scorer(source: Source) -> Scorer:
-    """The method's model, loaded, and what gives the scores, by the name of the method:
-
-    zero_shot           the base as it is: the log-probabilities of label words after the prompt
-    zero_shot_generate  the base as it is: it writes an answer, whose first label word counts
-    head_only           the frozen base (with --adapter in training an adapted one) and its head
-    lora_head           the base with its LoRA, and the head that was trained together with it
-    lora_label_scoring  the base with its LoRA, scored by label words as in zero_shot
-    transplanted_head   lora_head's head on the base without the LoRA that it was trained with
-    """
-    method, transplanted = source.args.method, source.args.method == "transplanted_head"
-    head = source.add_trained(source.base()) if transplanted else None
-    model = source.base()
-    if not transplanted and method not in arguments.UNTRAINED:
-        head = source.add_trained(model)
-    by = "answers" if method == "zero_shot_generate" else "label words" if head is None else "head"
-    return source.scorer(model, by, head)

@@ -63,6 +63,7 @@ def predict(args: argparse.Namespace, given: dict) -> int:
         raise UserError(f"--output {args.output}: expected a name that ends in .csv or .jsonl")
     source = read_source(args, given)
     inputs = [source.task.directory, args.adapter, args.run, args.run and f"{args.run}/adapter"]
+    inputs.append(args.calibration)
     open_outputs([args.output], [*inputs, args.texts if args.texts != "-" else None])
     write = RowFile(args.output).append if args.output else partial(print, end="", flush=True)
     texts = enumerate(args.text or (), start=1)

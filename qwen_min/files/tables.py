@@ -99,7 +99,7 @@ def read_table(
                 text, label = _checked(place, text, label, empty_texts)
                 if not text.strip():
                     counted["empty texts"].append(line)
-                if isinstance(row, list) and text.startswith('"'):
+                if name.lower().endswith(".tsv") and text.startswith('"'):
                     counted["texts that begin with a quote, which is kept"].append(line)
                 yield line, text, label
         finally:  # also where the reader wants no more rows
@@ -242,8 +242,7 @@ def _workbook_rows(name: str, file: BinaryIO) -> Rows:
         sheet, *others = openpyxl.load_workbook(file, data_only=True).worksheets
         rows = sheet.values
     if others:
-        names = ", ".join(other.title for other in others)
-        note(name, f"sheet {sheet.title} is read, not {names}")
+        note(name, f"sheet {sheet.title} is read, not {', '.join(s.title for s in others)}")
     for line, cells in enumerate(rows, start=1):
         # A whole number may be kept as 1.0.
         cells = [int(c) if isinstance(c, float) and c.is_integer() else c for c in cells]
@@ -268,8 +267,7 @@ def _encoding(name: str, file: BinaryIO, encoding: str | None) -> str:
             raise UserError(f"--encoding {encoding}: not a text encoding; try utf-8") from None
         else:
             if candidate != tried[0]:
-                how = "read as GB18030; if texts look wrong, give --encoding"
-                note(name, f"not valid UTF-8, {how}")
+                note(name, "not valid UTF-8, read as GB18030; if texts look wrong, give --encoding")
             return codecs.lookup(candidate).name
     file.seek(0)
     line = file.read(wrong).decode(candidate, errors="replace").count("\n") + 1
