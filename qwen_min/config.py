@@ -19,7 +19,6 @@ COMPUTED = {
     "hidden_act": (("silu", "swish"), "use a checkpoint with SiLU"),  # two names of one function
     # False and null: tokens also see what comes after them.
     "is_causal": ((True,), "attention is causal here; use a causal language model"),
-    "attn_output_gate": ((True, None), "its attention has a gate here; use such a checkpoint"),
     "per_layer_config": ((None, {}), "all layers are alike here; use such a checkpoint"),
     "num_experts": ((None, 0), "mixture of experts is not supported; use a dense Qwen"),
     "num_local_experts": ((None, 0), "mixture of experts is not supported; use a dense Qwen"),
@@ -63,8 +62,6 @@ class QwenConfig:
     def rotary_dim(self) -> int:
         """How many components of each query and key RoPE rotates: all Dh."""
         return self.head_dim
-
-    conv_channels = 0  # only Qwen3.5 has a convolution
 
     @classmethod
     def from_json(cls, path: str | Path) -> "QwenConfig":
@@ -119,24 +116,26 @@ class QwenConfig:
         # precedence over the top level.
         raw |= raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         found = {key: field(key) for key in types}
-        groups = [("num_attention_heads", "num_key_value_heads")]
         if kind is Qwen3_5Config:
             found["layer_types"] = _layer_types(path, raw)
-            groups.append(("linear_num_value_heads", "linear_num_key_heads"))
-        for many, few in groups:
-            if found[many] % found[few]:
-                problem = f"{few} {found[few]} does not divide {found[many]} heads"
-                raise UserError(f"{path}: {problem}")
         dtype = raw.get("dtype") or raw.get("torch_dtype")
         config = kind(model_type=model_type, torch_dtype=dtype, **found)
-        if (part := config.rotary_dim) % 2 or not 0 < part <= config.head_dim:
-            what = f"head_dim {config.head_dim}, of which RoPE would rotate {part}"
-            raise UserError(f"{path}: {what}; expected an even number, as it rotates pairs")
-        widest = 2 * config.num_attention_heads * config.head_dim
-        widest = max(widest, config.intermediate_size, config.vocab_size, config.conv_channels)
-        if widest * config.hidden_size >= 2**48:  # the size of a matrix is an int64, in bytes
-            raise UserError(f"{path}: a matrix of {widest} rows is too large; check its sizes")
+        if problem := config.problem():
+            raise UserError(f"{path}: {problem}")
         return config
+
+    def problem(self) -> str | None:
+        """What makes these sizes impossible together, if anything does."""
+        heads, kv_heads, part = self.num_attention_heads, self.num_key_value_heads, self.rotary_dim
+        if heads % kv_heads:
+            return f"num_key_value_heads {kv_heads} does not divide {heads} heads"
+        if part % 2 or not 0 < part <= self.head_dim:
+            found = f"head_dim is {self.head_dim}, and RoPE would rotate {part} of it"
+            return f"{found}: none, too many or odd, but it rotates pairs"
+        widest = max(heads * self.head_dim, self.intermediate_size, self.vocab_size)
+        if widest * self.hidden_size >= 2**48:  # the size of a matrix is an int64, in bytes
+            return f"a matrix of {widest} rows is too large; check its sizes"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,17 +163,30 @@ class Qwen3_5Config(QwenConfig):
         keys = self.linear_num_key_heads * self.linear_key_head_dim
         return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
 
+    def problem(self) -> str | None:
+        """What makes these sizes impossible together, if anything does."""
+        key_heads, value_heads = self.linear_num_key_heads, self.linear_num_value_heads
+        if value_heads % key_heads:
+            return f"linear_num_key_heads {key_heads} does not divide {value_heads} value heads"
+        widest = self.conv_channels * max(self.hidden_size, self.linear_conv_kernel_dim)
+        if widest >= 2**48:
+            return f"a matrix of {self.conv_channels} rows is too large; check linear_* sizes"
+        return super().problem()
+
 
 def text_fields(raw: dict) -> dict:
-    """The fields of the text model: config.json itself or, if it also describes images, a part.
+    """The fields of the text model: config.json itself or, if it also describes images, a part, as
+    the config.json of a text-only checkpoint.
 
     That part is not always whole: tie_word_embeddings, for example, may stand outside.
     """
-    if raw.get("model_type") != WITH_IMAGES or not isinstance(raw.get("text_config"), dict):
+    if raw.get("model_type") != WITH_IMAGES:
         return raw
+    text = raw.get("text_config")
     kept = (*COMPUTED, "tie_word_embeddings")
     outside = {key: value for key, value in raw.items() if key in kept}
-    return outside | {"model_type": QWEN3_5} | raw["text_config"]
+    text = {"model_type": QWEN3_5} | (text if isinstance(text, dict) else {})
+    return outside | text | {"architectures": ["Qwen3_5ForCausalLM"]}
 
 
 def _layer_types(path: Path, raw: dict) -> tuple[str, ...]:
@@ -200,21 +212,23 @@ def _unsupported(raw: dict) -> str | None:
         if key in raw and raw[key] not in values:
             found, expected = reprlib.repr(raw[key]), " or ".join(map(repr, values))
             return f"{key} is {found}, expected {expected}; {advice}"
-    partial = found == QWEN3_5
     for key in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5; a file may hold both
         rope = raw.get(key) or {}
         # With this key the values are one level down, one set for each type of layer.
         plain = isinstance(rope, dict) and FULL not in rope
         # rope_type is the newer name of type. Versions of the reference differ in which one counts.
         plain = plain and all(rope.get(k) in (None, "default") for k in ("rope_type", "type"))
-        if not plain or not (partial or rope.get("partial_rotary_factor") in (1, None)):
+        if not plain:
             found = f"{key} is {reprlib.repr(rope)}"
             return f"{found}; scaled RoPE is not supported, use the default RoPE"
-    if partial:
-        return None
-    if (part := raw.get("partial_rotary_factor")) not in (1, None):
-        found = f"partial_rotary_factor is {reprlib.repr(part)}, expected 1"
-        return f"{found}; RoPE rotates whole heads here; use such a checkpoint"
+    if raw["model_type"] == QWEN3_5:  # all else that the file may ask for is computed
+        null = "partial_rotary_factor" in raw and raw["partial_rotary_factor"] is None
+        # The reference takes the default where the field is missing, but rotates all if it is null.
+        return "partial_rotary_factor is null; give a number" if null else None
+    for place in filter(None, (raw, raw.get("rope_scaling"), raw.get("rope_parameters"))):
+        if (part := place.get("partial_rotary_factor")) not in (1, None):
+            found = f"partial_rotary_factor is {reprlib.repr(part)}, expected 1"
+            return f"{found}; RoPE rotates whole heads here; use such a checkpoint"
     # As in the reference: layer_types, where it is given, names each layer. Otherwise there is a
     # window where use_sliding_window and sliding_window ask for it, from max_window_layers on.
     first, layers = raw.get("max_window_layers"), raw.get("num_hidden_layers")

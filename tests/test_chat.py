@@ -156,8 +156,8 @@ def test_rendered_as_transformers_renders_it(name, system, template, directory):
         {"bos_token": "<|im_start|>"},
         {"bos_token": {"__type": "AddedToken", "content": "<|im_end|>"}, "eos_token": None},
         {"tokenizer_class": "Qwen2Tokenizer", "eos_token": None, "my_token": "<tool_call>"},
+        {"tokenizer_class": "Qwen3_5Tokenizer", "eos_token": None, "pad_token": "<|im_end|>"},
         {"tokenizer_class": "Qwen2Tokenizer", "extra_special_tokens": {"my_token": "<|im_end|>"}},
-        {"tokenizer_class": "Qwen3_5Tokenizer", "eos_token": None},
     ],
 )
 def test_special_tokens_by_name_are_those_of_transformers(config, model_type, directory):

@@ -10,8 +10,9 @@ from qwen_min.command.trained import PROMPT_FILE, load_parts, prompt_fields
 from qwen_min.config import QWEN3_5
 from qwen_min.errors import UserError
 from qwen_min.files.run import ADAPTER
-from qwen_min.files.tokens import CONFIG
 from qwen_min.files.weights import save_model
+
+ARCHITECTURES = {"qwen2": "Qwen2", "qwen3": "Qwen3", QWEN3_5: "Qwen3_5Text"}  # in transformers
 
 
 def export(source: Source, run: Path) -> int:
@@ -32,9 +33,6 @@ def export(source: Source, run: Path) -> int:
     use = f"a causal language model; here it is used with {' '.join(given)}"
     if (dtype := dtype_name(model)) != "float32":
         use += f" (rounded to {dtype}, so scores differ a little; not after training in float32)"
-    if task.config.model_type == QWEN3_5:
-        # By the class that a release names, transformers would split words as Qwen2 does.
-        changes[CONFIG] = {"tokenizer_class": "TokenizersBackend"}
     if head is not None:
         # transformers pools at the last token that is not this one, which fills up a batch.
         ends = task.whole_template().endswith
@@ -43,12 +41,12 @@ def export(source: Source, run: Path) -> int:
             found = "the tokenizer has no special token to fill a batch, but the template's last"
             raise UserError(f"--export: {found}; end the template in another way")
         weight, names = head.weight, dict(enumerate(task.labels))
-        architecture = f"{task.config.model_type.capitalize()}ForSequenceClassification"
+        architecture = f"{ARCHITECTURES[task.config.model_type]}ForSequenceClassification"
         use = f'{architecture}, for pipeline("text-classification", model={str(out)!r})'
         config = {"architectures": [architecture], "pad_token_id": task.tokenizer.markup[pad]}
         config |= {"id2label": names, "label2id": {name: y for y, name in names.items()}}
         changes["config.json"] = config
-        changes[CONFIG] = changes.get(CONFIG, {}) | {"pad_token": pad, "padding_side": "right"}
+        changes["tokenizer_config.json"] = {"pad_token": pad, "padding_side": "right"}
         changes["special_tokens_map.json"] = {"pad_token": pad}  # goes before tokenizer_config.json
     save_model(model, task.directory, out, changes, weight)
     print(f"{out}: {use}; {PROMPT_FILE} says how to make its input")

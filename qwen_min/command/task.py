@@ -145,7 +145,8 @@ def read_task(args: argparse.Namespace, record: dict | None = None) -> Task:
     names, frame = (labels, words, scored), (template, chat, system)
     task = Task(directory, config, tokenizer, *names, *frame, args.max_text_tokens)
     task.whole_template()  # an unusable template fails here
-    load_model(directory, device="meta")  # reads no numbers: a malformed file fails here
+    note = partial(print, file=sys.stderr)
+    load_model(directory, device="meta", note=note)  # reads no numbers: a malformed file fails here
     return task
 
 

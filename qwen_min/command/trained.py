@@ -33,7 +33,8 @@ from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.tokenizer import Tokenizer
 
-TARGETS = {"attention": lora.ATTENTION, "all": (*lora.ATTENTION, *lora.MLP), "none": ()}
+TARGETS = {"attention": (*lora.ATTENTION, *lora.DELTA_RULE), "none": ()}
+TARGETS["all"] = (*TARGETS["attention"], *lora.MLP)
 GIVE_BASE = "give the checkpoint that it was trained on by --model"
 PROMPT_FILE = "prompt.json"
 PROMPT_INPUT = (
@@ -174,7 +175,9 @@ class Trainable:
         self.parts = parts_of(record["method"], record["arguments"])
         torch.manual_seed(args.seed)
         weight, words = None, self.parts.head is None
-        targets = TARGETS.get(args.lora_targets, tuple(args.lora_targets.split(",")))
+        targets = tuple(args.lora_targets.split(","))
+        if (names := TARGETS.get(args.lora_targets)) is not None:  # those that this model has
+            targets = tuple(name for name in names if lora.targeted(model, [name]))
         numbers = (args.r, args.alpha, args.dropout)
         try:
             task_type = "CAUSAL_LM" if words else "SEQ_CLS"
