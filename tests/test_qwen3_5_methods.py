@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, make_reference
+from conftest import REPO, make_reference, with_images
 from safetensors.torch import load_file
 from test_chat import QWEN35
 from test_plain import assert_same_predictions, numbers, read_lines
@@ -236,12 +236,13 @@ def test_a_killed_run_goes_on_to_the_bit(method, base, data, tmp_path):
     assert len(files[0]) >= 2 and files[0] == files[1]
 
 
-def as_released(directory: Path) -> Path:
-    """A base with Qwen3.5's tokenizer, the class that a release names, and a chat template."""
-    make_reference(directory, "qwen3_5", vocab_size=960)
-    make_qwen3_5_tokenizer(directory, "qwen3_5_text", "Qwen2Tokenizer")
+def as_released(directory: Path) -> torch.nn.Module:
+    """A base with the files that a release has, its class of tokenizer too; returns the model."""
+    model = make_reference(directory, "qwen3_5", vocab_size=960)
+    with_images(directory, torch.float32)
+    make_qwen3_5_tokenizer(directory, "qwen3_5", "Qwen2Tokenizer")
     (directory / "chat_template.jinja").write_text(QWEN35, encoding="utf-8")
-    return directory
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -256,14 +257,11 @@ def marks(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("template", ["{text}", "评论：{text}", TEMPLATE])
 def test_a_chat_is_scored_as_by_transformers(template, marks, tmp_path, capsys):
     """The whole way, with a text at both borders of the message, at one, and inside."""
-    base = as_released(tmp_path / "base")
+    base = tmp_path / "base"
+    reference = as_released(base)
     given = ["--method", "zero_shot", "--model", base, "--data", marks, "--chat"]
     given += ["--template", template, "--max-text-tokens", 9]
     rows = both(tmp_path, *given)["default"][0]
-    (base / "tokenizer_config.json").write_text(  # so that transformers reads tokenizer.json
-        (base / "tokenizer_config.json").read_text().replace("Qwen2T", "Qwen3_5T")
-    )
-    reference = AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval()
     ours, theirs = read_tokenizer(base), AutoTokenizer.from_pretrained(base)
     for row in rows:
         content = template.replace("{text}", shorten(ours, row["text"], 9))
@@ -281,7 +279,8 @@ def test_a_chat_is_scored_as_by_transformers(template, marks, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["lora_head", "lora_label_scoring"])
 def test_what_is_exported_has_its_tokenizer_and_its_prompt(method, marks, tmp_path, capsys):
-    base, run, out = as_released(tmp_path / "base"), tmp_path / "run", tmp_path / "out"
+    base, run, out = (tmp_path / name for name in ("base", "run", "out"))
+    as_released(base)
     args = ["--method", method, "--model", base, "--data", marks, "--output", run, *LORA]
     args += ["--chat", "--template", "评：{text}", "--export", out]
     assert train.main(command(*args)) == 0
