@@ -82,6 +82,8 @@ def identity(task: Task, adapter: str | Path | None) -> dict:
 def prompt_fields(task: Task) -> dict:
     """For other programs: how the model's input is made of a text."""
     text = {"input": PROMPT_INPUT, "max_text_tokens": task.max_text_tokens}
+    if (trim := task.trim(task.template, [], [])) is not str:
+        text["input"] += f" Once cut, trim the text as Python's {trim.__name__} does."
     return text | {"template": task.whole_template(), "labels": task.labels, "words": task.scored}
 
 
