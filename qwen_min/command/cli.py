@@ -111,9 +111,9 @@ def choose_device(name: str) -> str:
 def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command: a user's mistake becomes one line and status 2; a bug keeps its traceback."""
     if not getattr(args, "plain", True):  # a command that computes, and not by the definitions
-        from qwen_min.fast.process import set_up_process
+        from qwen_min.fast.memory import keep_freed_memory
 
-        set_up_process()
+        keep_freed_memory()
     out, err = SafeStream(sys.stdout), SafeStream(sys.stderr, lines=True)
     with redirect_stdout(out), redirect_stderr(err):
         status = _status(command, args)

@@ -22,14 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.linalg import vector_norm
 
 from qwen_min.delta_rule import GatedDeltaNet, one_token
 from qwen_min.fast.chunks import Group
 from qwen_min.fast.layout import Batch, Kept
 
-# e^-60 is nothing beside the numbers around 1 that it would be added to. Below it, products would
-# become denormal numbers, with which a CPU computes up to a hundred times slower.
-FADED = -60.0
+FADED = -40.0
 
 
 def gated_delta_net(
@@ -125,30 +124,24 @@ def prepare(net: GatedDeltaNet, qkv: Tensor, g: Tensor, beta: Tensor, first: int
     parts = qkv.split([keys, keys, net.value_heads * net.value_dim], dim=-1)
     sizes = (net.key_dim, net.key_dim, net.value_dim)
     q, k, v = (by_head(part, size) for part, size in zip(parts, sizes, strict=True))
-    # The lengths of q and k are divided out of the products, which are smaller than q and k.
-    q_scale = (q.square().sum(-1) + 1e-6).rsqrt() * net.key_dim**-0.5
-    k_scale = (k.square().sum(-1) + 1e-6).rsqrt()
-    kk, qk = (x @ k.mT * k_scale[..., None, :] for x in (k, q))  # (M, Hk, c, c)
-    q, k, q_scale, k_scale, kk, qk = (
-        t.repeat_interleave(share, dim=1) for t in (q, k, q_scale, k_scale, kk, qk)
-    )
+    q_length, k_length = ((vector_norm(x, dim=-1).square() + 1e-6).sqrt() for x in (q, k))
+    q, k = q / (q_length * net.key_dim**0.5)[..., None], k / k_length[..., None]
+    kk, qk = k @ k.mT, q @ k.mT  # (M, Hk, c, c)
+    if share > 1:
+        q, k, kk, qk = (t.repeat_interleave(share, dim=1) for t in (q, k, kk, qk))
     g, beta = g.transpose(1, 2), beta.transpose(1, 2)  # (M, Hv, c)
     G = g.cumsum(-1)
-    later = torch.ones(kk.shape[-2:], dtype=torch.bool, device=kk.device).triu(1)
-    gamma = fade((G[..., :, None] - G[..., None, :]).masked_fill(later, -torch.inf))
-    # solve_triangular takes the diagonal as 1, and reads nothing above it.
-    A = kk * gamma * (beta * k_scale)[..., None]
-    one = torch.eye(A.shape[-1], device=A.device)
+    gamma, grown = fade(G[..., :, None] - G[..., None, :]), fade(G)
+    # solve_triangular takes the diagonal of A as 1, and reads nothing above it.
+    A, one = kk * gamma * beta[..., None], torch.eye(kk.shape[-1], device=kk.device)
     inverse = torch.linalg.solve_triangular(A, one, upper=False, unitriangular=True)
-    grown = fade(G)
-    W_scale = (beta * grown * k_scale)[first:, :, None, :]
     return Prepared(
         U=inverse * beta[..., None, :] @ v,
-        within=qk * gamma * q_scale[..., None],
-        k_end=k * (fade(G[..., -1:] - G) * k_scale)[..., None],
+        within=(qk * gamma).tril(),
+        k_end=k * fade(G[..., -1:] - G)[..., None],
         end=grown[..., -1:, None],
-        W=inverse[first:] * W_scale @ k[first:],
-        q_grown=q[first:] * (grown * q_scale)[first:, ..., None],
+        W=inverse[first:] * (beta * grown)[first:, :, None, :] @ k[first:],
+        q_grown=q[first:] * grown[first:, ..., None],
     )
 
 
@@ -199,5 +192,9 @@ def by_head(x: Tensor, size: int) -> Tensor:
 
 
 def fade(log: Tensor) -> Tensor:
-    """e^log, but 0 from e^-60 on."""
-    return F.threshold(log, FADED, -torch.inf).exp()
+    """e^log for log ≤ 0; 1 above, and never below e^-40.
+
+    e^-40 is nothing beside numbers around 1, to which it is added. Smaller factors would soon make
+    denormal numbers, with which a CPU computes up to a hundred times slower.
+    """
+    return log.clamp(FADED, 0.0).exp()

@@ -40,8 +40,8 @@ from lora import inject_lora
 from qwen_min.command.cli import positive_int
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.fast.layout import Text, pack
+from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.fast.packed import forward_packed
-from qwen_min.fast.process import set_up_process
 from qwen_min.files.weights import load_model
 from qwen_min.prompt import Prompt
 
@@ -164,7 +164,7 @@ def main() -> None:
     for hidden in ("--model", "--only", "--texts"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    set_up_process()  # like the commands
+    keep_freed_memory()  # like the commands
     count, tokens = int(args.texts or TEXTS), 70 if args.quick else 256
     drawn = torch.Generator().manual_seed(0)
     ids = torch.randint(0, args.vocabulary, (count, tokens), generator=drawn)
