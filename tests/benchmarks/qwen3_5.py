@@ -19,13 +19,13 @@ training  a step of LoRA with AdamW: forward, loss of one label token for each t
           and in_proj_qkv, in_proj_z and out_proj of the delta rule.
 
 Both programs run in one process in turn, one round after the other; each round gives the ratio of
-their times, transformers' by ours. Freed memory is kept for both, as in this project's commands. The
-decays are drawn as transformers draws them for training from nothing. They fade fast: its products
-then meet denormal numbers, which cost time and which the form here avoids; the trained decays of a
-released model may be milder. The table has the median of the rounds and, for the ratio, the smallest
-and the largest. Before that, states and the losses of some
-steps must agree; otherwise the exit status is 1. Peak memory is that of a new process that scores
-4, 16 or 64 texts in batches of 4. It should not grow with their number.
+their times, transformers' by ours. Freed memory is kept for both, as in this project's commands.
+The decays are drawn as transformers draws them for training from nothing. They fade fast: its
+products then meet denormal numbers, which cost time and which the form here avoids; the trained
+decays of a released model may be milder. The table has the median of the rounds and, for the ratio,
+the smallest and the largest. Before that, results and the losses of some steps must agree;
+otherwise the exit status is 1. Peak memory is that of a new process that scores 4, 16 or 64 texts
+in batches of 4. It should not grow with their number.
 """
 
 import argparse
