@@ -9,7 +9,7 @@ from pathlib import Path
 from qwen_min.errors import UserError
 
 # Qwen1.5, Qwen2 and Qwen2.5 all declare "qwen2": their structure is the same. Qwen3.5, 3.6 and 3.8
-# are released with images, as a "qwen3_5" whose text_config holds the fields of its text model.
+# also read images as released: then model_type is "qwen3_5", and text_config is the text model.
 QWEN3_5, WITH_IMAGES = "qwen3_5_text", "qwen3_5"
 MODEL_TYPES = ("qwen2", "qwen3", QWEN3_5)
 LINEAR, FULL = "linear_attention", "full_attention"  # the layer_types that are computed here
@@ -19,7 +19,7 @@ COMPUTED = {
     "hidden_act": (("silu", "swish"), "use a checkpoint with SiLU"),  # two names of one function
     # False and null: tokens also see what comes after them.
     "is_causal": ((True,), "attention is causal here; use a causal language model"),
-    "per_layer_config": ((None, {}), "all layers are alike here; use such a checkpoint"),
+    "per_layer_config": ((None, {}), "layers have no settings of their own; use such a checkpoint"),
     "num_experts": ((None, 0), "mixture of experts is not supported; use a dense Qwen"),
     "num_local_experts": ((None, 0), "mixture of experts is not supported; use a dense Qwen"),
     "quantization_config": ((None, {}), "quantised weights do not load; use unquantised ones"),
@@ -55,7 +55,7 @@ class QwenConfig:
 
     @property
     def has_qk_norm(self) -> bool:
-        """Whether queries and keys go through an RMSNorm over Dh before the rotation (Qwen3)."""
+        """Whether queries and keys go through an RMSNorm over Dh before RoPE: from Qwen3 on."""
         return self.model_type != "qwen2"
 
     @property
@@ -130,8 +130,8 @@ class QwenConfig:
         if heads % kv_heads:
             return f"num_key_value_heads {kv_heads} does not divide {heads} heads"
         if part % 2 or not 0 < part <= self.head_dim:
-            found = f"head_dim is {self.head_dim}, and RoPE would rotate {part} of it"
-            return f"{found}: none, too many or odd, but it rotates pairs"
+            found = f"RoPE would rotate {part} of head_dim {self.head_dim}"
+            return f"{found}; expected an even number from 2 to {self.head_dim}"
         widest = max(heads * self.head_dim, self.intermediate_size, self.vocab_size)
         if widest * self.hidden_size >= 2**48:  # the size of a matrix is an int64, in bytes
             return f"a matrix of {widest} rows is too large; check its sizes"
@@ -175,10 +175,8 @@ class Qwen3_5Config(QwenConfig):
 
 
 def text_fields(raw: dict) -> dict:
-    """The fields of the text model: config.json itself or, if it also describes images, a part, as
-    the config.json of a text-only checkpoint.
-
-    That part is not always whole: tie_word_embeddings, for example, may stand outside.
+    """The fields of a text-only checkpoint: those of config.json or, if the model reads images too,
+    of text_config, and a few from outside it, such as tie_word_embeddings.
     """
     if raw.get("model_type") != WITH_IMAGES:
         return raw
@@ -190,7 +188,7 @@ def text_fields(raw: dict) -> dict:
 
 
 def _layer_types(path: Path, raw: dict) -> tuple[str, ...]:
-    """Of each layer, LINEAR or FULL; without the field, as in the reference, every fourth FULL."""
+    """LINEAR or FULL for each layer; without the field, as in the reference, every 4th is FULL."""
     layers, every = raw["num_hidden_layers"], raw.get("full_attention_interval", 4)
     kinds = raw.get("layer_types")
     if kinds is None and type(every) is int and every > 0 and layers < 2**16:

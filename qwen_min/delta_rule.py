@@ -1,10 +1,9 @@
 """The gated delta rule, which most layers of Qwen3.5 have in place of attention.
 
-Read `Attention` in model.py first. It keeps the key and value of every token, and each new token
-compares its query with all the keys: the work for T tokens grows with T². Here a head keeps one
-matrix instead, whatever T is: the state S (dk, dv), a memory that answers a key with a value. Each
-token does the same work, so the work for T tokens grows with T. Token t with query q, key k and
-value v does four things:
+Read `Attention` in model.py first. There each token compares its query with the keys of all tokens
+before it: the work for T tokens grows with T². Here each head has one matrix of a fixed size, the
+state S (dk, dv), a memory that answers a key with a value. Each token does the same work, so the
+work for T tokens grows with T. A token with query q, key k and value v does four things:
 
     1. decay   S ← e^g S                 all that is stored fades, 0 < e^g < 1
     2. read    old = Sᵀk                 the value that S has for this key
@@ -24,7 +23,8 @@ Qwen3.5 are still attention: every fourth one, or as `layer_types` says. There a
 positions here: the order is in the recurrence.
 
 This file is the definition, token by token. fast/delta.py computes 64 tokens at a time. The numbers
-equal those of transformers' `modeling_qwen3_5.py`, including its casts, marked `# dtype:`.
+equal those of transformers' `modeling_qwen3_5.py`, including its casts, marked `# dtype:`; only
+A_log and norm.weight stay in fp32 here in every dtype.
 
 Shapes, with the sizes of Qwen3.5-0.8B; B, T, D as in model.py:
     Hk key heads 16     dk size of a key 128      C = 2·Hk·dk + Hv·dv channels, q | k | v: 6144
@@ -56,7 +56,11 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -
 def one_token(
     S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The four steps for one token of each text: the new state (B, Hv, dk, dv), o (B, Hv, dv)."""
+    """The four steps for one token of each text.
+
+    S (B, Hv, dk, dv), q and k (B, Hv, dk), v (B, Hv, dv), g and beta (B, Hv) → the new S, and
+    o (B, Hv, dv).
+    """
     S = g.exp()[..., None, None] * S  # decay
     old = read(S, k)
     change = beta[..., None] * (v - old)
@@ -81,7 +85,7 @@ def causal_convolution(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def to_unit_length(x: Tensor) -> Tensor:
-    """x / |x| over the last dimension; 1e-6 only keeps a vector of zeros from a division by 0."""
+    """x / |x| over the last dimension. 1e-6 avoids a division by 0; a very short x stays so."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
@@ -97,8 +101,7 @@ class GatedRMSNorm(nn.Module):
         """o and z (..., dv) → (..., dv)."""
         h = o.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        # dtype: cast before the weight, which is in fp32 in every model; the gate in fp32; then the
-        # product is cast.
+        # dtype: cast before the weight, which is in fp32; the gate in fp32; the product is cast.
         return (self.weight * h.to(o.dtype) * F.silu(z.float())).to(o.dtype)
 
 
@@ -117,7 +120,7 @@ class GatedDeltaNet(nn.Module):
         self.in_proj_b = nn.Linear(D, self.value_heads, bias=False)  # β
         self.in_proj_a = nn.Linear(D, self.value_heads, bias=False)  # decay
         self.conv1d = nn.Conv1d(C, C, kernel, groups=C, bias=False)
-        # dtype: `A_log` and `norm.weight` are in fp32 in every model; see files/weights.py.
+        # dtype: A_log and norm.weight stay in fp32, even if all other weights are in bf16.
         self.A_log = nn.Parameter(torch.zeros(self.value_heads))
         self.dt_bias = nn.Parameter(torch.ones(self.value_heads))
         self.norm = GatedRMSNorm(self.value_dim, config.rms_norm_eps)
@@ -125,18 +128,18 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) → (B, T, D)."""
-        q, k, v = self.heads(causal_convolution(self.in_proj_qkv(x), self.conv1d.weight))
+        q, k, v = self.split_heads(causal_convolution(self.in_proj_qkv(x), self.conv1d.weight))
         g, beta = self.gates(x)
         o = gated_delta_rule(q, k, v, g, beta)  # (B, T, Hv, dv)
         return self.output(o, x)
 
-    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """After the convolution: qkv (..., C) → q, k (..., Hv, dk) and v (..., Hv, dv), in fp32."""
         keys = self.key_heads * self.key_dim
         q, k, v = F.silu(qkv).split([keys, keys, self.value_heads * self.value_dim], dim=-1)
         # dtype: from here to the answers all is in fp32.
         q, k = (x.unflatten(-1, (self.key_heads, self.key_dim)).float() for x in (q, k))
-        # The answers are linear in q, so the norm undoes this factor, up to its eps.
+        # The factor: o is linear in q, so the norm of o removes it again, up to its eps.
         q, k = to_unit_length(q) * self.key_dim**-0.5, to_unit_length(k)
         # Consecutive value heads share a key head, as query heads share one in attention.
         q, k = (x.repeat_interleave(self.value_heads // self.key_heads, dim=-2) for x in (q, k))
@@ -148,7 +151,7 @@ class GatedDeltaNet(nn.Module):
         g = −exp(A_log)·softplus(a + dt_bias): A_log sets how fast a head forgets on the whole, a
         how fast at this token.
         """
-        # dtype: β is rounded to x's dtype, g is not.
+        # dtype: a and β are computed in x's dtype; all behind them in fp32.
         beta = self.in_proj_b(x).sigmoid().float()
         g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(x).float() + self.dt_bias)
         return g, beta

@@ -319,9 +319,9 @@ def test_where_the_rotated_part_is_said(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"partial_rotary_factor": 5 / 256}, "rotate 5 of it"),
-        ({"partial_rotary_factor": 0.001}, "rotate 0 of it"),
-        ({"partial_rotary_factor": 2}, "rotate 512 of it"),
+        ({"partial_rotary_factor": 5 / 256}, "rotate 5 of head_dim"),
+        ({"partial_rotary_factor": 0.001}, "rotate 0 of head_dim"),
+        ({"partial_rotary_factor": 2}, "rotate 512 of head_dim"),
         ({"partial_rotary_factor": None}, "partial_rotary_factor is null"),
         ({"partial_rotary_factor": "1/4"}, "partial_rotary_factor is '1/4'"),
         ({"linear_num_value_heads": 24}, "linear_num_key_heads 16 does not divide 24"),
@@ -560,8 +560,8 @@ def test_theta_has_no_default(tmp_path):
 
 def test_heads_that_do_not_fit(tmp_path):
     refused(write(tmp_path, QWEN2 | {"num_key_value_heads": 4}), "14", "num_key_value_heads", "4")
-    refused(write(tmp_path, QWEN3 | {"head_dim": 65}), "head_dim", "65", "odd")
-    refused(write(tmp_path, QWEN2 | {"hidden_size": 14 * 63}), "head_dim", "63", "odd")
+    refused(write(tmp_path, QWEN3 | {"head_dim": 65}), "head_dim", "65", "even")
+    refused(write(tmp_path, QWEN2 | {"hidden_size": 14 * 63}), "head_dim", "63", "even")
     refused(write(tmp_path, QWEN2 | {"hidden_size": 7}), "head_dim", "0")
 
 

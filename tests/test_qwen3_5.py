@@ -241,7 +241,7 @@ def test_padding_and_other_rows_change_nothing(pair):
 
 
 ATTENTION, NORM = (GatedAttention, "forward"), (ZeroCenteredRMSNorm, "forward")
-CONVOLUTION, HEADS = (delta_rule, "causal_convolution"), (GatedDeltaNet, "heads")
+CONVOLUTION, HEADS = (delta_rule, "causal_convolution"), (GatedDeltaNet, "split_heads")
 GATES, GATED_NORM = (GatedDeltaNet, "gates"), (GatedRMSNorm, "forward")
 OUTPUT, RULE = (GatedDeltaNet, "output"), (delta_rule, "one_token")
 SPLIT, LENGTH = "self.heads, 2 * self.head_dim).chunk(2, dim=-1)", "weight.shape[-1] - 1, 0"
@@ -388,5 +388,5 @@ def test_gates_stay_in_their_ranges(pair):
     g, beta = net.gates(x)
     for share in (g.exp(), beta):
         assert share.min() > 0 and share.max() < 1
-    _, k, _ = net.heads(net.in_proj_qkv(x))
+    _, k, _ = net.split_heads(net.in_proj_qkv(x))
     torch.testing.assert_close(k.norm(dim=-1), torch.ones(50, 4), atol=1e-3, rtol=0)

@@ -41,19 +41,19 @@ def gated_delta_net(
     rows = torch.cat([inputs, zeros, *(last for _, last in prefix or [])])
     states, answers = None if prefix is None else stack([state for state, _ in prefix]), []
     if len(chunks.windows):
-        qkv = F.silu(ConvolutionFunction.apply(rows, weight, chunks.windows))  # (M, c, C)
+        qkv = ConvolutionFunction.apply(rows, weight, chunks.windows)  # (M, c, C)
         of_chunks = F.pad(gates, (0, 0, 0, 1))[:, chunks.tokens]  # (2, M, c, Hv)
-        first = chunks.groups[0].counts[0] if states is None else 0
-        prepared = prepare(net, qkv, *of_chunks, first)
+        stateless = chunks.groups[0].counts[0] if states is None else 0
+        prepared = prepare(net, qkv, *of_chunks, stateless)
         keep = batch.keep or len(chunks.levels) > 0
-        o, states = run(prepared, chunks.groups, states, keep)
+        o, states = recurrence(prepared, chunks.groups, states, keep)
         answers.append(o.to(x.dtype).transpose(1, 2).flatten(0, 1))  # (M·c, Hv, dv)
     S = states
     for level in chunks.levels:
-        q, k, v = net.heads(ConvolutionFunction.apply(rows, weight, level.windows)[:, 0])
+        q, k, v = net.split_heads(ConvolutionFunction.apply(rows, weight, level.windows)[:, 0])
         S, o = one_token(S[level.parents], q, k, v, *gates[:, level.rows])
         answers.append(o.to(x.dtype))
-        if batch.keep:
+        if batch.keep:  # single tokens then, whose parents are texts
             states = states.index_copy(0, level.parents, S)
     kept = list(zip(states, rows[chunks.ends], strict=True)) if batch.keep else []
     places = chunks.places
@@ -80,6 +80,7 @@ class ConvolutionFunction(torch.autograd.Function):
     def forward(ctx, rows: Tensor, weight: Tensor, windows: Tensor) -> Tensor:
         w = weight[:, 0].T.contiguous()  # (kernel, C)
         x, T = rows[windows], windows.shape[1] - len(w) + 1
+        # dtype: in bf16 this rounds after each term; the definition rounds once.
         y = x[:, :T] * w[0]
         for i in range(1, len(w)):
             y.addcmul_(x[:, i : i + T], w[i])
@@ -115,13 +116,13 @@ class Prepared(NamedTuple):
     q_grown: Tensor  # e^G q
 
 
-def prepare(net: GatedDeltaNet, qkv: Tensor, g: Tensor, beta: Tensor, first: int) -> Prepared:
-    """qkv (M, c, C), after the convolution and its SiLU, and g, beta (M, c, Hv).
+def prepare(net: GatedDeltaNet, qkv: Tensor, g: Tensor, beta: Tensor, stateless: int) -> Prepared:
+    """qkv (M, c, C), after the convolution, and g, beta (M, c, Hv).
 
-    first: how many chunks, those in front, have no state before them.
+    stateless: how many chunks, those in front, have no state before them.
     """
     keys, share = net.key_heads * net.key_dim, net.value_heads // net.key_heads
-    parts = qkv.split([keys, keys, net.value_heads * net.value_dim], dim=-1)
+    parts = F.silu(qkv).split([keys, keys, net.value_heads * net.value_dim], dim=-1)
     sizes = (net.key_dim, net.key_dim, net.value_dim)
     q, k, v = (by_head(part, size) for part, size in zip(parts, sizes, strict=True))
     q_length, k_length = ((vector_norm(x, dim=-1).square() + 1e-6).sqrt() for x in (q, k))
@@ -136,16 +137,16 @@ def prepare(net: GatedDeltaNet, qkv: Tensor, g: Tensor, beta: Tensor, first: int
     A, one = kk * gamma * beta[..., None], torch.eye(kk.shape[-1], device=kk.device)
     inverse = torch.linalg.solve_triangular(A, one, upper=False, unitriangular=True)
     return Prepared(
-        U=inverse * beta[..., None, :] @ v,
+        U=(inverse * beta[..., None, :]) @ v,
         within=(qk * gamma).tril(),
         k_end=k * fade(G[..., -1:] - G)[..., None],
         end=grown[..., -1:, None],
-        W=inverse[first:] * (beta * grown)[first:, :, None, :] @ k[first:],
-        q_grown=q[first:] * grown[first:, ..., None],
+        W=(inverse * (beta * grown)[..., None, :])[stateless:] @ k[stateless:],
+        q_grown=(q * grown[..., None])[stateless:],
     )
 
 
-def run(
+def recurrence(
     prepared: Prepared, groups: list[Group], past: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Answers (M, Hv, c, dv) and, with `keep`, the states after the texts (texts, Hv, dk, dv).
@@ -155,7 +156,7 @@ def run(
     U, within, k_end, end, W, q_grown = prepared
     counts = [count for group in groups for count in group.counts]
     own = zip(*(t.split(counts) for t in (U, within, k_end, end)), strict=True)
-    counts = counts[len(U) > len(W) :]  # the chunks in front have no state before them
+    counts = counts[1:] if past is None else counts  # the chunks in front have no state
     from_state = zip(W.split(counts), q_grown.split(counts), strict=True)
     answers, states, S = [], past, None
     for number, group in enumerate(groups):
@@ -175,7 +176,7 @@ def run(
                 answers.append(q @ S + weights @ V)
             if going or keep or number < len(groups) - 1:
                 S = k.mT @ V if S is None else fading * S + k.mT @ V
-                ended.append(S[going:])
+                ended.append(S[going:])  # the shortest texts end first
         if keep:
             if states is None:
                 states = S.new_zeros(sum(len(g.texts) for g in groups), *S.shape[1:])
@@ -194,7 +195,7 @@ def by_head(x: Tensor, size: int) -> Tensor:
 def fade(log: Tensor) -> Tensor:
     """e^log for log ≤ 0; 1 above, and never below e^-40.
 
-    e^-40 is nothing beside numbers around 1, to which it is added. Smaller factors would soon make
-    denormal numbers, with which a CPU computes up to a hundred times slower.
+    e^-40 (4e-18) is lost beside numbers around 1. Without this bound there would be denormal
+    numbers, with which a CPU computes up to a hundred times slower.
     """
     return log.clamp(FADED, 0.0).exp()
