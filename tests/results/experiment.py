@@ -7,8 +7,10 @@
 
 --train and --dev are ChnSentiCorp's train.tsv and dev.tsv (label, text_a) as the Chinese-BERT-wwm
 project publishes them (data/chnsenticorp in github.com/ymcui/Chinese-BERT-wwm). Methods train on
-the first 3,000 rows of train.tsv. A tenth of these rows is held out, and settings are chosen on
-this tenth alone. All rows of dev.tsv are scored once for each row of the table.
+the first 3,000 rows of train.tsv, those named -all on its 9,600 rows without the ones whose text
+also stands in dev.tsv (word for word, or normalised). A tenth of the training rows is held out, and
+settings are chosen on this tenth alone. All rows of dev.tsv are scored once for each row of the
+table.
 
 The script works in runs/ and continues where it was stopped. For each row, tests/results/0.5b/
 keeps two files: NAME.json has the results and the commits that trained and evaluated it. NAME.jsonl
@@ -37,9 +39,11 @@ REPO = Path(__file__).resolve().parents[2]
 KEPT = Path(__file__).resolve().parent
 MODELS = {"0.5b": "Qwen2.5-Coder-0.5B-Instruct", "1.5b": "Qwen2.5-Coder-1.5B-Instruct"}
 TRAINING_ROWS = 3000
+PART, ALL = f"train-{TRAINING_ROWS}.tsv", "train-all.tsv"
 # SHA-256 of the training and evaluation data: other reviews would give other numbers.
 FILES = {
-    "train-3000.tsv": "a04201f178cb868017e6217133a8cff4e853226524fd6e0f6d281f41064a65bd",
+    PART: "a04201f178cb868017e6217133a8cff4e853226524fd6e0f6d281f41064a65bd",
+    ALL: "16a337b3ce8f211cea58410ee54fd4f9cf9eecae41f8fd3d5439d7fc61659a9d",
     "dev.tsv": "d129e443eac08ce7643013dad496a8edf282be39cac1a4f2ad080818b296b331",
 }
 CURVE = (50, 200, 800)  # training rows; the curve also has all 3,000
@@ -55,7 +59,7 @@ PROBE = "--method head_only"
 class Row:
     """One row of the table: how it is trained (if at all) and evaluated."""
 
-    name: str
+    name: str  # -all: trained on ALL, not on PART
     evaluate: str  # arguments of evaluate.py, except data and output
     train: str | None = None  # arguments of train.py, except model, data and output
     set_back: str | None = None  # instead of train: arguments of set_back.py, except output
@@ -66,7 +70,7 @@ def trained(name: str, train: str, run: str | None = None, evaluate: str = "") -
     return Row(name, f"--run {{runs}}/{run or name}{evaluate}", train if run is None else None)
 
 
-def rows_of_seed(seed: int) -> list[Row]:
+def rows_of_seed(seed: int, probes: bool = True) -> list[Row]:
     """The methods that depend on the seed, and the rows that use their runs."""
     rows = []
     for name, train in (("lora_head", HEAD), ("lora_label_scoring", WORDS)):
@@ -75,7 +79,8 @@ def rows_of_seed(seed: int) -> list[Row]:
         if name == "lora_head":
             transplanted = " --method transplanted_head"
             rows.append(trained(f"transplanted_head-s{seed}", "", run, transplanted))
-        rows.append(trained(f"probe-of-{run}", f"{PROBE} --adapter {{runs}}/{run}/adapter"))
+        if probes:
+            rows.append(trained(f"probe-of-{run}", f"{PROBE} --adapter {{runs}}/{run}/adapter"))
     return rows
 
 
@@ -89,8 +94,15 @@ def all_rows(size: str) -> list[Row]:
         trained("head_only", PROBE),
         trained("head_only-best", f"{PROBE} --layer best"),
     ]
+    xiang = trained("lora_label_scoring-xiang", f"{WORDS} --seed 0 --labels 负向,正向")
+    every = [trained("head_only-all", PROBE)]
+    for train in (WORDS, HEAD):
+        name = train.split()[1]
+        every.append(trained(f"{name}-all", f"{train.replace('epochs 1', 'epochs 2')} --seed 0"))
     if size == "1.5b":
-        return [*rows, trained("lora_label_scoring-s0", f"{WORDS} --seed 0")]
+        words = Row("zero_shot-xiang", f"{zero_shot} --calibrate --labels {SETS['-xiang']}")
+        rows = [rows[0], words, rows[1], *rows_of_seed(0), xiang, *rows_of_seed(1, probes=False)]
+        return [*rows, every[1]]
     rows += [
         Row(f"zero_shot{ending}", f"{zero_shot} --calibrate --labels {words}")
         for ending, words in SETS.items()
@@ -101,7 +113,7 @@ def all_rows(size: str) -> list[Row]:
         Row("zero_shot_generate-chat", f"--method zero_shot_generate {untrained} {CHAT}"),
         Row("zero_shot-chat", f"{zero_shot} {CHAT}"),
         *rows_of_seed(0),
-        trained("lora_label_scoring-xiang", f"{WORDS} --seed 0 --labels 负向,正向"),
+        xiang,
         trained("embeddings-head", f"{HEAD} --seed 0 --train-embeddings --lora-targets none"),
         # Also score label words that were not used in training: was the task learnt, or the words?
         trained(
@@ -129,13 +141,13 @@ def all_rows(size: str) -> list[Row]:
         rows.append(trained(f"lora_label_scoring-n{n}", f"{WORDS} --seed 0 --limit {n}"))
     for seed in SEEDS[1:]:
         rows += rows_of_seed(seed)
-    return rows
+    return rows + every
 
 
 def commands(row: Row, size: str) -> list[str]:
     """The commands that make the row, to run in the repository root."""
     places = {"runs": f"runs/{size}", "model": f"runs/{MODELS[size]}"}
-    places["train"] = f"runs/train-{TRAINING_ROWS}.tsv"
+    places["train"] = f"runs/{ALL if row.name.endswith('-all') else PART}"
     lines = []
     if row.train is not None:
         lines.append(
@@ -168,17 +180,18 @@ def prepare(args: argparse.Namespace) -> None:
             link.symlink_to(Path(target).resolve())
         if not link.exists():
             sys.exit(f"error: {link} is missing; give its file or directory, see --help")
-    part = runs / f"train-{TRAINING_ROWS}.tsv"
     if args.train is not None:
+        examples = read_examples(args.train, DEFAULT_LABELS)
         # Only \n ends a line, as in qwen_min.files.data.
-        with open(args.train, encoding="utf-8", newline="\n") as file:
-            lines = [line for line, _ in zip(file, range(TRAINING_ROWS + 1), strict=False)]
-        if len(lines) <= TRAINING_ROWS:
-            sys.exit(f"error: {args.train} has {len(lines) - 1} rows, expected {TRAINING_ROWS}")
-        part.write_text("".join(lines), encoding="utf-8", newline="")
-    if not part.exists():
-        sys.exit(f"error: {part} is missing; give the whole train.tsv with --train")
+        header, *lines = Path(args.train).read_bytes().rstrip(b"\n").split(b"\n")
+        inside = stand_in(texts_of(args.train), texts_of(runs / "dev.tsv"))
+        seen = {examples[i].line for i in inside}
+        rest = [line for number, line in enumerate(lines, start=2) if number not in seen]
+        for name, rows in ((PART, lines[:TRAINING_ROWS]), (ALL, rest)):
+            (runs / name).write_bytes(b"\n".join([header, *rows, b""]))
     for name, expected in FILES.items():
+        if not (runs / name).exists():
+            sys.exit(f"error: runs/{name} is missing; give the whole train.tsv with --train")
         if (found := hashlib.sha256((runs / name).read_bytes()).hexdigest()) != expected:
             sys.exit(
                 f"error: runs/{name}: SHA-256 {found}, expected {expected}; give ChnSentiCorp's "
@@ -236,14 +249,15 @@ def run(row: Row, size: str) -> None:
     keep(row, size)
 
 
+def texts_of(path: str | Path) -> list[str]:
+    """The texts of a file of reviews, normalised: equal ones stand for the same review."""
+    return [normalised(example.text) for example in read_examples(path, DEFAULT_LABELS)]
+
+
 @cache
 def contaminated() -> set[int]:
-    """Rows of dev whose text is also in the training rows, exactly or after normalisation."""
-    dev, train = (
-        [normalised(e.text) for e in read_examples(REPO / "runs" / name, DEFAULT_LABELS)]
-        for name in ("dev.tsv", f"train-{TRAINING_ROWS}.tsv")
-    )
-    return set(stand_in(dev, train))
+    """Rows of dev whose text is also in the 3,000 training rows, exactly or after normalisation."""
+    return set(stand_in(*(texts_of(REPO / "runs" / name) for name in ("dev.tsv", PART))))
 
 
 def keep(row: Row, size: str) -> None:
@@ -278,7 +292,7 @@ def keep(row: Row, size: str) -> None:
     run = REPO / "runs" / size / row.name / "run.json"
     if run.exists():
         record = json.loads(run.read_text(encoding="utf-8"))
-        learnt = ("embedding_movement", "steps", "best_step", "layer")
+        learnt = ("embedding_movement", "steps", "best_step", "layer", "peak_memory_mib")
         results |= {key: record[key] for key in learnt if record.get(key) is not None}
     results["commits"] = {
         what: made.with_suffix(f".{what}").read_text(encoding="utf-8")
