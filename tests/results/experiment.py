@@ -276,9 +276,8 @@ def keep(row: Row, size: str) -> None:
         open(kept.with_suffix(".jsonl"), "w", encoding="utf-8") as out,
     ):
         for line in lines:
-            row = json.loads(line)
             names = ("index", "label", "prediction", "scores", "answer")
-            prediction = {name: row[name] for name in names if name in row}
+            prediction = {k: value for k, value in json.loads(line).items() if k in names}
             if (scores := prediction["scores"]) is not None:
                 prediction["scores"] = [round(score - max(scores), 5) for score in scores]
             answer = prediction.pop("answer", None)
