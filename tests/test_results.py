@@ -147,9 +147,13 @@ def test_every_kept_file_is_about_the_same_rows():
     assert len({r["examples_hash"] for r in results}) == 1
     masks = {kept.clean(path).tobytes() for path in KEPT}
     assert len(masks) == 1
-    # The clean rows here are those that a method trained on all 3,000 rows reports.
-    found = {r["clean"]["n"] for r in results if not (r["training_arguments"] or {}).get("limit")}
+    # The clean rows here are those that a method trained on the 3,000 rows reports.
+    whole = [r for r in results if not (r["training_arguments"] or {}).get("limit")]
+    found = {r["clean"]["n"] for r in whole if r["clean"]["train_data"].endswith(experiment.PART)}
     assert found == {int(kept.clean(KEPT[0]).sum())}
+    # Of all rows, none is in dev.
+    every = [r for r in whole if r["clean"]["train_data"].endswith(experiment.ALL)]
+    assert all(r["clean"]["n"] == r["n"] for r in every)
 
 
 def test_the_pictures_were_drawn_from_the_kept_files():

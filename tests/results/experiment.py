@@ -38,7 +38,7 @@ from qwen_min.prompt import DEFAULT_LABELS
 REPO = Path(__file__).resolve().parents[2]
 KEPT = Path(__file__).resolve().parent
 MODELS = {"0.5b": "Qwen2.5-Coder-0.5B-Instruct", "1.5b": "Qwen2.5-Coder-1.5B-Instruct"}
-TRAINING_ROWS = 3000
+TRAINING_ROWS, ALL_ROWS = 3000, 9241
 PART, ALL = f"train-{TRAINING_ROWS}.tsv", "train-all.tsv"
 # SHA-256 of the training and evaluation data: other reviews would give other numbers.
 FILES = {

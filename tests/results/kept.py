@@ -46,6 +46,9 @@ METHODS = {
     "embeddings-words-labels": VECTORS + LABELS_KEPT,
     "embeddings-words-others": VECTORS + OTHERS_KEPT,
     "embeddings-lora-words": "`lora_label_scoring --train-embeddings`",
+    "head_only-all": "`head_only`, all rows",
+    "lora_head-all": "`lora_head`, all rows",
+    "lora_label_scoring-all": "`lora_label_scoring`, all rows",
 }
 TRAINED = ("head_only", "lora_head", "lora_label_scoring")  # the methods of the learning curve
 
@@ -201,7 +204,7 @@ def compared(a: str, b: str) -> Comparison | None:
     for one, other in pairs:
         if one.results["examples_hash"] != other.results["examples_hash"]:
             sys.exit(f"error: {one.path} and {other.path} have different evaluation rows")
-    # The same rows are clean for every method: none of the 3,000 rows, even if fewer were used.
+    # The same rows are clean for every method: none of the 3,000 rows, whichever were used.
     masks = [tuple(correct(r)[clean(r.path)] for r in pair) for pair in pairs]
     gain = np.mean([one.astype(int) - other for one, other in masks], axis=0)  # (clean rows,)
     tests = [mcnemar_exact(*pair) for pair in masks]
