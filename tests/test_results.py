@@ -142,6 +142,34 @@ def test_a_kept_file_fits_its_predictions(path):
         assert found == pytest.approx(result.results["auc_roc"], abs=1e-5)
 
 
+def test_what_is_kept_of_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "REPO", tmp_path)
+    monkeypatch.setattr(experiment, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(experiment, "contaminated", lambda: {1})
+    runs = tmp_path / "runs" / "0.5b"
+    (runs / "name").mkdir(parents=True)
+    (tmp_path / "kept").mkdir()
+    predictions = [
+        {"index": 0, "text": "好", "label": 1, "prediction": 1, "scores": [-3.0, -1.0]},
+        {"index": 1, "text": "差", "label": 0, "prediction": -1, "scores": None, "answer": "消极"},
+    ]
+    lines = [json.dumps(prediction) + "\n" for prediction in predictions]
+    (runs / "name.jsonl").write_text("".join(lines), encoding="utf-8")
+    (runs / "name.json").write_text('{"accuracy": 0.5, "off_track_examples": ["差"]}')
+    (runs / "name" / "run.json").write_text('{"steps": 9, "best_step": null, "seconds": 1}')
+    (runs / "name.trained").write_text("0" * 12)
+    experiment.keep(experiment.trained("name", "--seed 0"), "0.5b")
+    kept_lines = (tmp_path / "kept" / "0.5b" / "name.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept_lines] == [
+        {"index": 0, "label": 1, "prediction": 1, "scores": [-2.0, 0.0], "clean": True},
+        {"index": 1, "label": 0, "prediction": -1, "scores": None, "clean": False},
+    ]
+    found = json.loads((tmp_path / "kept" / "0.5b" / "name.json").read_text(encoding="utf-8"))
+    words = dict.fromkeys(experiment.SETS.values(), 0) | {"消极,积极": 1}
+    assert found.pop("off_track_words") == words
+    assert found == {"accuracy": 0.5, "steps": 9, "commits": {"trained": "0" * 12}}
+
+
 def test_every_kept_file_is_about_the_same_rows():
     results = [json.loads(path.read_text(encoding="utf-8")) for path in KEPT]
     assert len({r["examples_hash"] for r in results}) == 1
