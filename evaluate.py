@@ -127,6 +127,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     """Read, load, classify, measure, write; prints the table."""
     task, device = read_task(args, record), choose_device(args.device)
     source = Source(args, task, device, record)
+    source.compare()
     if args.explain is not None or args.explain_row is not None:
         return inside.explain(source, METHODS[args.method])
     examples = read_rows(args, task, record, empty_texts=True)

@@ -17,6 +17,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -71,7 +72,8 @@ def head_only(job: Job) -> dict:
         directory = Path(args.feature_cache or job.run / "features")
         setting = f"{base_hash} {model.lm_head_weight.dtype} {args.pooling} {layers != [last]}"
         setting += " plain" * args.plain  # so that --plain computes
-        features = cached_features(directory, setting, job.prompts, compute, bar.update)
+        agree = [ranks.from_first] if (ranks := cli.ranks()) else []
+        features = cached_features(directory, setting, job.prompts, compute, bar.update, *agree)
     try:
         check_finite(model, job.prompts, features.isfinite().flatten(1).all(dim=1))
     except NotFinite as error:
@@ -114,12 +116,13 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
     prompts = [job.prompts[row] for row in job.training]
     labels = [job.examples[row].label for row in job.training]
     true = np.array([job.examples[row].label for row in job.held_out])
-    lengths = [len(prompt.ids) for prompt in prompts]
+    lengths, ranks = [len(prompt.ids) for prompt in prompts], cli.ranks()
 
-    def parts(rows: list[int]) -> list[list[int]]:
+    def parts(rows: list[int]) -> list:
         cut = forms(args.plain).token_budget_batches
         batches = cut([lengths[row] for row in rows], args.batch_tokens)
-        return [[rows[i] for i in batch] for batch in batches]
+        batches = [[rows[i] for i in batch] for batch in batches]
+        return ranks.pieces(batches) if ranks else batches
 
     def evaluate() -> dict:
         model.eval()
@@ -134,15 +137,20 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
         found, right = log_loss(true, scores, job.weights), scores.argmax(axis=1) == true
         return {"held_out_log_loss": found, "held_out_accuracy": float(right.mean())}
 
-    def loss(rows: list[int]) -> Tensor:
+    def loss(part: list) -> Tensor:
+        rows, own = part if ranks else (part, slice(None))
+        if not rows[own]:
+            return torch.zeros((), requires_grad=True)
         chosen = [prompts[i] for i in rows], [labels[i] for i in rows]
-        return losses(*chosen, args.checkpointing, job.weights)
+        return losses(*chosen, args.checkpointing, job.weights, *[own] * bool(ranks))
 
     how = (trained.save, args.eval_every, args.save_every)
+    how += (partial(ranks.sum_gradients, list(trained.parameters.values())),) if ranks else ()
     training = Training(trained.parameters, lengths, loss, parts, evaluate, *how)
     model.train()
     plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
-    state = fit(job.run, training, plan, trained.checkpoint)
+    with ranks.shared_dropout() if ranks else nullcontext():
+        state = fit(job.run, training, plan, trained.checkpoint)
     best = job.run / "checkpoints" / f"step-{state['best_step']}"
     trained.publish(best, job.run, job.source.task)
     return {
@@ -230,6 +238,12 @@ def train(args: argparse.Namespace) -> int:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "finished": False,
     }
+    if ranks := cli.ranks():
+        manifests = sorted(run.glob(f"checkpoints/step-*/{run_files.MANIFEST}"))
+        kept = [(path.parent.name, path.read_bytes()) for path in manifests]
+        ranks.check_same("data", record["data_hash"], record["dev_hash"], prompts)
+        ranks.check_same("model", identity(task, args.adapter), record["frozen_before"])
+        ranks.check_same("run directory", kept)
     record = run_files.start_record(run, record, args.resume)
     source = Source(args, task, device, record)
     if not record["finished"]:

@@ -102,14 +102,17 @@ def training_steps(
     lengths: Sequence[int],
     plan: Plan,
     loss: Callable[[list[int]], Tensor],
-    parts: Callable[[list[int]], list[list[int]]],
+    parts: Callable[[list[int]], list],
     done: int = 0,
+    combine: Callable[[float], float] = lambda loss: loss,
 ) -> Iterator[Step]:
     """Minimise the mean loss over rows, one optimizer step at a time; yields after each.
 
     lengths: tokens of each row. loss(rows) is the *sum* of the rows' losses, with gradient.
     parts(rows) cuts the rows of a step into forwards; the step divides by all its rows, so cutting
     changes only rounding and the draws of dropout. done: steps that are finished already.
+    combine: called with a step's loss when its gradients are there; where several processes share
+    the rows it adds up the gradients of all, in place, and returns the whole loss.
 
     Raises TrainingFailed, before the optimizer's step, if loss or gradient is not finite.
     """
@@ -122,14 +125,16 @@ def training_steps(
             batches = shuffled_batches(lengths, plan.batch_size, plan.seed, epoch)
         rows = batches[index]
         group["lr"] = learning_rate(step, steps, plan.lr, plan.warmup)
-        # Dropout is drawn from the step's number: a resumed run draws the same.
-        torch.manual_seed(plan.seed * 1_000_003 + step)
         optimizer.zero_grad()
         mean_loss = 0.0
-        for part in parts(rows):
+        for number, part in enumerate(parts(rows)):
+            # Dropout is drawn from the numbers of step and part: a resumed run draws the same. Part
+            # numbers are spread over all 32 bits that a CPU's generator takes.
+            torch.manual_seed(plan.seed * 1_000_003 + step + number * 2_654_435_761)
             part_loss = loss(part) / len(rows)
             part_loss.backward()
             mean_loss += part_loss.item()
+        mean_loss = combine(mean_loss)
         norm = nn.utils.clip_grad_norm_(group["params"], plan.clip).item()
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
             raise TrainingFailed(f"step {step + 1}: loss {mean_loss}, gradient norm {norm}", rows)

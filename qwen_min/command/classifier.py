@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from qwen_min.command import cli
 from qwen_min.command.finite import NotFinite, check_finite
 from qwen_min.command.task import Task
 from qwen_min.command.trained import ADAPTER, GIVE_BASE, Parts, identity, load_parts, parts_of
@@ -38,6 +39,12 @@ def forms(plain: bool) -> ModuleType:
     return module
 
 
+def compare_prompts(prompts: Sequence[Prompt]) -> None:
+    """Of several processes: raise UserError unless all are about to compute the same."""
+    if many := cli.ranks():
+        many.check_same("texts, labels or template", prompts)
+
+
 @dataclass(frozen=True)
 class Scorer:
     """A model, and what gives the scores of the classes."""
@@ -57,6 +64,7 @@ class Scorer:
         """
         if not prompts:  # C is not known
             return np.zeros((0, 0))
+        compare_prompts(prompts)
         how, head = (self.batch_tokens, progress), self.head
         if self.by == "label words":
             scores = self.forms.score_labels(self.model, prompts, *how)
@@ -79,6 +87,7 @@ class Scorer:
         """The token ids that the model writes behind each prompt. Raises NotFinite as `scores`."""
         from qwen_min.lab.generation import MAX_NEW_TOKENS
 
+        compare_prompts(prompts)
         how = (MAX_NEW_TOKENS, stop, self.batch_tokens, progress)
         answers = self.forms.generate_answers(self.model, prompts, *how)
         check_finite(self.model, prompts, [answer is not None for answer in answers], answers)
@@ -122,6 +131,12 @@ class Source:
 
             found["stop_ids"] = sorted(stop_ids(self.task.directory, self.task.tokenizer.markup))
         return found
+
+    def compare(self) -> None:
+        """Of several processes: raise UserError unless all have the same model and run."""
+        if many := cli.ranks():
+            many.check_same("model", self.identity)
+            many.check_same("run", self.record)
 
     def scorer(self, model: Qwen, by: str, head: LinearHead | None = None) -> Scorer:
         """The model with what gives the scores, computing as the arguments say."""

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from types import ModuleType
 from typing import NoReturn
 
 from qwen_min.command.terminal import SafeStream, one_line
@@ -37,12 +38,23 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return action.help if plain else super()._get_help_string(action)
 
 
+def ranks() -> ModuleType | None:
+    """fast/ranks.py if this is one of several processes, as torchrun starts them; or None."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    from qwen_min.fast import ranks
+
+    return ranks
+
+
 def make_parser(description: str) -> CommandParser:
     """A parser whose help keeps the description's examples and shows every default.
 
     What is printed from then on, the help first, has characters that the encoding of standard
     output lacks as their codes, as on stderr.
     """
+    if ranks() and os.environ.get("RANK", "0") != "0":  # the first process alone prints
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     return CommandParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
@@ -101,15 +113,36 @@ def choose_device(name: str) -> str:
 
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     available = [device for device, present in found.items() if present] + ["cpu"]
-    if name == "auto":
-        return available[0]
+    name = available[0] if name == "auto" else name
     if name not in available:
         raise UserError(f"--device {name}: this machine has none; use --device auto or cpu")
-    return name
+    return name if name != "cuda" else own_cuda()
+
+
+def own_cuda() -> str:
+    """ "cuda", which is this process's own device from now on. Raises UserError without one."""
+    import torch
+
+    if ranks():
+        here = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        needed, found = int(os.environ.get("LOCAL_WORLD_SIZE", here + 1)), torch.cuda.device_count()
+        if needed > found:
+            advice = f"start {found}, or use --device cpu"
+            raise UserError(f"--device cuda: {needed} processes for {found} devices; {advice}")
+        torch.cuda.set_device(here)
+    return "cuda"
 
 
 def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command: a user's mistake becomes one line and status 2; a bug keeps its traceback."""
+    if ranks() and hasattr(args, "plain"):  # a command that computes
+        from qwen_min.fast import group
+
+        group.run(_run, command, args)  # ends the process
+    return _run(command, args)
+
+
+def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     if not getattr(args, "plain", True):  # a command that computes, and not by the definitions
         from qwen_min.fast.process import set_up_process
 

@@ -1,6 +1,7 @@
 """A training in a run directory: the loop of training.py with log, checkpoints and signals."""
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.training import Plan, best_step, make_optimizer, training_steps
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STATE = {"step": int, "seconds": float, "history": [{"step": int, "held_out_log_loss": float}]}
 
 
@@ -104,6 +106,8 @@ class Training:
     save: Callable[[Path], None]  # the parameters, into a directory
     eval_every: int | None  # steps; None: twice an epoch
     save_every: int  # steps; every evaluation saves too
+    combine: Callable[[list[float]], list[float]] | None = None  # of several processes, gradients
+    # and these numbers become sums over all
 
 
 def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = None) -> dict:
@@ -133,15 +137,21 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
         write_atomically(directory / "optimizer.safetensors", data)
         write_json(directory / "state.json", state)
 
+    def combine(loss: float) -> float:
+        loss, *sent = training.combine([loss, *(float(n == stop.signal) for n in SIGNALS)])
+        agreed[:] = [n for n, count in zip(SIGNALS, sent, strict=True) if count]
+        return loss
+
     log = run / "log.jsonl"
     run_files.trim_log(log, state["step"])
-    stop = run_files.StopRequest()
+    stop, agreed = run_files.StopRequest(), []  # of several processes: a signal to any of them
     total = plan.epochs * sum(training.lengths)  # tokens
     # Steps differ in tokens: of those that are done, the share is about that of the steps.
     bar = progress_bar(total=total, initial=total * state["step"] // steps, desc="training")
     try:
         step_started = time.perf_counter()
         how = (training.loss, training.parts, state["step"])
+        how += (combine,) if training.combine else ()
         for step in training_steps(optimizer, training.lengths, plan, *how):
             state["step"] = step.number
             tokens = sum(training.lengths[row] for row in step.rows)
@@ -157,12 +167,13 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
                 bar.clear()  # the line takes its place; the next step draws it again
                 line = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
                 print(f"step {step.number} of {steps}  {line}", flush=True)
-            if evaluates or step.number % training.save_every == 0 or stop.signal is not None:
+            stopping = stop.signal if training.combine is None else next(iter(agreed), None)
+            if evaluates or step.number % training.save_every == 0 or stopping is not None:
                 state["seconds"] = before + time.perf_counter() - started
                 run_files.save_checkpoint(run, step.number, write)
                 run_files.prune_checkpoints(run, [step.number, best_step(state["history"])])
-                if stop.signal is not None and not last:
-                    raise Stopped(stop.signal, step.number)
+                if stopping is not None and not last:
+                    raise Stopped(stopping, step.number)
             # A signal after a step that was not saved waits for the next one.
             step_started = time.perf_counter()
     finally:

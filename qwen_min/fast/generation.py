@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
+from qwen_min.fast import ranks
 from qwen_min.fast.batching import token_budget_batches
 from qwen_min.fast.layout import Text, pack
 from qwen_min.fast.packed import forward_packed
@@ -30,9 +31,11 @@ def generate_answers(
     finished.
     """
     answers: list[list[int] | None] = [[] for _ in prompts]
+    # For the other ranks, of each answer: the number of its tokens plus 1, or 0 for None; tokens.
+    table = torch.zeros(len(prompts), 1 + max_new_tokens, dtype=torch.int64)
     # The cache also holds the answer.
     lengths = [len(prompt.ids) + max_new_tokens for prompt in prompts]
-    for rows in token_budget_batches(lengths, batch_tokens):
+    for rows, together in ranks.mine(token_budget_batches(lengths, batch_tokens)):
         active, pasts = rows, None  # the rows that are not finished, and what is kept of each
         texts = [Text(prompts[row].ids, queries=1) for row in rows]
         for _ in range(max_new_tokens):
@@ -50,5 +53,9 @@ def generate_answers(
             active = [active[i] for i in going]
             pasts = [pasts[i] for i in going]
             texts = [Text([tokens[i]]) for i in going]
-        progress(sum(len(prompts[row].ids) for row in rows))
-    return answers
+        for row in rows:
+            if (new := answers[row]) is not None:
+                table[row, : 1 + len(new)] = torch.tensor([1 + len(new), *new])
+        progress(sum(len(prompts[row].ids) for row in together))
+    found = ranks.gathered(table).tolist()
+    return [tokens[:count] if (count := n - 1) >= 0 else None for n, *tokens in found]

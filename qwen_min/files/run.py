@@ -118,7 +118,7 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
             found = f"--{name.replace('_', '-')} is {value!r} but the run has {before.get(name)!r}"
             raise UserError(f"--resume: {found}; leave it out, or start another run")
     # --export applies to one command only. --output is where the run was found: it may have moved.
-    before |= {"export": None} | {name: given[name] for name in free if name in given}
+    before |= {"export": None} | {name: vars(args)[name] for name in free if name in given}
     before["output"] = args.output
     return argparse.Namespace(**(vars(args) | before))
 

@@ -1,0 +1,162 @@
+"""Several processes, the same numbers: what they exchange, and why that is enough.
+
+Each process is a rank r of W. All ranks read the same rows, build the same prompts and cut the same
+batches, as a single process does. Then they share the work:
+
+Evaluation. Rank r computes batches r, r + W, r + 2W, … So each number comes from one rank, in the
+batch in which a single process would compute it, and the others hold zero in its place. The sum
+over ranks (`gathered`) gives every rank every number, equal to the bit.
+
+Training. The loss of a step is a sum over its rows, and so is the gradient: each rank computes both
+for its rows, and one sum over ranks (`sum_gradients`) gives all ranks the whole. Then each makes
+the same step. Only the order of additions differs from a single process: rounding.
+
+A step of few rows is a single forward (a "part"), so parts are cut further (`pieces`). But dropout
+is drawn for a part, and what is drawn must not depend on W. So each rank draws for the whole part,
+and uses what belongs to its rows (`WholeDropout`). That costs little: a number drawn for each input
+of LoRA, where the layer multiplies it by thousands of weights.
+
+After each exchange all ranks hold the same numbers and decide the same: which step is the best,
+whether to stop, what to compute next. So no rank waits for one that has gone another way. For a
+single process, which loads nothing of torch.distributed, every function here returns its input.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qwen_min.errors import UserError
+from qwen_min.fast.layout import Text
+
+rank, size = 0, 1  # of this process; group.py sets them
+
+
+class Lost(BaseException):
+    """Another process has ended. No Exception: whoever catches those could not go on either."""
+
+
+def _sum_over_ranks(x: Tensor) -> None:
+    """Replace x, on each rank, by the sum of all ranks' x. Gives equal bits on all ranks."""
+    from torch import distributed
+
+    try:
+        distributed.all_reduce(x)
+    except RuntimeError as error:
+        raise Lost from error
+
+
+def mine(batches: Sequence[list[int]]) -> Iterator[tuple[list[int], list[int]]]:
+    """This rank's batches; with each the rows that all ranks compute in the meantime."""
+    for start in range(rank, len(batches), size):
+        together = batches[start - rank : start - rank + size]
+        yield batches[start], [row for batch in together for row in batch]
+
+
+def gathered(x: Tensor) -> Tensor:
+    """x (on the CPU, 4 or 8 bytes a number) from all ranks, in place: each number is not zero on
+    one rank at most. Its bits are added as integers, so -0.0 and NaN arrive as they are."""
+    if size > 1:
+        _sum_over_ranks(x.view({4: torch.int32, 8: torch.int64}[x.element_size()]))
+    return x
+
+
+def from_first(x: Tensor | None) -> Tensor | None:
+    """What rank 0 has, on every rank: None, or an fp32 tensor of three dimensions."""
+    if size == 1:
+        return x
+    own = torch.zeros(0, 0, 0) if x is None or rank else x
+    shape = gathered(torch.tensor(own.shape)).tolist()
+    if not any(shape):
+        return None
+    return gathered(torch.zeros(shape) if rank else own.clone())  # x may be a file's, read-only
+
+
+def check_same(what: str, *values: object) -> None:
+    """Raise UserError, on all ranks, unless all have the same values (as repr shows them)."""
+    if size == 1:
+        return
+    hashes = torch.zeros(size, 32, dtype=torch.int32)
+    own = hashlib.sha256(repr(values).encode("utf-8", "backslashreplace")).digest()
+    hashes[rank] = torch.tensor(list(own))
+    odd = (gathered(hashes) != hashes[0]).any(dim=1).nonzero()[:, 0].tolist()
+    if odd:
+        found = f"process {odd[0]} of 0 to {size - 1} has another {what} than process 0"
+        raise UserError(f"{found}; give all the same")
+
+
+# Training
+
+
+def pieces(parts: Sequence[list[int]]) -> list[tuple[list[int], slice]]:
+    """Of each part of a step, the slice of its rows that this rank computes; it may be empty.
+
+    Each part is cut into as many pieces as give all ranks equally many.
+    """
+    count = size // math.gcd(size, len(parts))
+    shares = []
+    for number, rows in enumerate(parts):
+        first = (rank - number * count) % size  # piece i of all is for rank i modulo W
+        shares.append((rows, slice(first if first < count else len(rows), None, count)))
+    return shares
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], numbers: list[float]) -> list[float]:
+    """Replace the gradients by their sums over ranks; returns the numbers' sums. One exchange."""
+    if size == 1:
+        return numbers
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([*(g.flatten() for g in grads), grads[0].new_tensor(numbers)])
+    flat = flat if flat.is_cuda else flat.cpu()
+    _sum_over_ranks(flat)
+    *sums, found = flat.split([*(p.numel() for p in parameters), len(numbers)])
+    for p, total in zip(parameters, sums, strict=True):
+        p.grad = total.view_as(p).to(p)
+    return found.tolist()
+
+
+class WholeDropout(TorchFunctionMode):
+    """Inside it, LoRA's dropout is drawn for all texts of a part, and used for this rank's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: dict[int, tuple[int, Tensor]] = {}
+
+    def share(self, texts: Sequence[Text], own: Sequence[int]) -> None:
+        """Before a forward: all texts of the part, as laid end to end, and those computed here."""
+        self.places = {}
+        if len(own) == len(texts):
+            return
+        # The last layer computes fewer tokens; the number of its rows tells which layer asks.
+        for counts in ([len(t.ids) for t in texts], [t.queries or len(t.ids) for t in texts]):
+            tokens = torch.arange(sum(counts)).split(counts)
+            index = torch.cat([tokens[i] for i in own])
+            self.places.setdefault(len(index), (sum(counts), index))
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        drawn = function is Tensor.bernoulli_ or (
+            function is F.dropout and kwargs.get("training", True)
+        )
+        if not (drawn and self.places):
+            return function(*args, **(kwargs or {}))
+        x, *how = args
+        total, index = self.places[len(x)]
+        mask = function(x.new_ones(total, *x.shape[1:]), *how, **(kwargs or {}))
+        mask = mask[index.to(x.device)]
+        return x.copy_(mask) if function is Tensor.bernoulli_ else x * mask
+
+
+whole_dropout = WholeDropout()
+
+
+@contextmanager
+def shared_dropout() -> Iterator[None]:
+    """`whole_dropout` for training steps."""
+    # With --checkpointing a backward pass draws again: in this thread, the only one with the mode.
+    with torch.autograd.set_multithreading_enabled(False), whole_dropout:
+        yield
