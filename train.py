@@ -17,7 +17,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -145,12 +144,13 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
         return losses(*chosen, args.checkpointing, job.weights, *[own] * bool(ranks))
 
     how = (trained.save, args.eval_every, args.save_every)
-    how += (partial(ranks.sum_gradients, list(trained.parameters.values())),) if ranks else ()
+    if ranks:
+        ranks.whole_dropout.wrap(lora_modules(model).values())
+        how += (partial(ranks.sum_gradients, list(trained.parameters.values())),)
     training = Training(trained.parameters, lengths, loss, parts, evaluate, *how)
     model.train()
     plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
-    with ranks.shared_dropout() if ranks else nullcontext():
-        state = fit(job.run, training, plan, trained.checkpoint)
+    state = fit(job.run, training, plan, trained.checkpoint)
     best = job.run / "checkpoints" / f"step-{state['best_step']}"
     trained.publish(best, job.run, job.source.task)
     return {

@@ -132,11 +132,12 @@ class Source:
             found["stop_ids"] = sorted(stop_ids(self.task.directory, self.task.tokenizer.markup))
         return found
 
-    def compare(self) -> None:
-        """Of several processes: raise UserError unless all have the same model and run."""
+    def compare(self, data: str | None = None) -> None:
+        """Of several processes: raise UserError unless all have the same model, run and data."""
         if many := cli.ranks():
             many.check_same("model", self.identity)
             many.check_same("run", self.record)
+            many.check_same("data", data)
 
     def scorer(self, model: Qwen, by: str, head: LinearHead | None = None) -> Scorer:
         """The model with what gives the scores, computing as the arguments say."""

@@ -124,7 +124,7 @@ def own_cuda() -> str:
     import torch
 
     if ranks():
-        here = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        here = int(os.environ.get("LOCAL_RANK") or os.environ.get("RANK", "0"))
         needed, found = int(os.environ.get("LOCAL_WORLD_SIZE", here + 1)), torch.cuda.device_count()
         if needed > found:
             advice = f"start {found}, or use --device cpu"

@@ -94,8 +94,6 @@ def run(single: Callable[[Command, argparse.Namespace], int], command: Command, 
 
 def join(device: str) -> distributed.Store:
     """Meet the other processes; returns the store. Raises UserError if that is impossible."""
-    found = {name: os.environ.get(name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
-    found = ", ".join(f"{name} {value or 'is missing'}" for name, value in found.items())
     try:
         store, rank, size = next(rendezvous("env://", timeout=BEGIN))
         store.set(f"here {rank}", "")
@@ -109,10 +107,9 @@ def join(device: str) -> distributed.Store:
             timeout=timedelta(days=100),
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        problem = f"WORLD_SIZE is {os.environ['WORLD_SIZE']} ({found}), but the processes"
-        advice = "start all of them by torchrun, or unset WORLD_SIZE"
-        raise UserError(f"{problem} do not find each other ({reason}); {advice}") from None
+        reason, size = str(error).split("\n")[0], os.environ["WORLD_SIZE"]
+        found = f"WORLD_SIZE is {size}, but the processes do not find each other"
+        raise UserError(f"{found} ({reason}); start all by torchrun, or unset it") from None
     ranks.rank, ranks.size = rank, size
     return store
 
@@ -140,7 +137,7 @@ class End:
 
     def __init__(self, store: distributed.Store):
         self.store, self.private = store.clone(), Path(tempfile.mkdtemp(prefix="qwen_min-"))
-        self.watches = True
+        self.watches, self.leaves = True, threading.Lock()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def report(self, status: int, line: str, bug: BaseException | None = None) -> NoReturn:
@@ -185,14 +182,15 @@ class End:
             time.sleep(0.2)
 
     def _leave(self, status: int) -> NoReturn:
-        """End this process, when the others know that the command has ended, or after 5 s."""
+        """End this process. Rank 0, whose own the store may be, waits until all know, or 2 s."""
+        self.leaves.acquire()  # once, by one of two threads
         shutil.rmtree(self.private, ignore_errors=True)
         for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
             with suppress(OSError, ValueError):
                 stream.flush()
         with suppress(RuntimeError):
-            know, until = self.store.add(LEFT, 1), time.monotonic() + 5
-            while know < ranks.size and time.monotonic() < until:
+            know, until = self.store.add(LEFT, 1), time.monotonic() + 2
+            while ranks.rank == 0 and know < ranks.size and time.monotonic() < until:
                 time.sleep(0.05)
                 know = self.store.add(LEFT, 0)
         os._exit(status)

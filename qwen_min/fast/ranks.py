@@ -23,8 +23,8 @@ single process, which loads nothing of torch.distributed, every function here re
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ def check_same(what: str, *values: object) -> None:
     hashes[rank] = torch.tensor(list(own))
     odd = (gathered(hashes) != hashes[0]).any(dim=1).nonzero()[:, 0].tolist()
     if odd:
-        found = f"process {odd[0]} of 0 to {size - 1} has another {what} than process 0"
+        found = f"processes 0 and {odd[0]} (of 0 to {size - 1}) differ in their {what}"
         raise UserError(f"{found}; give all the same")
 
 
@@ -121,11 +121,21 @@ def sum_gradients(parameters: Sequence[nn.Parameter], numbers: list[float]) -> l
 
 
 class WholeDropout(TorchFunctionMode):
-    """Inside it, LoRA's dropout is drawn for all texts of a part, and used for this rank's."""
+    """Inside it, dropout is drawn for all texts of a part, and used for this rank's."""
 
     def __init__(self) -> None:
         super().__init__()
         self.places: dict[int, tuple[int, Tensor]] = {}
+
+    def wrap(self, modules: Iterable[nn.Module]) -> None:
+        """From now on these modules, the only ones that draw, compute inside the mode."""
+        for module in modules:
+            # Also where --checkpointing calls them again, in a thread of the backward pass.
+            module.forward = partial(self._inside, module.forward)
+
+    def _inside(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with self:
+            return forward(x)
 
     def share(self, texts: Sequence[Text], own: Sequence[int]) -> None:
         """Before a forward: all texts of the part, as laid end to end, and those computed here."""
@@ -152,11 +162,3 @@ class WholeDropout(TorchFunctionMode):
 
 
 whole_dropout = WholeDropout()
-
-
-@contextmanager
-def shared_dropout() -> Iterator[None]:
-    """`whole_dropout` for training steps."""
-    # With --checkpointing a backward pass draws again: in this thread, the only one with the mode.
-    with torch.autograd.set_multithreading_enabled(False), whole_dropout:
-        yield
