@@ -142,6 +142,9 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
         agreed[:] = [n for n, count in zip(SIGNALS, sent, strict=True) if count]
         return loss
 
+    def stopping() -> int | None:
+        return next(iter(agreed), None) if training.combine else stop.signal
+
     log = run / "log.jsonl"
     run_files.trim_log(log, state["step"])
     stop, agreed = run_files.StopRequest(), []  # of several processes: a signal to any of them
@@ -167,13 +170,12 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
                 bar.clear()  # the line takes its place; the next step draws it again
                 line = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
                 print(f"step {step.number} of {steps}  {line}", flush=True)
-            stopping = stop.signal if training.combine is None else next(iter(agreed), None)
-            if evaluates or step.number % training.save_every == 0 or stopping is not None:
+            if evaluates or step.number % training.save_every == 0 or stopping():
                 state["seconds"] = before + time.perf_counter() - started
                 run_files.save_checkpoint(run, step.number, write)
                 run_files.prune_checkpoints(run, [step.number, best_step(state["history"])])
-                if stopping is not None and not last:
-                    raise Stopped(stopping, step.number)
+                if (number := stopping()) and not last:
+                    raise Stopped(number, step.number)
             # A signal after a step that was not saved waits for the next one.
             step_started = time.perf_counter()
     finally:
