@@ -146,7 +146,7 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
     how = (trained.save, args.eval_every, args.save_every)
     if ranks:
         ranks.whole_dropout.wrap(lora_modules(model).values())
-        how += (partial(ranks.sum_gradients, list(trained.parameters.values())),)
+        how += (partial(ranks.combine, list(trained.parameters.values())),)
     training = Training(trained.parameters, lengths, loss, parts, evaluate, *how)
     model.train()
     plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
@@ -241,9 +241,7 @@ def train(args: argparse.Namespace) -> int:
     if ranks := cli.ranks():
         manifests = sorted(run.glob(f"checkpoints/step-*/{run_files.MANIFEST}"))
         kept = [(path.parent.name, path.read_bytes()) for path in manifests]
-        ranks.check_same("data", record["data_hash"], record["dev_hash"], prompts)
-        ranks.check_same("model", identity(task, args.adapter), record["frozen_before"])
-        ranks.check_same("run directory", kept)
+        ranks.check_same("model, run or data", {**record, "arguments": None}, kept)
     record = run_files.start_record(run, record, args.resume)
     source = Source(args, task, device, record)
     if not record["finished"]:

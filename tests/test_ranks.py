@@ -197,7 +197,7 @@ for kind in (torch.float64, torch.float32):
     own[ranks.rank :: 3] = x.to(kind)[ranks.rank :: 3]
     assert torch.equal(ranks.gathered(own).view(one.dtype), one)
 rows = [[], []]
-for own, together in ranks.mine([[4, 5], [6], [7], [0, 1], [2]]):
+for own, together in ranks.mine([[4, 5], [6], [7], [0, 1], [2]], ()):
     rows[0] += own
     rows[1] += together
 assert rows == [[[4, 5, 0, 1], [4, 5, 6, 7, 0, 1, 2]], [[6, 2], [4, 5, 6, 7, 0, 1, 2]],
@@ -318,18 +318,19 @@ def test_an_error_in_one_ends_all(before, code, line, server):
 
 
 @pytest.mark.parametrize(
-    ("script", "name", "old", "new", "differs"),
+    ("script", "name", "old", "new"),
     [
-        ("evaluate", "rows.tsv", "好", "坏", "data"),
-        ("evaluate", "model/config.json", '"rope_theta": 1', '"rope_theta": 2', "model"),
-        ("evaluate", "run/run.json", '"seed": 0', '"seed": 1', "run"),
-        ("train", "rows.tsv", "好", "坏", "data"),
-        ("train", "model/config.json", '"rope_theta": 1', '"rope_theta": 2', "model"),
-        ("train", "run/checkpoints/step-20/manifest.json", "\n", " ", "run directory"),
+        ("evaluate", "rows.tsv", "好", "坏"),
+        ("evaluate", "model/config.json", '"rope_theta": 1', '"rope_theta": 2'),
+        ("evaluate", "run/run.json", '"seed": 0', '"seed": 1'),
+        ("train", "rows.tsv", "好", "坏"),
+        ("train", "model/config.json", '"rope_theta": 1', '"rope_theta": 2'),
+        ("train", "run/checkpoints/step-20/manifest.json", "\n", " "),
+        ("qwen_min.predict", "rows.tsv", "好", "坏"),
     ],
 )
 def test_processes_that_see_other_files_are_refused(
-    script, name, old, new, differs, server, reference, whole, tmp_path
+    script, name, old, new, server, reference, whole, tmp_path
 ):
     for rank in "01":
         shutil.copytree(reference[0], tmp_path / rank / "model")
@@ -338,12 +339,16 @@ def test_processes_that_see_other_files_are_refused(
     file = tmp_path / "1" / name
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new))
-    argv = ["--model", "model", "--data", "rows.tsv"]
-    argv += ["--run", "run"] if script == "evaluate" else ["--method", "lora_head", *TRAIN]
+    argv = {
+        "evaluate": ["--model", "model", "--data", "rows.tsv", "--run", "run"],
+        "train": ["--method", "lora_head", "--model", "model", "--data", "rows.tsv"],
+        "qwen_min.predict": ["rows.tsv"],
+    }[script]
     argv = ["--resume", "--output", "run"] if "checkpoints" in name else argv
     before = {rank: f"os.chdir({str(tmp_path / str(rank))!r})" for rank in (0, 1)}
     codes, _, err = server.run(2, script, *argv, before=before)
-    found = f"error: processes 0 and 1 (of 0 to 1) differ in their {differs}; give all the same\n"
+    differ = "texts" if script == "qwen_min.predict" else "model, run or data"
+    found = f"error: processes 0 and 1 (of 0 to 1) differ in their {differ}; give all the same\n"
     assert (codes, err) == ([2, 2], found)
 
 

@@ -39,12 +39,6 @@ def forms(plain: bool) -> ModuleType:
     return module
 
 
-def compare_prompts(prompts: Sequence[Prompt]) -> None:
-    """Of several processes: raise UserError unless all are about to compute the same."""
-    if many := cli.ranks():
-        many.check_same("texts, labels or template", prompts)
-
-
 @dataclass(frozen=True)
 class Scorer:
     """A model, and what gives the scores of the classes."""
@@ -64,7 +58,6 @@ class Scorer:
         """
         if not prompts:  # C is not known
             return np.zeros((0, 0))
-        compare_prompts(prompts)
         how, head = (self.batch_tokens, progress), self.head
         if self.by == "label words":
             scores = self.forms.score_labels(self.model, prompts, *how)
@@ -87,7 +80,6 @@ class Scorer:
         """The token ids that the model writes behind each prompt. Raises NotFinite as `scores`."""
         from qwen_min.lab.generation import MAX_NEW_TOKENS
 
-        compare_prompts(prompts)
         how = (MAX_NEW_TOKENS, stop, self.batch_tokens, progress)
         answers = self.forms.generate_answers(self.model, prompts, *how)
         check_finite(self.model, prompts, [answer is not None for answer in answers], answers)
@@ -135,9 +127,7 @@ class Source:
     def compare(self, data: str | None = None) -> None:
         """Of several processes: raise UserError unless all have the same model, run and data."""
         if many := cli.ranks():
-            many.check_same("model", self.identity)
-            many.check_same("run", self.record)
-            many.check_same("data", data)
+            many.check_same("model, run or data", self.identity, self.record, data)
 
     def scorer(self, model: Qwen, by: str, head: LinearHead | None = None) -> Scorer:
         """The model with what gives the scores, computing as the arguments say."""

@@ -116,21 +116,12 @@ def choose_device(name: str) -> str:
     name = available[0] if name == "auto" else name
     if name not in available:
         raise UserError(f"--device {name}: this machine has none; use --device auto or cpu")
-    return name if name != "cuda" else own_cuda()
-
-
-def own_cuda() -> str:
-    """ "cuda", which is this process's own device from now on. Raises UserError without one."""
-    import torch
-
-    if ranks():
-        here = int(os.environ.get("LOCAL_RANK") or os.environ.get("RANK", "0"))
-        needed, found = int(os.environ.get("LOCAL_WORLD_SIZE", here + 1)), torch.cuda.device_count()
-        if needed > found:
-            advice = f"start {found}, or use --device cpu"
-            raise UserError(f"--device cuda: {needed} processes for {found} devices; {advice}")
+    if name == "cuda" and ranks():  # each has its own device, which "cuda" means from now on
+        here, present = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if here >= present:
+            raise UserError(f"--device cuda: this machine has {present}; start as many processes")
         torch.cuda.set_device(here)
-    return "cuda"
+    return name
 
 
 def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:

@@ -1,12 +1,12 @@
 """A training in a run directory: the loop of training.py with log, checkpoints and signals."""
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,6 @@ from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.training import Plan, best_step, make_optimizer, training_steps
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STATE = {"step": int, "seconds": float, "history": [{"step": int, "held_out_log_loss": float}]}
 
 
@@ -106,8 +105,7 @@ class Training:
     save: Callable[[Path], None]  # the parameters, into a directory
     eval_every: int | None  # steps; None: twice an epoch
     save_every: int  # steps; every evaluation saves too
-    combine: Callable[[list[float]], list[float]] | None = None  # of several processes, gradients
-    # and these numbers become sums over all
+    combine: Callable[[run_files.StopRequest, float], float] | None = None  # of several processes
 
 
 def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = None) -> dict:
@@ -137,24 +135,19 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
         write_atomically(directory / "optimizer.safetensors", data)
         write_json(directory / "state.json", state)
 
-    def combine(loss: float) -> float:
-        loss, *sent = training.combine([loss, *(float(n == stop.signal) for n in SIGNALS)])
-        agreed[:] = [n for n, count in zip(SIGNALS, sent, strict=True) if count]
-        return loss
-
     def stopping() -> int | None:
-        return next(iter(agreed), None) if training.combine else stop.signal
+        return stop.agreed if training.combine else stop.signal
 
     log = run / "log.jsonl"
     run_files.trim_log(log, state["step"])
-    stop, agreed = run_files.StopRequest(), []  # of several processes: a signal to any of them
+    stop = run_files.StopRequest()
     total = plan.epochs * sum(training.lengths)  # tokens
     # Steps differ in tokens: of those that are done, the share is about that of the steps.
     bar = progress_bar(total=total, initial=total * state["step"] // steps, desc="training")
     try:
         step_started = time.perf_counter()
         how = (training.loss, training.parts, state["step"])
-        how += (combine,) if training.combine else ()
+        how += (partial(training.combine, stop),) if training.combine else ()
         for step in training_steps(optimizer, training.lengths, plan, *how):
             state["step"] = step.number
             tokens = sum(training.lengths[row] for row in step.rows)

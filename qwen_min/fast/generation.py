@@ -30,12 +30,12 @@ def generate_answers(
     A text that has ended leaves its batch. `progress` is called with the prompts' tokens that are
     finished.
     """
-    answers: list[list[int] | None] = [[] for _ in prompts]
-    # For the other ranks, of each answer: the number of its tokens plus 1, or 0 for None; tokens.
+    # Of each answer the number of its tokens plus 1, or 0 for None; then the tokens.
     table = torch.zeros(len(prompts), 1 + max_new_tokens, dtype=torch.int64)
     # The cache also holds the answer.
     lengths = [len(prompt.ids) + max_new_tokens for prompt in prompts]
-    for rows, together in ranks.mine(token_budget_batches(lengths, batch_tokens)):
+    for rows, together in ranks.mine(token_budget_batches(lengths, batch_tokens), prompts):
+        table[rows, 0] = 1
         active, pasts = rows, None  # the rows that are not finished, and what is kept of each
         texts = [Text(prompts[row].ids, queries=1) for row in rows]
         for _ in range(max_new_tokens):
@@ -44,18 +44,15 @@ def generate_answers(
             going = []
             for i, row in enumerate(active):
                 if not math.isfinite(most[i]):  # NaN is the maximum of all numbers
-                    answers[row] = None
+                    table[row] = 0
                 elif tokens[i] not in stop:
-                    answers[row].append(tokens[i])
+                    table[row, table[row, 0]] = tokens[i]
+                    table[row, 0] += 1
                     going.append(i)
             if not going:
                 break
             active = [active[i] for i in going]
             pasts = [pasts[i] for i in going]
             texts = [Text([tokens[i]]) for i in going]
-        for row in rows:
-            if (new := answers[row]) is not None:
-                table[row, : 1 + len(new)] = torch.tensor([1 + len(new), *new])
         progress(sum(len(prompts[row].ids) for row in together))
-    found = ranks.gathered(table).tolist()
-    return [tokens[:count] if (count := n - 1) >= 0 else None for n, *tokens in found]
+    return [tokens[: n - 1] if n else None for n, *tokens in ranks.gathered(table).tolist()]

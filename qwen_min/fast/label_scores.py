@@ -24,6 +24,7 @@ from qwen_min.prompt import Prompt
 LOGIT_ROWS = 64
 FULL = 64  # see `filler`
 ALL = slice(None)  # rows
+Texts = Sequence[tuple[int, ...]]  # token ids
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def score_labels(
         _, (prefix,) = forward_packed(model, pack(model, [first], keep=True))
     scores = np.zeros((len(prompts), len(prompts[0].labels)))
     lengths = [len(p.ids) - shared + len(label_tree(p.labels).tokens) for p in prompts]
-    for rows, together in ranks.mine(token_budget_batches(lengths, batch_tokens)):
+    for rows, together in ranks.mine(token_budget_batches(lengths, batch_tokens), prompts):
         batch = [(prompts[row].ids[shared:], label_tree(prompts[row].labels)) for row in rows]
         scores[rows] = score_batch(model, batch, prefix)
         progress(sum(len(prompts[row].ids) for row in together))
@@ -132,11 +133,7 @@ def token_log_probs(model: Qwen, h: Tensor, index: Tensor, tokens: Tensor) -> np
 
 
 def last_states(
-    model: Qwen,
-    texts: Sequence[tuple[int, ...]],
-    counts: Sequence[int],
-    checkpointing: bool,
-    own: slice = ALL,
+    model: Qwen, texts: Texts, counts: Sequence[int], checkpointing: bool, own: slice = ALL
 ) -> Tensor:
     """States of the last counts[i] tokens of text i, with gradient: (Σ counts, D).
 

@@ -8,7 +8,7 @@ batch in which a single process would compute it, and the others hold zero in it
 over ranks (`gathered`) gives every rank every number, equal to the bit.
 
 Training. The loss of a step is a sum over its rows, and so is the gradient: each rank computes both
-for its rows, and one sum over ranks (`sum_gradients`) gives all ranks the whole. Then each makes
+for its rows, and one sum over ranks (`combine`) gives all ranks the whole. Then each makes
 the same step. Only the order of additions differs from a single process: rounding.
 
 A step of few rows is a single forward (a "part"), so parts are cut further (`pieces`). But dropout
@@ -23,6 +23,7 @@ single process, which loads nothing of torch.distributed, every function here re
 
 import hashlib
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -33,6 +34,9 @@ from torch.overrides import TorchFunctionMode
 
 from qwen_min.errors import UserError
 from qwen_min.fast.layout import Text
+from qwen_min.prompt import Prompts
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 rank, size = 0, 1  # of this process; group.py sets them
 
@@ -51,8 +55,12 @@ def _sum_over_ranks(x: Tensor) -> None:
         raise Lost from error
 
 
-def mine(batches: Sequence[list[int]]) -> Iterator[tuple[list[int], list[int]]]:
-    """This rank's batches; with each the rows that all ranks compute in the meantime."""
+def mine(batches: Sequence[list[int]], prompts: Prompts) -> Iterator[tuple[list[int], list[int]]]:
+    """This rank's batches; with each the rows that all ranks compute in the meantime.
+
+    Raises UserError unless all ranks have the same prompts.
+    """
+    check_same("texts", batches, prompts)
     for start in range(rank, len(batches), size):
         together = batches[start - rank : start - rank + size]
         yield batches[start], [row for batch in together for row in batch]
@@ -68,13 +76,9 @@ def gathered(x: Tensor) -> Tensor:
 
 def from_first(x: Tensor | None) -> Tensor | None:
     """What rank 0 has, on every rank: None, or an fp32 tensor of three dimensions."""
-    if size == 1:
-        return x
-    own = torch.zeros(0, 0, 0) if x is None or rank else x
+    own = torch.zeros(0, 0, 0) if x is None or rank else x.clone()  # x may be a file's, read-only
     shape = gathered(torch.tensor(own.shape)).tolist()
-    if not any(shape):
-        return None
-    return gathered(torch.zeros(shape) if rank else own.clone())  # x may be a file's, read-only
+    return gathered(torch.zeros(shape) if rank else own) if any(shape) else None
 
 
 def check_same(what: str, *values: object) -> None:
@@ -106,10 +110,12 @@ def pieces(parts: Sequence[list[int]]) -> list[tuple[list[int], slice]]:
     return shares
 
 
-def sum_gradients(parameters: Sequence[nn.Parameter], numbers: list[float]) -> list[float]:
-    """Replace the gradients by their sums over ranks; returns the numbers' sums. One exchange."""
-    if size == 1:
-        return numbers
+def combine(parameters: Sequence[nn.Parameter], stop: object, loss: float) -> float:
+    """One exchange after the backward passes of a step: gradients and loss become sums over ranks.
+
+    A signal that one of them has got (stop.signal) becomes stop.agreed on all of them.
+    """
+    numbers = [loss, *(float(n == stop.signal) for n in SIGNALS)]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([*(g.flatten() for g in grads), grads[0].new_tensor(numbers)])
     flat = flat if flat.is_cuda else flat.cpu()
@@ -117,7 +123,9 @@ def sum_gradients(parameters: Sequence[nn.Parameter], numbers: list[float]) -> l
     *sums, found = flat.split([*(p.numel() for p in parameters), len(numbers)])
     for p, total in zip(parameters, sums, strict=True):
         p.grad = total.view_as(p).to(p)
-    return found.tolist()
+    loss, *counts = found.tolist()
+    stop.agreed = next((n for n, count in zip(SIGNALS, counts, strict=True) if count), None)
+    return loss
 
 
 class WholeDropout(TorchFunctionMode):
@@ -149,15 +157,13 @@ class WholeDropout(TorchFunctionMode):
             self.places.setdefault(len(index), (sum(counts), index))
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        drawn = function is Tensor.bernoulli_ or (
-            function is F.dropout and kwargs.get("training", True)
-        )
+        named, drawn = kwargs or {}, function is Tensor.bernoulli_
+        drawn |= function is F.dropout and named["training"]
         if not (drawn and self.places):
-            return function(*args, **(kwargs or {}))
+            return function(*args, **named)
         x, *how = args
         total, index = self.places[len(x)]
-        mask = function(x.new_ones(total, *x.shape[1:]), *how, **(kwargs or {}))
-        mask = mask[index.to(x.device)]
+        mask = function(x.new_ones(total, *x.shape[1:]), *how, **named)[index.to(x.device)]
         return x.copy_(mask) if function is Tensor.bernoulli_ else x * mask
 
 

@@ -291,6 +291,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.agreed: int | None = None  # of several processes: a signal to any of them
         self._before = {n: signal.signal(n, self._record) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def _record(self, number: int, frame: FrameType | None) -> None:
