@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
 SAMPLE = REPO / "qwen_min" / "sample"
-CLOCKS = {"seconds", "examples_per_second", "training_seconds", "arguments"}
-CLOCKS |= {"training_arguments"}  # paths
+MEASURED = ("seconds", "examples_per_second", "arguments")  # paths are among the arguments
 METHODS = ("zero_shot", "zero_shot_generate", "head_only", "lora_head", "lora_label_scoring")
-METHODS += ("transplanted_head",)
-
+TRAIN = ("--dtype", "float32", "--limit", "40", "--epochs", "5", "--batch-size", "9")
+TRAIN += ("--batch-tokens", "300", "--save-every", "4", "--eval-every", "10")  # 20 steps
+FRAME = ("--template", "评论：{text}。")  # the small tokenizer merges another end with the labels
+TRAIN += FRAME
 # Each line: a script, its arguments, and for each process its environment, the file for its output
 # and Python to execute before. Answers the process ids, and when all have ended their exit codes.
 SERVER = """
@@ -40,8 +41,8 @@ for line in sys.stdin:
     script, argv, processes = json.loads(line)
     pids = []
     for environment, out, before in processes:
-        pid = os.fork()
-        if pid == 0:
+        pids.append(os.fork())
+        if pids[-1] == 0:
             for number, end in ((1, "out"), (2, "err")):
                 os.dup2(os.open(f"{out}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             os.environ.update(environment)
@@ -49,42 +50,35 @@ for line in sys.stdin:
             try:
                 exec(before)
                 status = sys.modules[script].main(argv)
-            except SystemExit as end:
-                status = end.code
             finally:
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(status)
-        pids.append(pid)
     print(json.dumps(pids), flush=True)
     ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     print(json.dumps(ended), flush=True)
 """
-
-
 NOTHING: dict = {}
 
 
 class Server:
-    """Starts commands in W processes."""
+    """Starts commands in `size` processes. before: by rank, Python to be executed first."""
 
     def __init__(self, directory: Path):
         environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], **pipes, env=environment, cwd=directory, text=True
-        )
+        how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
+        self.process = subprocess.Popen([sys.executable, "-c", SERVER], **how, text=True)
         self.directory = directory
 
     def start(self, size: int, script: str, *argv: object, before: dict = NOTHING) -> list[int]:
-        """The process ids. before: by rank, Python that the process executes first."""
-        # torchrun's own process has the store.
+        """The process ids."""
+        # In torchrun's own process too is the store.
         self.store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost"}
         common |= {"MASTER_PORT": str(self.store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        self.size, processes = size, []
-        for rank in range(size):
+        self.outputs, processes = [self.directory / f"o{rank}" for rank in range(size)], []
+        for rank, out in enumerate(self.outputs):
             environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append((environment, str(self.directory / f"o{rank}"), before.get(rank, "")))
+            processes.append((environment, str(out), before.get(rank, "")))
         self.process.stdin.write(json.dumps((script, [str(a) for a in argv], processes)) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -92,7 +86,7 @@ class Server:
     def end(self) -> tuple[list[int], str, str]:
         """Exit codes, and what all processes wrote to standard output and error."""
         codes = json.loads(self.process.stdout.readline())
-        files = [[self.directory / f"o{r}.{s}" for r in range(self.size)] for s in ("out", "err")]
+        files = [[o.with_suffix(end) for o in self.outputs] for end in (".out", ".err")]
         return codes, *("".join(file.read_text() for file in part) for part in files)
 
     def run(self, size: int, script: str, *argv: object, before: dict = NOTHING) -> tuple:
@@ -100,7 +94,6 @@ class Server:
         return self.end()
 
     def good(self, size: int, script: str, *argv: object) -> str:
-        """Standard output of a command that succeeds."""
         codes, out, err = self.run(size, script, *argv)
         assert codes == [0] * size, err
         return out
@@ -114,32 +107,26 @@ def server(tmp_path_factory):
     server.process.wait()
 
 
-TRAIN = ("--dtype", "float32", "--limit", "40", "--epochs", "5", "--batch-size", "9")
-TRAIN += ("--batch-tokens", "300", "--save-every", "4", "--eval-every", "10")  # 20 steps
-
-
-def trained(server: Server, size: int, run: Path, method: str = "lora_label_scoring", *more) -> str:
-    return server.good(size, "train", "--method", method, "--output", run, *more)
-
-
 @pytest.fixture(scope="module")
-def runs(server, tmp_path_factory) -> dict[str, Path]:
+def runs(server, reference, tmp_path_factory) -> dict[str, Path]:
     """By method, a run of a single process."""
-    directory = tmp_path_factory.mktemp("runs")
-    for method in METHODS[2:5]:
-        trained(server, 1, directory / method, method, *(() if method == "head_only" else TRAIN))
-    runs = {method: directory / method for method in METHODS[2:5]}
+    runs = {method: tmp_path_factory.mktemp("runs") / method for method in METHODS[2:]}
+    for method, run in runs.items():
+        more = (*FRAME, "--layer", "best") if method == "head_only" else TRAIN
+        argv = ("--method", method, "--model", reference[0], "--output", run)
+        server.good(1, "train", *argv, *more)
     return runs | {"transplanted_head": runs["lora_head"]}
 
 
-def weights(run: Path, file: str = "adapter/adapter_model.safetensors") -> torch.Tensor:
-    return torch.cat([part.flatten() for _, part in sorted(load_file(run / file).items())])
+def differ(run: Path, other: Path) -> float:
+    files = [load_file(path / "adapter" / "adapter_model.safetensors") for path in (run, other)]
+    a, b = (torch.cat([part.flatten() for _, part in sorted(f.items())]) for f in files)
+    return ((a - b).norm() / a.norm()).item()
 
 
-def differ(run: Path, other: Path, **file) -> float:
-    return (
-        (weights(run, **file) - weights(other, **file)).norm() / weights(run, **file).norm()
-    ).item()
+def results(path: Path) -> str:
+    found = json.loads(path.read_text())
+    return json.dumps({key: value for key, value in found.items() if key not in MEASURED})
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -149,39 +136,34 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def results(path: Path) -> str:
-    found = json.loads(path.read_text())
-    return json.dumps({key: value for key, value in found.items() if key not in CLOCKS})
-
-
-# Evaluation
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_gives_the_same_bytes(method, server, runs, tmp_path):
-    more = ["--run", runs[method]] if method in runs else []
+@pytest.mark.parametrize("method", [*METHODS, "transplanted_head"])
+def test_every_method_gives_the_same_bytes(method, server, runs, reference, tmp_path):
+    more, found = ["--batch-tokens", "400", "--limit", "60", "--model", reference[0], *FRAME], []
+    more += ["--run", runs[method]] if method in runs else []
     if method == "zero_shot":
-        more = ["--label-sets", "消极,积极;差,好", "--calibrate", "--calibration", "domain_context"]
+        more += [
+            "--label-sets",
+            "消极,积极;差,好",
+            "--calibrate",
+            "--calibration",
+            "domain_context",
+        ]
         more += ["--train-data", SAMPLE / "train.tsv"]
-    found, printed = [], []
     for size in (1, 2, 3):
         files = [tmp_path / f"{size}.json", tmp_path / f"{size}.jsonl"]
-        argv = ("--method", method, *more, "--batch-tokens", "400")
-        out = server.good(size, "evaluate", *argv, "--output", files[0], "--predictions", files[1])
-        found.append((results(files[0]), files[1].read_bytes()))
-        printed.append(re.sub(r"speed .*|/\S*\.json", "", out))
+        argv = ("--method", method, *more, "--output", files[0], "--predictions", files[1])
+        out = re.sub(r"speed .*|/\S*\.json", "", server.good(size, "evaluate", *argv))
+        found.append((out, results(files[0]), files[1].read_bytes()))
     assert found[1] == found[0] and found[2] == found[0]
-    assert printed[1] == printed[0] and printed[2] == printed[0]
 
 
 def test_explanations_and_predictions_are_the_same(server, runs, tmp_path):
-    texts = tmp_path / "texts.txt"
+    texts, found = tmp_path / "texts.txt", []
     texts.write_text("房间很干净，服务也好。\n等了两个小时，菜还是凉的。\n不推荐！\n" * 20)
-    run, found = runs["lora_head"], []
+    how = ("--run", runs["lora_head"], "--batch-tokens", "64")
     for size in (1, 3):
-        explained = server.good(size, "evaluate", "--run", run, "--explain", "房间小，但是很干净。")
-        argv = (texts, "--run", run, "--batch-tokens", "64", "--output", tmp_path / "p.csv")
-        server.good(size, "qwen_min.predict", *argv)
+        explained = server.good(size, "evaluate", *how, "--explain", "房间小，但是很干净。")
+        server.good(size, "qwen_min.predict", texts, *how, "--output", tmp_path / "p.csv")
         found.append((explained, (tmp_path / "p.csv").read_bytes()))
     assert found[0] == found[1]
 
@@ -191,28 +173,17 @@ import torch
 from qwen_min.fast import group, ranks
 group.join("cpu")
 x = torch.tensor([-0.0, float("nan"), float("-inf"), 1e-310, -1 / 3, 0.0], dtype=torch.float64)
-for kind in (torch.float64, torch.float32):
-    one = x.to(kind).view({8: torch.int64, 4: torch.int32}[x.to(kind).element_size()])
+for kind, bits in ((torch.float64, torch.int64), (torch.float32, torch.int32)):
     own = torch.zeros(6, dtype=kind)
     own[ranks.rank :: 3] = x.to(kind)[ranks.rank :: 3]
-    assert torch.equal(ranks.gathered(own).view(one.dtype), one)
-rows = [[], []]
-for own, together in ranks.mine([[4, 5], [6], [7], [0, 1], [2]], ()):
-    rows[0] += own
-    rows[1] += together
-assert rows == [[[4, 5, 0, 1], [4, 5, 6, 7, 0, 1, 2]], [[6, 2], [4, 5, 6, 7, 0, 1, 2]],
-                [[7], [4, 5, 6, 7]]][ranks.rank]
-kept = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
-assert torch.equal(ranks.from_first(kept if ranks.rank == 0 else None), kept)
-assert ranks.from_first(kept if ranks.rank else None) is None
-from collections import Counter
-for parts in ([list(range(7))], [[0, 1], [2]], [[0]] * 3, [[0, 1]] * 4):
+    assert torch.equal(ranks.gathered(own).view(bits), x.to(kind).view(bits))
+for parts in ([list(range(7))], [[0, 1], [2]], [[0]] * 3, [[0, 1]] * 4):  # each row once
     own = torch.zeros(99, dtype=torch.int64)
     for number, (part, piece) in enumerate(ranks.pieces(parts)):
-        for row in range(len(part))[piece]:
-            own[number * 9 + row] += 1
+        own[torch.arange(number * 9, number * 9 + len(part))[piece]] += 1
     assert ranks.gathered(own).tolist().count(1) == sum(map(len, parts)) == own.sum()
-sys.exit(55)
+status = 55
+sys.exit()
 """
 
 
@@ -221,38 +192,26 @@ def test_exchanged_numbers_arrive_to_the_bit(server):
     assert codes == [55] * 3, err
 
 
-# Training
-
-
-@pytest.fixture(scope="module")
-def whole(server, reference, tmp_path_factory) -> Path:
-    """A training in a single process."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    trained(server, 1, run, "lora_head", *TRAIN, "--model", reference[0])
-    return run
-
-
 @pytest.mark.parametrize(("size", "more"), [(2, ()), (3, ("--checkpointing",))])
-def test_training_agrees(size, more, server, whole, reference, tmp_path):
+def test_training_agrees(size, more, server, runs, reference, tmp_path):
     """With dropout. Sums are added in another order: fp32 keeps 24 bits, and 20 steps add up."""
-    run = tmp_path / "run"
-    trained(server, size, run, "lora_head", *TRAIN, "--model", reference[0], *more)
-    assert len((run / "log.jsonl").read_text().splitlines()) == 20
-    assert differ(whole, run) < 1e-6
+    how = ("--method", "lora_head", *TRAIN, "--model", reference[0], "--output", tmp_path / "run")
+    server.good(size, "train", *how, *more)
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 20
+    assert differ(runs["lora_head"], tmp_path / "run") < 1e-6
 
 
-def test_a_probe_is_the_same_also_on_features_that_only_the_first_has(server, tmp_path):
-    common = ("--limit", "300", "--layer", "best")
-    for size in (1, 2):
-        trained(server, size, tmp_path / str(size), "head_only", *common)
-    cache = ("--feature-cache", tmp_path / "1" / "features")
-    next((tmp_path / "1" / "features").iterdir()).unlink()  # one of two files
-    trained(server, 2, tmp_path / "again", "head_only", *common, *cache)
-    heads = [(tmp_path / n / "head.safetensors").read_bytes() for n in ("1", "2", "again")]
-    assert heads[0] == heads[1] == heads[2]
+def test_a_probe_is_the_same_also_on_features_that_only_the_first_has(
+    server, runs, reference, tmp_path
+):
+    features = shutil.copytree(runs["head_only"] / "features", tmp_path / "kept")
+    how = ("--method", "head_only", *FRAME, "--layer", "best", "--model", reference[0], "--output")
+    server.good(2, "train", *how, tmp_path / "new")
+    next(features.iterdir()).unlink()
+    server.good(2, "train", *how, tmp_path / "again", "--feature-cache", features)
+    heads = [runs["head_only"], tmp_path / "new", tmp_path / "again"]
+    assert len({(run / "head.safetensors").read_bytes() for run in heads}) == 1
 
-
-# One end for all
 
 SLOWLY = """
 import time, qwen_min.fast.features as m
@@ -261,59 +220,51 @@ m.last_states = lambda *a: time.sleep(0.05) or fast(*a)
 """
 
 
-def test_a_killed_training_goes_on_with_any_number(server, whole, reference, tmp_path):
-    rng, run, first = random.Random(0), tmp_path / "run", ()
-    log = run / "log.jsonl"  # begins anew with each process
+def test_a_killed_training_goes_on_with_any_number(server, runs, reference, tmp_path):
+    rng, run, log = random.Random(0), tmp_path / "run", tmp_path / "run" / "log.jsonl"
     how = ("--method", "lora_head", *TRAIN, "--model", reference[0], "--output", run)
-    for size, victim in ((2, 1), (3, 0), (1, 0), (3, 2)):
-        begun = log.exists() and log.stat().st_ino
-        pids = server.start(size, "train", *how, *first, before=dict.fromkeys(range(size), SLOWLY))
+    for size, victim in ((2, 1), (3, 0), (1, 0)):
+        begun = log.exists() and log.stat().st_ino  # each process begins the file anew
+        pids = server.start(size, "train", *how, before=dict.fromkeys(range(size), SLOWLY))
         wait_for(lambda: log.exists() and log.stat().st_ino != begun)  # noqa: B023
         time.sleep(rng.uniform(0, 0.8))
         os.kill(pids[victim], signal.SIGKILL)
-        started = time.monotonic()
         codes, _, err = server.end()
-        assert time.monotonic() - started < 60
         assert codes[victim] == -signal.SIGKILL and codes.count(1) == size - 1, err
-        assert len(re.findall("error: .*another process ended without", err)) == min(1, size - 1)
-        how, first = ("--output", run), ("--resume",)
-    server.good(2, "train", "--output", run, "--resume")
-    assert differ(whole, run) < 1e-6
+        assert err.count("error: another process ended without") == min(1, size - 1), err
+        how = ("--output", run, "--resume")
+    server.good(2, "train", *how)
+    assert differ(runs["lora_head"], run) < 1e-6
     assert [json.loads(line)["step"] for line in log.open()] == list(range(1, 21))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_stops_all_after_the_same_step(number, server, reference, whole, tmp_path):
+def test_a_signal_to_one_stops_all_after_the_same_step(number, server, runs, reference, tmp_path):
     run = tmp_path / "run"
     how = ("--method", "lora_head", *TRAIN, "--model", reference[0], "--output", run)
-    pids = server.start(3, "train", *how)
+    pids = server.start(3, "train", *how, before=dict.fromkeys(range(3), SLOWLY))
     wait_for(lambda: (run / "log.jsonl").exists() and (run / "log.jsonl").read_text())
     os.kill(pids[1], number)
     codes, out, err = server.end()
     assert codes == [128 + number] * 3 and err == ""
-    stopped = int(re.search(r"stopped after step (\d+), saved", out)[1])
-    assert stopped < 20 and (run / "checkpoints" / f"step-{stopped}").exists()
+    assert f"step-{re.search('after step (.*), saved', out)[1]}" in os.listdir(run / "checkpoints")
     server.good(2, "train", "--output", run, "--resume")
-    assert differ(whole, run) < 1e-6
+    assert differ(runs["lora_head"], run) < 1e-6
 
 
-BUG = "import qwen_min.fast.label_scores as m; m.score_batch = lambda *a: 1 / 0"
-MEMORY = BUG.replace("1 / 0", "exec('raise MemoryError(12)')")
-SLOW = "import time, qwen_min.fast.label_scores as m; m.score_batch = lambda *a: time.sleep(500)"
+BATCH = "import time, qwen_min.fast.label_scores as m; m.score_batch = lambda *a: "
 
 
 @pytest.mark.parametrize(
-    ("before", "code", "line"),
+    ("failure", "code", "line"),
     [
-        (MEMORY, 2, r"error: process 1: out of memory \(12\); lower --batch-tokens, .*\n"),
-        (BUG, 1, r"Traceback (.|\n)*ZeroDivisionError: division by zero\n"),
+        ("exec('raise MemoryError(12)')", 2, r"error: process 1: out of memory \(12\); lower .*\n"),
+        ("1 / 0", 1, r"Traceback (.|\n)*ZeroDivisionError: division by zero\n"),
     ],
 )
-def test_an_error_in_one_ends_all(before, code, line, server):
-    """Also those that compute for long."""
-    more = ("--calibrate", "--train-data", SAMPLE / "train.tsv")
-    before = {0: SLOW, 1: before, 2: SLOW}
-    codes, _, err = server.run(3, "evaluate", "--method", "zero_shot", *more, before=before)
+def test_an_error_in_one_ends_all(failure, code, line, server):
+    before = dict.fromkeys((0, 2), BATCH + "time.sleep(500)") | {1: BATCH + failure}
+    codes, _, err = server.run(3, "evaluate", "--method", "zero_shot", before=before)
     assert codes == [code] * 3 and re.fullmatch(line, err), err
 
 
@@ -330,14 +281,13 @@ def test_an_error_in_one_ends_all(before, code, line, server):
     ],
 )
 def test_processes_that_see_other_files_are_refused(
-    script, name, old, new, server, reference, whole, tmp_path
+    script, name, old, new, server, reference, runs, tmp_path
 ):
     for rank in "01":
         shutil.copytree(reference[0], tmp_path / rank / "model")
-        shutil.copytree(whole, tmp_path / rank / "run")
+        shutil.copytree(runs["lora_head"], tmp_path / rank / "run")
         shutil.copy(SAMPLE / "test.tsv", tmp_path / rank / "rows.tsv")
     file = tmp_path / "1" / name
-    assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new))
     argv = {
         "evaluate": ["--model", "model", "--data", "rows.tsv", "--run", "run"],
@@ -347,8 +297,8 @@ def test_processes_that_see_other_files_are_refused(
     argv = ["--resume", "--output", "run"] if "checkpoints" in name else argv
     before = {rank: f"os.chdir({str(tmp_path / str(rank))!r})" for rank in (0, 1)}
     codes, _, err = server.run(2, script, *argv, before=before)
-    differ = "texts" if script == "qwen_min.predict" else "model, run or data"
-    found = f"error: processes 0 and 1 (of 0 to 1) differ in their {differ}; give all the same\n"
+    what = "texts" if script == "qwen_min.predict" else "model, run or data"
+    found = f"error: processes 0 and 1 (of 0 to 1) differ in their {what}; give all the same\n"
     assert (codes, err) == ([2, 2], found)
 
 
@@ -368,35 +318,29 @@ def test_what_cannot_be_shared_is_one_line(argv, environment, line, server):
     assert err.count("error") == 1 + bool(environment)
 
 
-# torchrun itself
-
-
-def torchrun(size: int, *command: object, **how) -> subprocess.Popen:
+def torchrun(size: int, script: str, *argv: object) -> subprocess.Popen:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size]
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*map(str, [*run, *command])], env=environment, text=True, **pipes)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*map(str, [*run, REPO / f"{script}.py", *argv])], **pipes)
 
 
 def test_torchrun_evaluates(server, tmp_path):
-    files = [tmp_path / name for name in ("1.json", "1.jsonl", "2.json", "2.jsonl")]
-    how = ("--method", "zero_shot", "--output")
-    server.good(1, "evaluate", *how, files[0], "--predictions", files[1])
-    process = torchrun(2, REPO / "evaluate.py", *how, files[2], "--predictions", files[3])
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and out.count("accuracy") == 1, err
-    assert results(files[2]) == results(files[0])
-    assert files[3].read_bytes() == files[1].read_bytes()
+    for size in (1, 2):
+        files = (tmp_path / f"{size}.json", "--predictions", tmp_path / f"{size}.jsonl")
+        process = torchrun(size, "evaluate", "--method", "zero_shot", "--output", *files)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and out.count("accuracy") == 1, err
+    assert results(tmp_path / "2.json") == results(tmp_path / "1.json")
+    assert (tmp_path / "2.jsonl").read_bytes() == (tmp_path / "1.jsonl").read_bytes()
 
 
-def test_torchrun_ends_when_one_is_killed(whole, reference, tmp_path):
-    run = tmp_path / "run"
+def test_torchrun_ends_when_one_is_killed(reference, tmp_path):
+    log = tmp_path / "run" / "log.jsonl"
     how = ("--method", "lora_head", *TRAIN, "--epochs", "900", "--model", reference[0])
-    process = torchrun(2, REPO / "train.py", *how, "--output", run)
-    wait_for(lambda: (run / "log.jsonl").exists() and (run / "log.jsonl").read_text())
+    process = torchrun(2, "train", *how, "--output", tmp_path / "run")
+    wait_for(lambda: log.exists() and log.read_text())
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (victim,) = [c for c in children if b"\0RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes()]
     os.kill(int(victim), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
-    assert len(re.findall("^error: .*", err, re.MULTILINE)) == 1, err
-    assert process.returncode == 1
+    assert process.returncode == 1 and len(re.findall("^error: .*", err, re.MULTILINE)) == 1, err
