@@ -7,7 +7,8 @@ refused with the name of the field, because its A and B have another meaning.
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -22,6 +23,8 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PEFT_KEY = "base_model.model.{}.weight"  # of a parameter; A and B are Linears in PEFT
 HEAD_KEY = PEFT_KEY.format("score")
+# How the keys of the text model begin where Qwen3.5 was trained with its model of images.
+WITH_IMAGES = "base_model.model.model.language_model."
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_MODULES = ["classifier", "score"]  # PEFT's names for the head of any SEQ_CLS model
 
@@ -114,7 +117,7 @@ def load_adapter(directory: str | Path, model: nn.Module) -> tuple[LoRAConfig, T
     size. Raises LoRAError if a file cannot be read, if the config is not plain LoRA, or if a tensor
     is missing, unexpected, of another shape or not finite; the model is then unchanged.
     """
-    config = read_adapter_config(directory)
+    config = read_adapter_config(directory, inject.all_linear(model))
     path = Path(directory) / TENSOR_FILE
     try:
         _check_regular(path)
@@ -127,6 +130,11 @@ def load_adapter(directory: str | Path, model: nn.Module) -> tuple[LoRAConfig, T
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise LoRAError(f"{path}: {reason}; expected an adapter's safetensors file") from error
+    # All keys have this form or none: a mixture is refused below.
+    if all(key.startswith(WITH_IMAGES) for key in {*tensors} - {HEAD_KEY}):
+        tensors = {key.replace(".language_model.", ".", 1): t for key, t in tensors.items()}
+        targets = tuple(target.replace("language_model.", "") for target in config.targets)
+        config = replace(config, targets=targets)
     head = tensors.get(HEAD_KEY)
     shapes: dict[str, tuple] = {}
     for name, linear in inject.find_targets(model, config.targets).items():
@@ -145,12 +153,17 @@ def load_adapter(directory: str | Path, model: nn.Module) -> tuple[LoRAConfig, T
     return config, None if head is None else head.float(), metadata
 
 
-def read_adapter_config(directory: str | Path) -> LoRAConfig:
-    """Read `adapter_config.json`. Raises LoRAError if it is unreadable or not plain LoRA."""
+def read_adapter_config(
+    directory: str | Path, all_linear: Sequence[str] = (*inject.ATTENTION, *inject.MLP)
+) -> LoRAConfig:
+    """Read `adapter_config.json`. Raises LoRAError if it is unreadable or not plain LoRA.
+
+    all_linear: the targets that "all-linear" stands for in the model.
+    """
     path = Path(directory) / CONFIG_FILE
     try:
         _check_regular(path, 2**24)
-        return _plain_lora(json.loads(path.read_text(encoding="utf-8")))
+        return _plain_lora(json.loads(path.read_text(encoding="utf-8")), all_linear)
     except LoRAError as error:
         raise LoRAError(f"{path}: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -164,7 +177,7 @@ def _check_regular(path: Path, limit: int = 2**40) -> None:
         raise OSError(f"not a regular file of at most {limit} bytes")
 
 
-def _plain_lora(fields: object) -> LoRAConfig:
+def _plain_lora(fields: object, all_linear: Sequence[str]) -> LoRAConfig:
     """The config in these fields of PEFT's. Raises LoRAError if it is not plain LoRA."""
 
     def check(name: str, ok: bool, expected: str) -> None:
@@ -186,7 +199,7 @@ def _plain_lora(fields: object) -> LoRAConfig:
     ok = isinstance(saved, list) and all(module in heads for module in saved)
     check("modules_to_save", ok, f"nothing outside {heads} with {task}")
     targets = fields.get("target_modules")
-    targets = [*inject.ATTENTION, *inject.MLP] if targets == "all-linear" else targets
+    targets = [*all_linear] if targets == "all-linear" else targets
     ok = isinstance(targets, list) and targets and all(isinstance(t, str) and t for t in targets)
     check("target_modules", ok, "a list of module names, not a pattern")
     numbers = (fields.get("r"), fields.get("lora_alpha"), fields["lora_dropout"])

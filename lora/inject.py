@@ -8,6 +8,8 @@ from lora.layer import LoRAError, LoRALinear
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+# Of a gated delta rule (Qwen3.5), what reads its input and writes its output in full width.
+DELTA_RULE = ("in_proj_qkv", "in_proj_z", "out_proj")
 
 
 def targeted(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear | LoRALinear]:
@@ -20,6 +22,12 @@ def targeted(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear | 
     endings = tuple(f".{target}" for target in targets)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear))}
     return {name: m for name, m in linears.items() if f".{name}".endswith(endings)}
+
+
+def all_linear(model: nn.Module) -> tuple[str, ...]:
+    """The names that PEFT's "all-linear" stands for: of every Linear but the output's."""
+    names = [n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return tuple(dict.fromkeys(name for name in names if name not in ("lm_head", "score")))
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:

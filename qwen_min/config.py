@@ -9,7 +9,7 @@ from pathlib import Path
 from qwen_min.errors import UserError
 
 # Qwen1.5, Qwen2 and Qwen2.5 all declare "qwen2": their structure is the same. Qwen3.5, 3.6 and 3.8
-# are released with images, as a "qwen3_5" whose text_config holds the fields of its text model.
+# also read images as released: then model_type is "qwen3_5", and text_config is the text model.
 QWEN3_5, WITH_IMAGES = "qwen3_5_text", "qwen3_5"
 MODEL_TYPES = ("qwen2", "qwen3", QWEN3_5)
 LINEAR, FULL = "linear_attention", "full_attention"  # the layer_types that are computed here
@@ -19,8 +19,7 @@ COMPUTED = {
     "hidden_act": (("silu", "swish"), "use a checkpoint with SiLU"),  # two names of one function
     # False and null: tokens also see what comes after them.
     "is_causal": ((True,), "attention is causal here; use a causal language model"),
-    "attn_output_gate": ((True, None), "its attention has a gate here; use such a checkpoint"),
-    "per_layer_config": ((None, {}), "all layers are alike here; use such a checkpoint"),
+    "per_layer_config": ((None, {}), "layers have no settings of their own; use such a checkpoint"),
     "num_experts": ((None, 0), "mixture of experts is not supported; use a dense Qwen"),
     "num_local_experts": ((None, 0), "mixture of experts is not supported; use a dense Qwen"),
     "quantization_config": ((None, {}), "quantised weights do not load; use unquantised ones"),
@@ -56,15 +55,13 @@ class QwenConfig:
 
     @property
     def has_qk_norm(self) -> bool:
-        """Whether queries and keys go through an RMSNorm over Dh before the rotation (Qwen3)."""
+        """Whether queries and keys go through an RMSNorm over Dh before RoPE: from Qwen3 on."""
         return self.model_type != "qwen2"
 
     @property
     def rotary_dim(self) -> int:
         """How many components of each query and key RoPE rotates: all Dh."""
         return self.head_dim
-
-    conv_channels = 0  # only Qwen3.5 has a convolution
 
     @classmethod
     def from_json(cls, path: str | Path) -> "QwenConfig":
@@ -119,24 +116,26 @@ class QwenConfig:
         # precedence over the top level.
         raw |= raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         found = {key: field(key) for key in types}
-        groups = [("num_attention_heads", "num_key_value_heads")]
         if kind is Qwen3_5Config:
             found["layer_types"] = _layer_types(path, raw)
-            groups.append(("linear_num_value_heads", "linear_num_key_heads"))
-        for many, few in groups:
-            if found[many] % found[few]:
-                problem = f"{few} {found[few]} does not divide {found[many]} heads"
-                raise UserError(f"{path}: {problem}")
         dtype = raw.get("dtype") or raw.get("torch_dtype")
         config = kind(model_type=model_type, torch_dtype=dtype, **found)
-        if (part := config.rotary_dim) % 2 or not 0 < part <= config.head_dim:
-            what = f"head_dim {config.head_dim}, of which RoPE would rotate {part}"
-            raise UserError(f"{path}: {what}; expected an even number, as it rotates pairs")
-        widest = 2 * config.num_attention_heads * config.head_dim
-        widest = max(widest, config.intermediate_size, config.vocab_size, config.conv_channels)
-        if widest * config.hidden_size >= 2**48:  # the size of a matrix is an int64, in bytes
-            raise UserError(f"{path}: a matrix of {widest} rows is too large; check its sizes")
+        if problem := config.problem():
+            raise UserError(f"{path}: {problem}")
         return config
+
+    def problem(self) -> str | None:
+        """What makes these sizes impossible together, if anything does."""
+        heads, kv_heads, part = self.num_attention_heads, self.num_key_value_heads, self.rotary_dim
+        if heads % kv_heads:
+            return f"num_key_value_heads {kv_heads} does not divide {heads} heads"
+        if part % 2 or not 0 < part <= self.head_dim:
+            found = f"RoPE would rotate {part} of head_dim {self.head_dim}"
+            return f"{found}; expected an even number from 2 to {self.head_dim}"
+        widest = max(heads * self.head_dim, self.intermediate_size, self.vocab_size)
+        if widest * self.hidden_size >= 2**48:  # the size of a matrix is an int64, in bytes
+            return f"a matrix of {widest} rows is too large; check its sizes"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,21 +163,32 @@ class Qwen3_5Config(QwenConfig):
         keys = self.linear_num_key_heads * self.linear_key_head_dim
         return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
 
+    def problem(self) -> str | None:
+        """What makes these sizes impossible together, if anything does."""
+        key_heads, value_heads = self.linear_num_key_heads, self.linear_num_value_heads
+        if value_heads % key_heads:
+            return f"linear_num_key_heads {key_heads} does not divide {value_heads} value heads"
+        widest = self.conv_channels * max(self.hidden_size, self.linear_conv_kernel_dim)
+        if widest >= 2**48:
+            return f"a matrix of {self.conv_channels} rows is too large; check linear_* sizes"
+        return super().problem()
+
 
 def text_fields(raw: dict) -> dict:
-    """The fields of the text model: config.json itself or, if it also describes images, a part.
-
-    That part is not always whole: tie_word_embeddings, for example, may stand outside.
+    """The fields of a text-only checkpoint: those of config.json or, if the model reads images too,
+    of text_config, and a few from outside it, such as tie_word_embeddings.
     """
-    if raw.get("model_type") != WITH_IMAGES or not isinstance(raw.get("text_config"), dict):
+    if raw.get("model_type") != WITH_IMAGES:
         return raw
+    text = raw.get("text_config")
     kept = (*COMPUTED, "tie_word_embeddings")
     outside = {key: value for key, value in raw.items() if key in kept}
-    return outside | {"model_type": QWEN3_5} | raw["text_config"]
+    text = {"model_type": QWEN3_5} | (text if isinstance(text, dict) else {})
+    return outside | text | {"architectures": ["Qwen3_5ForCausalLM"]}
 
 
 def _layer_types(path: Path, raw: dict) -> tuple[str, ...]:
-    """Of each layer, LINEAR or FULL; without the field, as in the reference, every fourth FULL."""
+    """LINEAR or FULL for each layer; without the field, as in the reference, every 4th is FULL."""
     layers, every = raw["num_hidden_layers"], raw.get("full_attention_interval", 4)
     kinds = raw.get("layer_types")
     if kinds is None and type(every) is int and every > 0 and layers < 2**16:
@@ -200,21 +210,23 @@ def _unsupported(raw: dict) -> str | None:
         if key in raw and raw[key] not in values:
             found, expected = reprlib.repr(raw[key]), " or ".join(map(repr, values))
             return f"{key} is {found}, expected {expected}; {advice}"
-    partial = found == QWEN3_5
     for key in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5; a file may hold both
         rope = raw.get(key) or {}
         # With this key the values are one level down, one set for each type of layer.
         plain = isinstance(rope, dict) and FULL not in rope
         # rope_type is the newer name of type. Versions of the reference differ in which one counts.
         plain = plain and all(rope.get(k) in (None, "default") for k in ("rope_type", "type"))
-        if not plain or not (partial or rope.get("partial_rotary_factor") in (1, None)):
+        if not plain:
             found = f"{key} is {reprlib.repr(rope)}"
             return f"{found}; scaled RoPE is not supported, use the default RoPE"
-    if partial:
-        return None
-    if (part := raw.get("partial_rotary_factor")) not in (1, None):
-        found = f"partial_rotary_factor is {reprlib.repr(part)}, expected 1"
-        return f"{found}; RoPE rotates whole heads here; use such a checkpoint"
+    if raw["model_type"] == QWEN3_5:  # all else that the file may ask for is computed
+        null = "partial_rotary_factor" in raw and raw["partial_rotary_factor"] is None
+        # The reference takes the default where the field is missing, but rotates all if it is null.
+        return "partial_rotary_factor is null; give a number" if null else None
+    for place in filter(None, (raw, raw.get("rope_scaling"), raw.get("rope_parameters"))):
+        if (part := place.get("partial_rotary_factor")) not in (1, None):
+            found = f"partial_rotary_factor is {reprlib.repr(part)}, expected 1"
+            return f"{found}; RoPE rotates whole heads here; use such a checkpoint"
     # As in the reference: layer_types, where it is given, names each layer. Otherwise there is a
     # window where use_sliding_window and sliding_window ask for it, from max_window_layers on.
     first, layers = raw.get("max_window_layers"), raw.get("num_hidden_layers")

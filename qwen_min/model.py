@@ -14,8 +14,8 @@ token sees itself and the tokens before it. The main differences from that paper
 - The MLP has a gate.
 - No dropout. Qwen2 has biases on q, k and v only; Qwen3 normally has none, but normalises q and k.
 
-Qwen3.5 is built from other parts, described behind `DecoderLayer`: to follow Qwen2 or Qwen3, go on
-at `QwenModel` there. Three of four layers have no attention; delta_rule.py has what they have.
+Qwen3.5 has other layers: the last section of this file, "Qwen3.5". Most of them have no attention,
+but the gated delta rule: delta_rule.py. Readers of Qwen2 and Qwen3 need neither.
 
 This file is the definition, each computation once. If you change it, run the commands with
 `--plain`: by default they run `qwen_min/fast/`, a faster form that these classes do not know.
@@ -23,7 +23,7 @@ This file is the definition, each computation once. If you change it, run the co
 Attribute names are the tensor names in the checkpoint (`model.layers.0.self_attn.q_proj.weight`),
 so loading needs no map of names. The numbers equal those of transformers' `modeling_qwen2.py`,
 `modeling_qwen3.py` and `modeling_qwen3_5.py` with eager attention, including the casts between
-dtypes, marked `# dtype:`.
+dtypes, marked `# dtype:`. (In bf16 one difference in Qwen3.5: two weights stay in fp32 here.)
 
 Shapes, with the sizes of Qwen2.5-0.5B (24 layers):
     B batch                   T tokens of one text              D hidden_size 896
@@ -62,63 +62,30 @@ class RMSNorm(nn.Module):
 def rotary_cos_sin(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles (Su et al. 2021, arXiv:2104.09864).
 
-    positions (T,) → two fp32 tensors (T, 1, Dh); the 1 broadcasts over the heads. Pair i turns by
-    position · theta^(-2i/Dh): the first pairs turn fast, the last ones very slowly. Dh is
-    rotary_dim, which is head_dim except in Qwen3.5.
+    positions (T,) → two fp32 tensors (T, 1, R); the 1 broadcasts over the heads. R, rotary_dim, is
+    Dh, except in Qwen3.5. Pair i turns by position · theta^(-2i/R): the first pairs turn fast, the
+    last ones very slowly.
     """
     # dtype: angles in fp32 even in a bf16 model, since bf16 cannot tell position 257 from 256.
     # Their cos and sin are at most 1 and may be rounded afterwards.
     two_i = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32)
-    frequency = 1.0 / theta ** (two_i / rotary_dim)  # (Dh/2,), radians per position
-    angles = positions.float()[:, None] * frequency  # (T, Dh/2)
-    # Twice: components i and i + Dh/2 form pair i and turn by the same angle.
-    angles = torch.cat([angles, angles], dim=-1)[:, None, :]  # (T, 1, Dh)
+    frequency = 1.0 / theta ** (two_i / rotary_dim)  # (R/2,), radians per position
+    angles = positions.float()[:, None] * frequency  # (T, R/2)
+    # Twice: components i and i + R/2 form pair i and turn by the same angle.
+    angles = torch.cat([angles, angles], dim=-1)[:, None, :]  # (T, 1, R)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (a, b) of x (..., T, heads, Dh) by its angle: (a cos − b sin, b cos + a sin).
+    """Turn each pair (a, b) of x (..., T, heads, R) by its angle: (a cos − b sin, b cos + a sin).
 
-    Qwen pairs component i with i + Dh/2 (split halves), where the paper pairs 2i with 2i + 1.
+    Qwen pairs component i with i + R/2 (split halves), where the paper pairs 2i with 2i + 1.
     Turning q and k by one more angle does not change q·k. So after rotation it depends on the two
     positions only through their difference.
     """
     # dtype: cos and sin are cast to the activations' dtype; the rotation happens in that dtype.
     a, b = x.chunk(2, dim=-1)  # pair i is (a[i], b[i])
     return x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Causal self-attention: softmax(q kᵀ / sqrt(Dh)) v, where each token sees itself and the past.
-
-    Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): H query heads share K key/value
-    heads. Programs that keep the keys and values of past tokens then keep H/K times less.
-    """
-
-    def __init__(self, config: QwenConfig):
-        super().__init__()
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim  # not always D / H
-        is_qwen3 = config.has_qk_norm
-        D, bias, eps = config.hidden_size, config.attention_bias, config.rms_norm_eps
-        # Qwen2: bias on q, k and v, never on o. Qwen3: on all four or, normally, on none.
-        self.q_proj = nn.Linear(D, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(D, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(D, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, D, bias=bias and is_qwen3)
-        # Qwen3 normalises each query and key over Dh, before the rotation.
-        self.q_norm = RMSNorm(self.head_dim, eps) if is_qwen3 else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, eps) if is_qwen3 else nn.Identity()
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, T, D), cos and sin of the positions (T, 1, Dh) → (B, T, D)."""
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, self.head_dim)
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-
-        return self.o_proj(attend(q, k, v))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -137,6 +104,38 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # dtype: softmax in fp32, its result in the activations' dtype.
     weights = scores.float().softmax(dim=-1).to(q.dtype)
     return (weights @ v).transpose(1, 2).flatten(2)  # (B, T, H·Dh)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: softmax(q kᵀ / sqrt(Dh)) v, where each token sees itself and the past.
+
+    Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): H query heads share K key/value
+    heads. Programs that keep the keys and values of past tokens then keep H/K times less.
+    """
+
+    def __init__(self, config: QwenConfig):
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim  # not always D / H
+        qk_norm = config.has_qk_norm
+        D, bias, eps = config.hidden_size, config.attention_bias, config.rms_norm_eps
+        # Qwen2: bias on q, k and v, never on o. Qwen3: on all four or, normally, on none.
+        self.q_proj = nn.Linear(D, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(D, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(D, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, D, bias=bias and qk_norm)
+        # Qwen3 normalises each query and key over Dh, before the rotation.
+        self.q_norm = RMSNorm(self.head_dim, eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, D), cos and sin of the positions (T, 1, Dh) → (B, T, D)."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return self.o_proj(attend(q, k, v))
 
 
 class MLP(nn.Module):
@@ -172,69 +171,6 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-# Qwen3.5: its layers have the parts above with small changes, and most have no attention.
-
-
-class ZeroCenteredRMSNorm(RMSNorm):
-    """x / sqrt(mean(x²) + eps) · (1 + weight): a weight of 0 leaves x normalised."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        # dtype: all in fp32, cast after the weight.
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return (h * (1 + self.weight.float())).to(x.dtype)
-
-
-class GatedAttention(Attention):
-    """Attention whose output has a gate, and whose queries and keys are rotated in part.
-
-    `q_proj` computes a query and a gate for each head, side by side. Only the first quarter of a
-    head's components is rotated: the others compare content without position.
-    """
-
-    def __init__(self, config: Qwen3_5Config):
-        super().__init__(config)
-        H, Dh = self.heads, self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, H * 2 * Dh, bias=config.attention_bias)
-        self.q_norm = ZeroCenteredRMSNorm(Dh, config.rms_norm_eps)
-        self.k_norm = ZeroCenteredRMSNorm(Dh, config.rms_norm_eps)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, T, D), cos and sin of the positions (T, 1, rotary_dim) → (B, T, D)."""
-        B, T, _ = x.shape
-        q, gate = self.q_proj(x).view(B, T, self.heads, 2 * self.head_dim).chunk(2, dim=-1)
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
-        q, k = rotate_part(self.q_norm(q), cos, sin), rotate_part(self.k_norm(k), cos, sin)
-        return self.o_proj(attend(q, k, v) * gate.flatten(2).sigmoid())
-
-
-def rotate_part(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` for the first components of each head, as many as cos has; the rest stays."""
-    part = cos.shape[-1]
-    return torch.cat([rotate(x[..., :part], cos, sin), x[..., part:]], dim=-1)
-
-
-class Qwen3_5Layer(nn.Module):
-    """x + mixer(norm(x)), then x + MLP(norm(x)). The mixer is attention or the gated delta rule."""
-
-    def __init__(self, config: Qwen3_5Config, layer_type: str):
-        super().__init__()
-        self.input_layernorm = ZeroCenteredRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.is_linear = layer_type == LINEAR
-        if self.is_linear:
-            self.linear_attn = GatedDeltaNet(config)
-        else:
-            self.self_attn = GatedAttention(config)
-        self.post_attention_layernorm = ZeroCenteredRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        h = self.input_layernorm(x)
-        x = x + (self.linear_attn(h) if self.is_linear else self.self_attn(h, cos, sin))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -316,3 +252,70 @@ def next_token_loss(model: Qwen, ids: Tensor) -> Tensor:
     """
     logits = model.logits(model(ids)[:, :-1])  # (B, T-1, V)
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+# Qwen3.5. Its layers have the parts above with small changes, and most have no attention.
+
+
+class ZeroCenteredRMSNorm(RMSNorm):
+    """x / sqrt(mean(x²) + eps) · (1 + weight): a weight of 0 leaves x normalised.
+
+    The weight comes from the checkpoint; the initial 1 of RMSNorm is only a placeholder.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        # dtype: all in fp32, cast after the weight.
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return (h * (1 + self.weight.float())).to(x.dtype)
+
+
+class GatedAttention(Attention):
+    """Attention whose output has a gate, and whose queries and keys are rotated in part.
+
+    `q_proj` computes a query and a gate for each head, side by side. Of each head only the first
+    rotary_dim components are rotated: the others compare content without position.
+    """
+
+    def __init__(self, config: Qwen3_5Config):
+        super().__init__(config)
+        # These three replace those of Attention.
+        H, Dh = self.heads, self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, H * 2 * Dh, bias=config.attention_bias)
+        self.q_norm = ZeroCenteredRMSNorm(Dh, config.rms_norm_eps)
+        self.k_norm = ZeroCenteredRMSNorm(Dh, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, D), cos and sin of the positions (T, 1, rotary_dim) → (B, T, D)."""
+        B, T, _ = x.shape
+        q, gate = self.q_proj(x).view(B, T, self.heads, 2 * self.head_dim).chunk(2, dim=-1)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        q, k = rotate_part(self.q_norm(q), cos, sin), rotate_part(self.k_norm(k), cos, sin)
+        return self.o_proj(attend(q, k, v) * gate.flatten(2).sigmoid())
+
+
+def rotate_part(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` for the first components of each head, as many as cos has; the rest stays."""
+    part = cos.shape[-1]
+    return torch.cat([rotate(x[..., :part], cos, sin), x[..., part:]], dim=-1)
+
+
+class Qwen3_5Layer(nn.Module):
+    """x + mixer(norm(x)), then x + MLP(norm(x)). The mixer is attention or the gated delta rule."""
+
+    def __init__(self, config: Qwen3_5Config, layer_type: str):
+        super().__init__()
+        self.input_layernorm = ZeroCenteredRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.is_linear = layer_type == LINEAR
+        if self.is_linear:
+            self.linear_attn = GatedDeltaNet(config)
+        else:
+            self.self_attn = GatedAttention(config)
+        self.post_attention_layernorm = ZeroCenteredRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        h = self.input_layernorm(x)
+        x = x + (self.linear_attn(h) if self.is_linear else self.self_attn(h, cos, sin))
+        return x + self.mlp(self.post_attention_layernorm(x))

@@ -97,11 +97,13 @@ def build_prompts(
     labels: Sequence[str] = DEFAULT_LABELS,
     max_text_tokens: int = DEFAULT_MAX_TEXT_TOKENS,
     places: Sequence[str] | None = None,
+    trim: Callable[[str], str] = str,
 ) -> list[Prompt]:
     """One prompt for each text: its ids, and the ids of each label word after it.
 
     A text of more than `max_text_tokens` tokens is shortened; the template around it stays whole.
     `places` says where each text comes from, for errors (default: "row 1", "row 2", ...).
+    `trim` is what chat markup does to a text after that, such as str.strip (default: nothing).
 
     Raises UserError if the end of a prompt and the start of a label merge into one token (the label
     then has no tokens of its own), if two labels have the same tokens, if a prompt is empty, or for
@@ -132,7 +134,7 @@ def build_prompts(
         place = places[row] if places else f"row {row + 1}"
         short = shorten(tokenizer, text, max_text_tokens)
         ids, *with_labels = (
-            (*start, *tokenizer.encode(left + short + right), *end)
+            (*start, *tokenizer.encode(left + trim(short) + right), *end)
             for start, left, right, end in frames
         )
         if not ids:

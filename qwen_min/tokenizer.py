@@ -31,11 +31,12 @@ class Tokenizer:
     `<|im_start|>`, to their ids. All ids are below `size`.
     `required` are the tokens that tokenizer.json puts around every text (Qwen's files name none).
     They are not put there; a template has to contain them.
+    `special` are special tokens that only another file names. They follow those of tokenizer.json.
     Raises UserError for another model than a BPE, and for one with dropout, which makes ids random.
     Use `load_tokenizer` of files/tokens.py for a file that may be missing or damaged.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, special: tuple[str, ...] = ()):
         path = Path(directory) / "tokenizer.json"
         whole = BaseTokenizer.from_file(str(path))
         if not isinstance(whole.model, models.BPE):
@@ -46,6 +47,7 @@ class Tokenizer:
             raise UserError(f"{path}: {found}; set it to null: it makes ids random")
         whole.no_truncation()  # the file may ask for both, for other programs
         whole.no_padding()
+        whole.add_special_tokens([t for t in special if whole.token_to_id(t) is None])
         self._path, self._whole = path, whole
         self.added = dict(sorted(whole.get_added_tokens_decoder().items()))
         added = [*self.added.values()]

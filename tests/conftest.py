@@ -18,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3_5TextConfig, Qwen3Config
 
@@ -122,6 +123,32 @@ def make_reference(
     model.save_pretrained(directory, max_shard_size=shard)
     make_tokenizer(directory)
     return model
+
+
+def with_images(
+    directory: Path, dtype: torch.dtype = torch.bfloat16, tied_outside: bool = False
+) -> None:
+    """Write a text-only Qwen3.5 again as Qwen3.5 is released: in a model of images and text, in
+    bf16, but two kinds of tensors in fp32 with more digits than bf16 has."""
+    path = directory / "config.json"
+    text = json.loads(path.read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
+    del text["architectures"]
+    raw = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5"}
+    raw |= {"text_config": text, "image_token_id": 500}
+    raw["vision_config"] = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16}
+    raw["tie_word_embeddings"] = text["tie_word_embeddings"]
+    if tied_outside:  # and only there
+        del text["tie_word_embeddings"]
+    path.write_text(json.dumps(raw))
+    tensors = {
+        "model.visual.blocks.0.norm1.weight": torch.ones(16),
+        "mtp.norm.weight": torch.ones(32),
+    }
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        name = name.replace("model.", "model.language_model.", 1)
+        fp32 = name.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))
+        tensors[name] = tensor if fp32 else tensor.to(dtype)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture(scope="session")

@@ -15,14 +15,20 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+from conftest import make_reference, with_images
 from safetensors import safe_open
-from test_lora import carrier, logits, redraw_lora
+from test_lora import IDS, carrier, logits, redraw_lora
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5ForSequenceClassification,
+)
 
 import evaluate
 from lora.adapter import LoRAConfig, load_adapter, read_adapter_config, save_adapter
-from lora.inject import ATTENTION, MLP, inject_lora, lora_modules, lora_parameters
+from lora.inject import ATTENTION, DELTA_RULE, MLP, inject_lora, lora_modules, lora_parameters
 from lora.layer import LoRAError
 from qwen_min.command.trained import attach_adapter
 from qwen_min.errors import UserError
@@ -209,6 +215,175 @@ def test_all_linear_means_the_seven(tmp_path: Path) -> None:
     saved(tmp_path, "CAUSAL_LM")
     edit_config(tmp_path, target_modules="all-linear")
     assert read_adapter_config(tmp_path).targets == ATTENTION + MLP
+
+
+# Qwen3.5: other modules, and two forms of keys
+
+LONG, SHORT = "base_model.model.model.language_model.", "base_model.model.model."
+NARROW = ("in_proj_a", "in_proj_b")
+
+
+@pytest.fixture(scope="module")
+def qwen3_5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-only checkpoint."""
+    directory = tmp_path_factory.mktemp("qwen3_5")
+    make_reference(directory, "qwen3_5", pad_token_id=0)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a model of images, all in fp32 so that scores can be compared."""
+    directory = tmp_path_factory.mktemp("released")
+    make_reference(directory, "qwen3_5", pad_token_id=0)
+    with_images(directory, torch.float32)
+    return directory
+
+
+@torch.no_grad()
+def scores(model: nn.Module, head: Tensor | None) -> Tensor:
+    """Of our model: logits, or the head's scores at the last token."""
+    h = model(IDS)
+    return model.logits(h) if head is None else h[:, -1] @ head.T
+
+
+def by_peft(base: nn.Module, directory: Path, task: str, targets: object, **more: object) -> Tensor:
+    """Write an adapter that PEFT made of the base; returns the logits of text."""
+    config = peft.LoraConfig(task_type=task, r=4, lora_alpha=6, target_modules=targets, **more)
+    model = peft.get_peft_model(base, config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(directory)
+    return logits(model)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("base", ["qwen3_5", "released"])
+@pytest.mark.parametrize(
+    "targets",
+    [[*ATTENTION, *DELTA_RULE], [*NARROW, "down_proj"], "all-linear", ["layers.2.mlp.up_proj"]],
+)
+def test_an_adapter_of_peft_on_qwen3_5(base, task, targets, tmp_path, request):
+    """PEFT on transformers' text model, and on its model of images and text: two forms of keys."""
+    directory = request.getfixturevalue(base)
+    if base == "qwen3_5":
+        kind = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
+    else:
+        kind = Qwen3_5ForConditionalGeneration
+        kind = kind if task == "CAUSAL_LM" else Qwen3_5ForSequenceClassification
+        targets = [*ATTENTION, *DELTA_RULE, *MLP, *NARROW] if targets == "all-linear" else targets
+    head = {} if task == "CAUSAL_LM" else {"num_labels": 2}
+    theirs = by_peft(kind.from_pretrained(directory, **head), tmp_path, task, targets)
+    keys = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert all(key.startswith(LONG) == (base == "released") for key in keys - {HEAD_KEY})
+    model = load_model(directory)
+    plain = scores(model, None)
+    _, head, _ = load_adapter(tmp_path, model)
+    # The same fp32 operations in another order, 4 layers, on logits of size 1 to 10.
+    torch.testing.assert_close(scores(model, head), theirs, rtol=0, atol=1e-4)
+    if task == "CAUSAL_LM":
+        assert (theirs - plain).abs().max() > 0.01
+    other = load_model(request.getfixturevalue({"qwen3_5": "released"}.get(base, "qwen3_5")))
+    load_adapter(tmp_path, other)  # either form fits either checkpoint, whose text is the same
+    assert torch.equal(scores(other, head), scores(model, head))
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("targets", [ATTENTION + DELTA_RULE, DELTA_RULE + MLP, NARROW])
+def test_peft_reads_ours_on_qwen3_5(qwen3_5, task, targets, tmp_path):
+    model = load_model(qwen3_5)
+    plain = scores(model, None)
+    inject_lora(model, targets, 4, 6.0, 0.1, True)
+    redraw_lora(model)
+    head = None
+    if task == "SEQ_CLS":
+        head = torch.randn(2, 32, generator=torch.Generator().manual_seed(5))
+    save_adapter(tmp_path, model, config_for(task, targets=targets), head)
+    auto = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
+    base = auto.from_pretrained(qwen3_5, **({} if head is None else {"num_labels": 2}))
+    theirs = logits(peft.PeftModel.from_pretrained(base, tmp_path).eval())
+    # As above.
+    torch.testing.assert_close(scores(model, head), theirs, rtol=0, atol=1e-4)
+    assert head is not None or (theirs - plain).abs().max() > 0.01
+
+
+def test_all_linear_is_what_the_model_has(qwen3_5, tmp_path):
+    by_peft(AutoModelForCausalLM.from_pretrained(qwen3_5), tmp_path, "CAUSAL_LM", "all-linear")
+    edit_config(tmp_path, target_modules="all-linear")
+    config, _, _ = load_adapter(tmp_path, load_model(qwen3_5))
+    assert {*config.targets} == {*ATTENTION, *DELTA_RULE, *MLP, *NARROW}
+
+
+def test_full_names_of_the_longer_form(released, tmp_path):
+    name = "model.language_model.layers.1.linear_attn.out_proj"
+    base = Qwen3_5ForConditionalGeneration.from_pretrained(released)
+    theirs = by_peft(base, tmp_path, "CAUSAL_LM", [name])
+    edit_config(tmp_path, target_modules=[name])
+    model = load_model(released)
+    config, _, _ = load_adapter(tmp_path, model)
+    assert config.targets == ("model.layers.1.linear_attn.out_proj",) == (*lora_modules(model),)
+    torch.testing.assert_close(scores(model, None), theirs, rtol=0, atol=1e-4)
+
+
+def rename(start: str, other: str, count: int | None = None) -> Callable[[dict], None]:
+    """A change of the first `count` keys that begin with `start`; None: of all."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for key in sorted(key for key in tensors if key.startswith(start))[:count]:
+            tensors[other + key.removeprefix(start)] = tensors.pop(key)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    {
+        "one of the other form": rename(SHORT, LONG, 1),
+        "all but one of the other form": lambda t: (
+            rename(SHORT, LONG)(t),
+            rename(LONG, SHORT, 1)(t),
+        ),
+        "both forms of one": lambda t: t.update(
+            {LONG + key.removeprefix(SHORT): t[key].clone() for key in sorted(t)[:1]}
+        ),
+        "both forms of all": lambda t: t.update(
+            {LONG + key.removeprefix(SHORT): t[key].clone() for key in sorted(t)}
+        ),
+        "on images": lambda t: (
+            rename(SHORT, LONG)(t),
+            t.update({SHORT + "visual.blocks.0.attn.qkv.lora_A.weight": torch.ones(4, 16)}),
+        ),
+        "nothing that matches": rename(SHORT, "base_model.model.language_model.model."),
+        "nothing": lambda t: t.clear(),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_keys_of_both_forms_or_of_none(qwen3_5, change, tmp_path):
+    targets = [*ATTENTION, *DELTA_RULE]
+    by_peft(AutoModelForCausalLM.from_pretrained(qwen3_5), tmp_path, "CAUSAL_LM", targets)
+    edit_tensors(tmp_path, change[1])
+    model = load_model(qwen3_5)
+    with pytest.raises(LoRAError) as error:
+        load_adapter(tmp_path, model)
+    line = str(error.value)
+    assert "\n" not in line and ("missing" in line or "unexpected" in line)
+    assert not lora_modules(model)
+
+
+def test_a_convolution_is_no_target(qwen3_5):
+    for target in ("conv1d", "linear_attn", "A_log"):
+        with pytest.raises(LoRAError, match=f"{target}.*names no linear layer.*in_proj_qkv"):
+            inject_lora(load_model(qwen3_5), ["q_proj", target], 4, 6.0, 0.0)
+
+
+def test_qwen2_has_no_gated_delta_rule():
+    with pytest.raises(LoRAError, match="in_proj_qkv"):
+        inject_lora(load_model(TINY), DELTA_RULE, 4, 6.0, 0.0)
 
 
 # Writing

@@ -21,7 +21,7 @@ from qwen_min.lab.chat import (
     read_chat_format,
     wrap_template,
 )
-from qwen_min.prompt import DEFAULT_TEMPLATE, build_prompts
+from qwen_min.prompt import DEFAULT_TEMPLATE, build_prompts, shorten
 from qwen_min.tokenizer import Tokenizer
 
 TURN = "'<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n'"
@@ -92,6 +92,22 @@ BY_HAND = {
 ALWAYS_THINKS = LOOP + "{{ '<|im_start|>assistant\\n<think>\\n' }}"
 USER = "{{ messages[-1].content }}"
 
+# What Qwen3.5's template does around one question: it removes white space around every message.
+QWEN35 = """{%- macro said(content) %}
+    {%- if content is string %}{{- content }}
+    {%- else %}{%- for part in content %}{{- part.text }}{%- endfor %}{%- endif %}
+{%- endmacro %}
+{%- if not messages %}{{- raise_exception("nothing was said") }}{%- endif %}
+{%- for message in messages %}
+    {%- set words = said(message.content) | trim %}
+    {{- '<|im_start|>' + message.role + '\n' + words + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n<think>\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}"""
+
 
 @pytest.fixture
 def directory(tmp_path) -> Path:
@@ -129,7 +145,7 @@ def test_rendered_as_transformers_renders_it(name, system, template, directory):
         assert list(prompt.ids) == list(expected)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_5", "qwen3_5_text"])
 @pytest.mark.parametrize(
     "config",
     [
@@ -140,6 +156,7 @@ def test_rendered_as_transformers_renders_it(name, system, template, directory):
         {"bos_token": "<|im_start|>"},
         {"bos_token": {"__type": "AddedToken", "content": "<|im_end|>"}, "eos_token": None},
         {"tokenizer_class": "Qwen2Tokenizer", "eos_token": None, "my_token": "<tool_call>"},
+        {"tokenizer_class": "Qwen3_5Tokenizer", "eos_token": None, "pad_token": "<|im_end|>"},
         {"tokenizer_class": "Qwen2Tokenizer", "extra_special_tokens": {"my_token": "<|im_end|>"}},
     ],
 )
@@ -165,6 +182,63 @@ def test_the_think_block_and_the_system_message_go_where_they_should():
         "<|im_start|>system\nB<|im_end|>\n"
         "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+EDGES = ("好", " 好", "好 ", "\n好 吗\n\n", "\u3000好\u3000", "\x1f好", "\u200b好\u200b", "", " \n")
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("system", [None, "", " 只回答一个词。\n\n"])
+@pytest.mark.parametrize(
+    "template",
+    [DEFAULT_TEMPLATE, "{text}", " \n{text} ", "问：{text}", " {text}\n情感：\n", "评论： {text}"],
+)
+def test_trimmed_messages_are_those_of_transformers(given, system, template, directory):
+    """With a template and without; a text at the border of the message is trimmed with it."""
+    if given:
+        put(directory, QWEN35)
+    ours, theirs = Tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    chat = read_chat_format(directory, "qwen3_5")
+    config = SimpleNamespace(max_position_embeddings=999)
+    task = Task(directory, config, ours, (), (), (), template, chat, system, 99)
+    options = {"add_generation_prompt": True, "enable_thinking": False, "chat_template": QWEN35}
+    for text in EDGES:
+        messages = messages_of(template.replace("{text}", text), system)
+        expected = theirs.apply_chat_template(messages, return_dict=False, **options)
+        # White space of the template itself would be removed with an empty text.
+        if template in ("评论： {text}", " {text}\n情感：\n") and not text.strip():
+            with pytest.raises(UserError, match=r"^row 7: the chat template of .* another prompt"):
+                task.prompts([text], ["row 7"])
+        else:
+            (prompt,) = task.prompts([text], ["row 7"])
+            assert list(prompt.ids) == list(expected) and not prompt.truncated
+
+
+def test_a_shortened_text_is_trimmed_as_well(directory):
+    ours, theirs = Tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    chat = read_chat_format(directory, "qwen3_5")
+    config = SimpleNamespace(max_position_embeddings=999)
+    options = {"add_generation_prompt": True, "enable_thinking": False, "chat_template": QWEN35}
+    text, trimmed = "好 \n\n差 \n\n好 \n\n", 0
+    for most in range(1, len(ours.encode(text)) + 1):
+        task = Task(directory, config, ours, (), (), (), "{text}", chat, None, most)
+        short = shorten(ours, text, most)
+        trimmed += short != short.rstrip() and short != text
+        messages = messages_of(short, None)
+        expected = theirs.apply_chat_template(messages, return_dict=False, **options)
+        (prompt,) = task.prompts([text], ["row 1"])
+        assert list(prompt.ids) == list(expected) and prompt.truncated == (short != text)
+    assert trimmed
+
+
+def test_qwen3_5s_format_needs_chat_markup(directory):
+    chat = read_chat_format(directory, "qwen3_5_text")
+    assert wrap_template("{text}", chat, {"<|im_start|>", "<|im_end|>"}, " A ") == (
+        "<|im_start|>system\nA<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    with pytest.raises(UserError, match=r"the tokenizer has no <\|im_start\|>"):
+        wrap_template("{text}", chat, {"<|im_end|>"})
 
 
 def test_a_review_that_holds_markup_stays_text(directory):
@@ -239,7 +313,7 @@ def test_a_model_that_always_thinks_is_refused():
 @pytest.mark.parametrize(
     "source",
     [
-        *("{{ messages[-1].content | trim }}", "{{ messages[-1].content | upper }}"),
+        *("{{ messages[-1].content | title }}", "{{ messages[-1].content | upper }}"),
         *("{{ messages[-1].content | e }}", "{{ messages[-1].content | tojson }}"),
         *("{{ messages[-1].content[:500] }}", "{{ messages[-1].content | length }}" + USER),
         *("", "Hello", USER + USER, "{{ messages[-1].content.split('</think>')[0] }}"),

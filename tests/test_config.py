@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_reference
-from transformers import AutoConfig, Qwen2Config
+from transformers import AutoConfig, Qwen2Config, Qwen3_5TextConfig
 
-from qwen_min.config import QwenConfig
+from qwen_min.config import FULL, LINEAR, Qwen3_5Config, QwenConfig
 from qwen_min.errors import UserError
 from qwen_min.files.weights import load_model
 
@@ -50,6 +50,49 @@ QWEN3 = QWEN2 | {
     "num_key_value_heads": 8,
     "rope_scaling": None,
     "sliding_window": None,
+}
+
+# The text model of Qwen3.5-0.8B, and the whole: a model of images and text.
+QWEN3_5_TEXT = {
+    "attention_bias": False,
+    "attn_output_gate": True,
+    "dtype": "bfloat16",
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"] * 6,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 16,
+    "linear_value_head_dim": 128,
+    "mamba_ssm_dtype": "float32",
+    "max_position_embeddings": 262144,
+    "model_type": "qwen3_5_text",
+    "mtp_num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "mrope_interleaved": True,
+        "mrope_section": [11, 11, 10],
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000,
+        "rope_type": "default",
+    },
+    "tie_word_embeddings": True,
+    "vocab_size": 248320,
+}
+QWEN3_5 = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "image_token_id": 248056,
+    "model_type": "qwen3_5",
+    "text_config": QWEN3_5_TEXT,
+    "tie_word_embeddings": True,
+    "vision_config": {"depth": 12, "hidden_size": 768, "model_type": "qwen3_5"},
 }
 
 
@@ -182,6 +225,124 @@ def test_nested_rope_theta_takes_precedence(tmp_path):
     assert QwenConfig.from_json(write(tmp_path, raw)).rope_theta == 1e6
 
 
+def of_qwen3_5(directory: Path, raw: dict) -> Qwen3_5Config:
+    config = QwenConfig.from_json(write(directory, raw))
+    assert isinstance(config, Qwen3_5Config)
+    return config
+
+
+def with_images(raw: dict, **outside: object) -> dict:
+    return without(QWEN3_5, "tie_word_embeddings") | {"text_config": raw} | outside
+
+
+def test_every_field_of_qwen3_5(tmp_path):
+    expected = Qwen3_5Config(
+        model_type="qwen3_5_text",
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=256,
+        vocab_size=248320,
+        rms_norm_eps=1e-6,
+        rope_theta=1e7,
+        tie_word_embeddings=True,
+        attention_bias=False,
+        max_position_embeddings=262144,
+        torch_dtype="bfloat16",
+        partial_rotary_factor=0.25,
+        layer_types=(LINEAR, LINEAR, LINEAR, FULL) * 6,
+        linear_num_key_heads=16,
+        linear_num_value_heads=16,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_conv_kernel_dim=4,
+    )
+    assert of_qwen3_5(tmp_path, QWEN3_5) == of_qwen3_5(tmp_path, QWEN3_5_TEXT) == expected
+    assert (expected.rotary_dim, expected.conv_channels) == (64, 6144)
+
+
+def test_the_defaults_of_qwen3_5_are_the_references(tmp_path):
+    needed = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"}
+    bare = {key: QWEN3_5_TEXT[key] for key in (*needed, "num_attention_heads")}
+    found = of_qwen3_5(tmp_path, bare | {"rope_theta": 1e7})
+    reference = Qwen3_5TextConfig(**bare)
+    assert found.partial_rotary_factor == reference.rope_parameters["partial_rotary_factor"]
+    assert list(found.layer_types) == reference.layer_types
+    names = ["num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"]
+    names += ["attention_bias", "max_position_embeddings"]
+    names += [name for name in Qwen3_5Config.__annotations__ if name.startswith("linear_")]
+    for name in names:
+        assert getattr(found, name) == getattr(reference, name), name
+
+
+def test_what_stands_outside_text_config(tmp_path):
+    """These two may; inside takes precedence, as in the reference's text model."""
+    bare = without(QWEN3_5_TEXT, "tie_word_embeddings", "dtype")
+    for tied in (True, False):
+        outside = with_images(bare, tie_word_embeddings=tied, dtype="float16")
+        found = of_qwen3_5(tmp_path, outside)
+        assert (found.tie_word_embeddings, found.torch_dtype) == (tied, "float16")
+        inside = with_images(QWEN3_5_TEXT, tie_word_embeddings=tied, dtype="float16")
+        found = of_qwen3_5(tmp_path, inside)
+        assert (found.tie_word_embeddings, found.torch_dtype) == (True, "bfloat16")
+    assert of_qwen3_5(tmp_path, with_images(bare)).tie_word_embeddings is False
+    # Sizes of the image model, or of anything else outside, do not count.
+    assert of_qwen3_5(tmp_path, QWEN3_5 | {"hidden_size": 7, "rope_theta": 1.0}).hidden_size == 1024
+
+
+@pytest.mark.parametrize("text", [..., None, [], "x", {}])
+def test_a_model_of_images_without_its_text_model(tmp_path, text):
+    raw = with_images(text) if text is not ... else without(QWEN3_5, "text_config")
+    refused(write(tmp_path, raw), "hidden_size", "None")
+
+
+def test_where_the_rotated_part_is_said(tmp_path):
+    """In rope_parameters, in rope_scaling, which replaces it, or at the top; the default is 1/4."""
+    rope, bare = {"rope_theta": 1e7}, without(QWEN3_5_TEXT, "rope_parameters")
+    half = {"partial_rotary_factor": 0.5}
+    for raw, expected in [
+        ({"rope_parameters": rope}, 64),
+        ({"rope_parameters": rope | half}, 128),
+        ({"rope_parameters": rope} | half, 128),
+        ({"rope_parameters": rope | half, "partial_rotary_factor": 0.125}, 128),
+        ({"rope_parameters": rope | half, "rope_scaling": {"type": "default"}, **rope}, 64),
+        ({"rope_scaling": rope | half}, 128),
+        ({"rope_parameters": rope, "partial_rotary_factor": 1}, 256),
+    ]:
+        assert of_qwen3_5(tmp_path, bare | raw).rotary_dim == expected, raw
+        reference = AutoConfig.from_pretrained(tmp_path).rope_parameters
+        assert reference["partial_rotary_factor"] * 256 == expected, raw
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"partial_rotary_factor": 5 / 256}, "rotate 5 of head_dim"),
+        ({"partial_rotary_factor": 0.001}, "rotate 0 of head_dim"),
+        ({"partial_rotary_factor": 2}, "rotate 512 of head_dim"),
+        ({"partial_rotary_factor": None}, "partial_rotary_factor is null"),
+        ({"partial_rotary_factor": "1/4"}, "partial_rotary_factor is '1/4'"),
+        ({"linear_num_value_heads": 24}, "linear_num_key_heads 16 does not divide 24"),
+        ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim is 0"),
+        ({"linear_num_value_heads": 2**24, "linear_value_head_dim": 2**20}, "too large"),
+        ({"linear_num_value_heads": 2**24, "linear_conv_kernel_dim": 2**31 - 1}, "too large"),
+        ({"layer_types": [LINEAR] * 23}, "for each of 24 layers"),
+        ({"layer_types": [LINEAR] * 23 + [{}]}, "for each of 24 layers"),
+        ({"layer_types": LINEAR}, "for each of 24 layers"),
+        ({"layer_types": None, "full_attention_interval": 0}, "full_attention_interval 0"),
+        ({"layer_types": None, "full_attention_interval": -2}, "full_attention_interval -2"),
+        ({"layer_types": None, "full_attention_interval": "4"}, "full_attention_interval '4'"),
+        ({"layer_types": None, "num_hidden_layers": 2**31 - 1}, "2147483647 layers"),
+    ],
+)
+def test_impossible_values_of_qwen3_5(tmp_path, changes, words):
+    rope = {"rope_parameters": {"rope_theta": 1e7}}
+    refused(write(tmp_path, QWEN3_5_TEXT | rope | changes), words)
+    refused(write(tmp_path, with_images(QWEN3_5_TEXT | rope | changes)), words)
+
+
 # ---- both styles, down to the logits -------------------------------------------------------------
 
 IDS = torch.arange(7, 71)[None]  # (1, 64): positions far enough apart for theta to matter
@@ -235,18 +396,33 @@ def test_another_theta_gives_other_logits(theta_1e6, style):
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
 SLIDING = ["full_attention"] * 23 + ["sliding_attention"]
-QWEN35 = {  # a model of images and text: the fields of the text part stand one level down
-    "architectures": ["Qwen3_5ForConditionalGeneration"],
-    "model_type": "qwen3_5",
-    "text_config": style_5(QWEN3) | {"model_type": "qwen3_5_text", "full_attention_interval": 4},
-    "vision_config": {"depth": 12},
-}
 UNSUPPORTED = {
-    "llama": (QWEN2 | {"model_type": "llama"}, "model_type", "'llama'", "qwen2 or qwen3"),
+    "llama": (QWEN2 | {"model_type": "llama"}, "model_type", "'llama'", "qwen2, qwen3 or qwen3_5"),
     "qwen2_moe": (QWEN2 | {"model_type": "qwen2_moe"}, "model_type", "'qwen2_moe'", "dense"),
     "qwen3_moe": (QWEN3 | {"model_type": "qwen3_moe"}, "model_type", "'qwen3_moe'", "dense"),
-    "qwen3.5": (QWEN35, "model_type", "'qwen3_5'"),
-    "qwen3.5 text": (QWEN35["text_config"], "model_type", "'qwen3_5_text'"),
+    **{
+        kind: (raw | {"model_type": kind}, "model_type", repr(kind), "dense")
+        for kind in ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp", "qwen3_vl")
+        for raw in (QWEN3_5, QWEN3_5_TEXT)
+    },
+    "qwen3_5, text of experts": (
+        QWEN3_5 | {"text_config": QWEN3_5_TEXT | {"model_type": "qwen3_5_moe_text"}},
+        "'qwen3_5_moe_text'",
+    ),
+    "qwen3_5, experts": (QWEN3_5_TEXT | {"num_experts": 256}, "mixture of experts"),
+    "qwen3_5, quantised": (
+        QWEN3_5 | {"quantization_config": {"quant_method": "fp8"}},
+        "use unquantised ones",
+    ),
+    "qwen3_5, window": (
+        QWEN3_5_TEXT | {"layer_types": [FULL] * 23 + ["sliding_attention"]},
+        "layer_types",
+        "linear_attention or full_attention for each of 24 layers",
+    ),
+    "qwen3_5, yarn": (
+        QWEN3_5_TEXT | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e7, **YARN}},
+        "scaled RoPE",
+    ),
     "no model_type": (without(QWEN2, "model_type"), "model_type", "None"),
     "model_type a list": (QWEN2 | {"model_type": ["qwen2"]}, "model_type"),
     "experts": (QWEN3 | {"num_experts": 128}, "mixture of experts"),
@@ -384,8 +560,8 @@ def test_theta_has_no_default(tmp_path):
 
 def test_heads_that_do_not_fit(tmp_path):
     refused(write(tmp_path, QWEN2 | {"num_key_value_heads": 4}), "14", "num_key_value_heads", "4")
-    refused(write(tmp_path, QWEN3 | {"head_dim": 65}), "head_dim", "65", "odd")
-    refused(write(tmp_path, QWEN2 | {"hidden_size": 14 * 63}), "head_dim", "63", "odd")
+    refused(write(tmp_path, QWEN3 | {"head_dim": 65}), "head_dim", "65", "even")
+    refused(write(tmp_path, QWEN2 | {"hidden_size": 14 * 63}), "head_dim", "63", "even")
     refused(write(tmp_path, QWEN2 | {"hidden_size": 7}), "head_dim", "0")
 
 
@@ -393,6 +569,9 @@ def test_no_value_of_any_field_ends_in_a_traceback(tmp_path):
     values = [None, True, -1, 3, 1.5, math.nan, "x\ny", "default", [3], ["x"], {"a": [1]}]
     plain = style_5(QWEN3) | QWEN3 | {"num_experts": 0, "quantization_config": None}
     changes = [{field: value} for field in plain for value in values]
+    new = QWEN3_5_TEXT | {"partial_rotary_factor": 0.25}
+    changes += [new | {field: value} for field in new for value in values]
+    changes += [QWEN3_5 | {field: value} for field in QWEN3_5 for value in values]
     changes += [
         {"use_sliding_window": True, field: value}
         for field in ("max_window_layers", "num_hidden_layers", "layer_types")

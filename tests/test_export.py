@@ -8,13 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_reference
+from conftest import make_reference, with_images
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_train import WORDS, arguments, base, data, one_line, record, scores_of
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 import evaluate
 import train
+from lora import ATTENTION, DELTA_RULE
+from qwen_min.files.weights import load_model
 
 __all__ = ["base", "data"]  # fixtures
 THREE = ["负面", "中 性", "Positive"]
@@ -24,9 +32,21 @@ CASES = {
     "qwen2, head only": ("qwen2", ["--lora-targets", "none"]),
     "qwen3, untied": ("qwen3", ["--lora-targets", "all"]),
     "qwen3, untied, vectors": ("qwen3", ["--train-embeddings", "--rslora"]),
+    "qwen3_5, with images": ("with images", ["--lora-targets", "all"]),
+    "qwen3_5, text, untied": ("qwen3_5", []),
     "markup": ("qwen2", ["--template", "<|im_start|>评：{text}<|im_end|>\\n<|endoftext|>"]),
     "no frame": ("qwen2", ["--template", "{text}"]),
 }
+
+ARCHITECTURE = {"qwen2": "Qwen2", "qwen3": "Qwen3"}  # in transformers; the others: Qwen3_5Text
+
+
+def make_base(directory: Path, kind: str) -> None:
+    if kind != "with images":
+        make_reference(directory, kind, tied=kind == "qwen2")
+        return
+    make_reference(directory, "qwen3_5")
+    with_images(directory, torch.float32)
 
 
 def probabilities(scores: np.ndarray) -> np.ndarray:
@@ -65,7 +85,7 @@ def test_a_classifier_gives_transformers_the_probabilities_of_evaluate(
     case, three, tmp_path, capsys
 ):
     (kind, more), (path, texts) = CASES[case], three
-    make_reference(tmp_path / "base", kind, tied=kind == "qwen2")
+    make_base(tmp_path / "base", kind)
     if case == "markup":  # of older versions of transformers; newer ones obey it
         (tmp_path / "base/special_tokens_map.json").write_text('{"pad_token": "<|im_end|>"}')
     run, out = tmp_path / "run", tmp_path / "out"
@@ -80,7 +100,8 @@ def test_a_classifier_gives_transformers_the_probabilities_of_evaluate(
         np.testing.assert_allclose(found, expected, atol=1e-5)  # fp32
     model, info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
-    assert type(model).__name__ == f"{kind.capitalize()}ForSequenceClassification"
+    name = f"{ARCHITECTURE.get(kind, 'Qwen3_5Text')}ForSequenceClassification"
+    assert type(model).__name__ == name and model.config.architectures == [name]
     assert model.config.label2id == {label: y for y, label in enumerate(THREE)}
     assert "lm_head.weight" not in load_file(out / "model.safetensors")
     assert evaluate.main(["--method", "zero_shot", "--model", str(out), "--data", str(path)]) == 2
@@ -188,3 +209,35 @@ def test_without_a_token_to_fill_a_batch_nothing_is_exported(base, data, tmp_pat
     args += ["--template", "{text}<|endoftext|>", "--export", tmp_path / "out"]
     assert "no special token to fill a batch" in one_line(capsys, 2, *args)
     assert not (tmp_path / "out").exists() and record(tmp_path / "run")["finished"]
+
+
+@pytest.mark.parametrize("kind", ["with images", "qwen3_5"])
+def test_a_merged_qwen3_5_is_a_text_model_for_transformers(kind, data, tmp_path, capsys):
+    make_base(tmp_path / "base", kind)
+    run, out = tmp_path / "run", tmp_path / "out"
+    args = arguments("lora_label_scoring", tmp_path / "base", data, run, "--epochs", 1)
+    assert train.main([*args, "--export", str(out)]) == 0
+    err = capsys.readouterr().err
+    assert err.count("note: ") == (kind == "with images"), err
+    assert kind == "qwen3_5" or "note: " + str(tmp_path / "base") + ": 2 tensors" in err
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "qwen3_5_text" and "text_config" not in config
+    assert config["architectures"] == ["Qwen3_5ForCausalLM"]
+    adapter = json.loads((run / "adapter/adapter_config.json").read_text())
+    assert adapter["target_modules"] == [*ATTENTION, *DELTA_RULE]
+    # The merged weights, and the adapter on the base by PEFT, give the run's scores.
+    ours, ids = load_model(out), torch.arange(7, 90)[None]
+    merged, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = PeftModel.from_pretrained(base, run / "adapter").eval()
+    with torch.no_grad():
+        expected = ours.logits(ours(ids))
+        # fp32, 4 layers, logits of size 3.
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(adapted(ids).logits, expected, rtol=0, atol=1e-4)
+    how = ("--data", data, "--limit", 20)
+    expected = scores_of(capsys, "--run", run, *how)
+    more = ("--labels", WORDS, "--max-text-tokens", record(run)["arguments"]["max_text_tokens"])
+    found = scores_of(capsys, "--method", "zero_shot", "--model", out, *more, *how)
+    np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -66,6 +66,12 @@ SHARDS = WANTED | {
     "m-1.safetensors": b"first",
     "m-2.safetensors": b"second",
 }
+VISUAL, MTP = {"model.visual.a": "m-3.safetensors"}, {"mtp.a": "m-4.safetensors"}
+MIXED = {"mtp.b": "m-1.safetensors", "model.language_model.a": "m-1.safetensors"}
+IMAGES = WANTED | {
+    "model.safetensors.index.json": json.dumps({"weight_map": VISUAL | MIXED | MTP}).encode(),
+    "m-1.safetensors": b"first",
+}
 
 
 def commit(digit: str) -> str:
@@ -80,6 +86,11 @@ def with_index(text: bytes) -> dict[str, bytes]:
 REPOS = {
     "org/single": {commit("1"): SINGLE | DECOYS},
     "org/shards": {commit("2"): SHARDS | DECOYS | {"m-3.safetensors": b"not in the index"}},
+    "org/images": {
+        commit("f"): IMAGES
+        | {"m-3.safetensors": b"images", "m-4.safetensors": b"ahead"}
+        | {"preprocessor_config.json": b"{}", "video_preprocessor_config.json": b"{}"}
+    },
     "org/revised": {
         commit("3"): SINGLE,
         commit("4"): SINGLE | {"model.safetensors": b"older"},
@@ -237,6 +248,7 @@ DOWNLOADS = [
     "org/single",
     "org/chat",
     "org/shards",
+    "org/images",
     "org/revised",
     "org/revised@v1.0",
     "org/revised@refs/pr/1",
@@ -424,6 +436,12 @@ def test_an_index_brings_exactly_the_shards_that_it_maps(online, hub):
     assert hub.files_of("org/shards") == set(SHARDS)
 
 
+def test_what_is_for_images_alone_is_not_downloaded(online, hub):
+    """Nor what guesses several tokens ahead; a shard that holds a part of both comes whole."""
+    assert contents(online["org/images"]["path"]) == IMAGES
+    assert hub.files_of("org/images") == set(IMAGES)
+
+
 @pytest.mark.parametrize(
     ("name", "weights"),
     [
@@ -455,7 +473,7 @@ def test_a_token_is_sent(hub, home, online):
     "environment", [{"HF_HUB_OFFLINE": "1"}, {}], ids=["offline", "no network"]
 )
 def test_a_filled_cache_needs_no_hub(environment, home, online):
-    names = ["org/single", "org/chat", "org/shards", "org/revised@v1.0", "org/cut"]
+    names = ["org/single", "org/chat", "org/shards", "org/images", "org/revised@v1.0", "org/cut"]
     absent = ["org/never-asked", "org/broken"]
     with socket.socket() as taken:  # bound, but nobody listens: connections are refused
         taken.bind(("127.0.0.1", 0))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import time
 from collections.abc import Callable
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_reference
+from conftest import make_reference, with_images
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5Tokenizer
 
 from qwen_min.errors import UserError
 from qwen_min.files import disk
@@ -625,3 +626,193 @@ def test_saving_leaves_all_or_nothing(tmp_path, reference, monkeypatch):
     monkeypatch.setattr(loading, "save_file", full)
     refused(save, tmp_path / "out", tmp_path / "out", "No space left")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
+
+
+# ---- Qwen3.5: as it is released, with a model of images ------------------------------------------
+
+VISUAL, MTP = "model.visual.blocks.0.norm1.weight", "mtp.norm.weight"
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def released(request, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("released")
+    make_reference(directory, "qwen3_5", tied=request.param == "tied")
+    with_images(directory, tied_outside=request.param == "tied")
+    return directory
+
+
+def copy_of(directory: Path, out: Path, change: Callable[[dict], object]) -> Path:
+    """The checkpoint with `change` made to its tensors."""
+    tensors = load_file(directory / SINGLE)
+    change(tensors)
+    return write(out, json.loads((directory / "config.json").read_text()), tensors)
+
+
+def test_the_text_model_of_a_released_checkpoint(released):
+    lines = []
+    model = load_model(released, note=lines.append)
+    stored = load_file(released / SINGLE)
+    state = model.state_dict()
+    assert {name.replace("model.", "model.language_model.", 1) for name in state} == {
+        *stored.keys() - {VISUAL, MTP}
+    }
+    for name, tensor in state.items():  # in bf16, and two kinds in fp32 to the bit
+        assert torch.equal(tensor, stored[name.replace("model.", "model.language_model.", 1)])
+        fp32 = name.endswith((".A_log", ".linear_attn.norm.weight"))
+        assert tensor.dtype == (torch.float32 if fp32 else torch.bfloat16), name
+        assert not fp32 or not torch.equal(tensor, tensor.bfloat16().float())
+    (line,) = lines
+    assert line.startswith(f"note: {released}: 2 tensors") and "model.visual.*, mtp.*" in line
+    assert load_model(released, note=None).config == model.config
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_two_kinds_of_tensors_are_in_fp32_in_every_dtype(released, dtype):
+    model = load_model(released, dtype)
+    found = {p.dtype for name, p in model.named_parameters() if name.endswith(loading.FLOAT32)}
+    assert found == {torch.float32}
+    assert model.lm_head_weight.dtype == model.model.norm.weight.dtype == getattr(torch, dtype)
+    with torch.no_grad():
+        assert model.logits(model(IDS)).isfinite().all()
+
+
+def test_the_files_own_dtype_is_not_that_of_the_two(released, tmp_path):
+    config = json.loads((released / "config.json").read_text())
+    del config["text_config"]["dtype"]
+    write(tmp_path, config, load_file(released / SINGLE))
+    assert load_model(tmp_path).lm_head_weight.dtype == torch.bfloat16
+
+
+def test_logits_of_a_released_checkpoint(released, tmp_path):
+    model = load_model(released, "float32")
+    ours = model.logits(model(IDS))
+    reference, info = AutoModelForCausalLM.from_pretrained(
+        released, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    # The reference's text model does not see that the head is tied where only the outside says so.
+    tied = model.config.tie_word_embeddings
+    assert info["missing_keys"] == ({HEAD} if tied else set())
+    with torch.no_grad():
+        h = reference.model(IDS).last_hidden_state
+        head = reference.model.embed_tokens.weight if tied else reference.lm_head.weight
+        # Logits of size 3; fp32 sums in another order.
+        torch.testing.assert_close(ours, h @ head.T, rtol=0, atol=5e-5)
+
+
+def test_a_released_checkpoint_and_its_text_have_one_fingerprint(released, tmp_path):
+    whole = checkpoint_fingerprint(released)
+    save_model(load_model(released), released, tmp_path / "text")
+    assert checkpoint_fingerprint(tmp_path / "text") == whole
+
+    def one_bit(name: str) -> Callable[[dict], object]:
+        return lambda tensors: tensors[name].view(-1)[:1].add_(1)
+
+    (tmp_path / "visual").mkdir()
+    (tmp_path / "layer").mkdir()
+    assert checkpoint_fingerprint(copy_of(released, tmp_path / "visual", one_bit(VISUAL))) == whole
+    name = "model.language_model.layers.0.linear_attn.A_log"
+    assert checkpoint_fingerprint(copy_of(released, tmp_path / "layer", one_bit(name))) != whole
+
+
+def shards_of(released: Path, directory: Path, **changes) -> Path:
+    tensors = load_file(released / SINGLE)
+    (directory / "config.json").write_text((released / "config.json").read_text())
+    visual = {VISUAL: tensors.pop(VISUAL)}
+    names = sorted(tensors)
+    text = [{name: tensors[name] for name in part} for part in (names[::2], names[1::2])]
+    return write_shards(directory, [*text, visual], **changes)
+
+
+def test_a_shard_without_text_may_be_missing(released, tmp_path):
+    """And is not opened. Shards with text stay strict, also in what is dropped from them."""
+    shards_of(released, tmp_path)
+    (tmp_path / "c.safetensors").write_bytes(b"not opened")
+    lines, whole = [], load_model(released)
+    found = load_model(tmp_path, note=lines.append)
+    assert fingerprint(found.state_dict().items()) == fingerprint(whole.state_dict().items())
+    assert "2 tensors" in lines[0]
+    assert checkpoint_fingerprint(tmp_path) == checkpoint_fingerprint(released)
+    (tmp_path / "c.safetensors").unlink()
+    load_model(tmp_path)
+    shards_of(released, tmp_path, **{"mtp.other": "a.safetensors"})
+    refused(load_model, tmp_path, tmp_path / INDEX, "'mtp.other' is in a.safetensors or listed")
+    shards_of(released, tmp_path)
+    (tmp_path / "b.safetensors").unlink()
+    refused(load_model, tmp_path, tmp_path / "b.safetensors", "no such file")
+
+
+def test_what_else_a_released_checkpoint_may_not_have(released, tmp_path):
+    def changed(change: Callable[[dict], object]) -> Path:
+        return copy_of(released, tmp_path, change)
+
+    name = "model.language_model.layers.0.linear_attn.A_log"
+    short = name.replace("language_model.", "")
+    two = changed(lambda tensors: tensors.update({short: tensors[name].clone()}))
+    refused(load_model, two, "1 tensor(s) unknown to this architecture", repr(name))
+    refused(load_model, changed(lambda tensors: tensors.pop(name)), "1 tensor(s) missing", short)
+    for other in ("visual.norm.weight", "model.visual_norm", "model.mtp.norm.weight"):
+        more = changed(lambda tensors, other=other: tensors.update({other: ONE}))
+        refused(load_model, more, "unknown to this architecture", repr(other))
+    whole = changed(lambda tensors: None)
+    config = json.loads((whole / "config.json").read_text())
+    config["text_config"] |= {"num_hidden_layers": 5, "layer_types": None}
+    (whole / "config.json").write_text(json.dumps(config))
+    refused(load_model, whole, "num_hidden_layers is 5, the weights have 4")
+
+
+def test_other_architectures_have_no_tensors_for_images(tmp_path, tied):
+    config, tensors = tied
+    refused(load_model, write(tmp_path, config, tensors | {VISUAL: ONE}), "unknown", VISUAL)
+    renamed = {name.replace("model.", "model.language_model.", 1): t for name, t in tensors.items()}
+    refused(load_model, write(tmp_path, config, renamed), "num_hidden_layers")
+
+
+def test_a_checkpoint_of_text_alone(released, tmp_path):
+    """Saved, the text of a released checkpoint is a checkpoint of its own, for transformers too."""
+    for dtype in ("float32", "bfloat16"):
+        model, out = load_model(released, dtype), tmp_path / dtype
+        save_model(model, released, out)
+        config = json.loads((out / "config.json").read_text())
+        assert config["model_type"] == "qwen3_5_text" and "text_config" not in config
+        assert config["architectures"] == ["Qwen3_5ForCausalLM"]
+        assert config["tie_word_embeddings"] is model.config.tie_word_embeddings
+        for name, tensor in load_file(out / SINGLE).items():
+            fp32 = name.endswith(loading.FLOAT32)
+            assert tensor.dtype == (torch.float32 if fp32 else getattr(torch, dtype)), name
+        lines = []
+        again = load_model(out, note=lines.append)
+        assert again.config == model.config or dtype == "float32"  # the dtype is declared anew
+        assert not lines
+        assert fingerprint(again.state_dict().items()) == fingerprint(model.state_dict().items())
+        save_model(again, out, tmp_path / f"{dtype} again")
+        for file in ("config.json", SINGLE):
+            assert (tmp_path / f"{dtype} again" / file).read_bytes() == (out / file).read_bytes()
+    reference, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float32", attn_implementation="eager", output_loading_info=True
+    )
+    assert type(reference).__name__ == "Qwen3_5ForCausalLM" and not any(info.values()), info
+    model = load_model(tmp_path / "float32")
+    with torch.no_grad():
+        expected = reference(IDS).logits
+        torch.testing.assert_close(model.logits(model(IDS)), expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "PreTrainedTokenizerFast", None])
+def test_transformers_splits_words_as_the_released_tokenizer_does(released, tmp_path, kind):
+    """With images it ignores the class that the file names; in a text-only checkpoint it obeys."""
+    own, out = tmp_path / "own", tmp_path / "out"
+    shutil.copytree(released, own)
+    tokenizer = json.loads((own / "tokenizer.json").read_text())
+    config = json.loads((own / "tokenizer_config.json").read_text()) | {"tokenizer_class": kind}
+    expected = json.loads(Qwen3_5Tokenizer().backend_tokenizer.to_str())
+    for part in ("normalizer", "pre_tokenizer"):  # accents and vowel signs belong to words
+        tokenizer[part] = expected[part]
+    (own / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (own / "tokenizer_config.json").write_text(json.dumps(config))
+    save_model(load_model(own), own, out)
+    for directory in (own, out):
+        found = AutoTokenizer.from_pretrained(directory)
+        backend = json.loads(found.backend_tokenizer.to_str())
+        for part in ("normalizer", "pre_tokenizer"):
+            assert backend[part] == tokenizer[part], directory
+        assert (found.pad_token, found.eos_token) == ("<|endoftext|>", "<|im_end|>")

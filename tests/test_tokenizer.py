@@ -7,8 +7,8 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from conftest import CORPUS, make_tokenizer
-from tokenizers import AddedToken, models, pre_tokenizers
+from conftest import CORPUS, QWEN2_SPLIT, make_tokenizer
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BaseTokenizer
 from transformers import AutoTokenizer
 
@@ -398,6 +398,117 @@ def test_older_files_count_as_for_transformers(name, content, tmp_path):
     config(tmp_path, added_tokens_decoder=SAME)
     assert "<s>" not in AutoTokenizer.from_pretrained(tmp_path).get_vocab()
     read_tokenizer(tmp_path)
+
+
+# ---- Qwen3.5 ----------------------------------------------------------------------------------
+
+# Marks, such as vowel signs and accents, belong to words; in QWEN2_SPLIT they end them.
+QWEN3_5_SPLIT = QWEN2_SPLIT.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(
+    r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]"
+)
+WITH_MARKS = [
+    *("हिन्दी में समीक्षा बहुत अच्छी है", "ไทยไม่ดี ห้องสกปรกมาก", "tiếng Việt rất tốt, không tệ"),
+    *("تَقْيِيمٌ جَيِّدٌ", "שָׁלוֹם עֲלֵיכֶם", "ру́сский отзы́в", "বাংলা রিভিউ", "தமிழ் விமர்சனம்", "မြန်မာ"),
+    *(
+        "o\u0323\u0302 x\u0323\u0301y \u0301 1\u0301 !\u0301",
+        "が か\u3099 は\u309a",
+        "❤\ufe0f 1\ufe0f\u20e3",
+    ),
+    *("好\u0301评 \u20dd好", "a\u0301\u0302\u0303b", "\u0e33\u0e4d\u0e32"),
+]
+# In tokenizer.json: special or not, as the release has them.
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>"]
+OTHERS = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<|fim_prefix|>"]
+# Only in tokenizer_config.json.
+LATE = ["<|audio_start|>", "<tts_pad>", "<tts_text_bos_single>"]
+
+
+def make_qwen3_5_tokenizer(directory: Path, model_type: str, kind: str | None) -> None:
+    """A small tokenizer with Qwen3.5's pre-tokenizer, and the files beside it like a release's."""
+    base = BaseTokenizer(models.BPE())
+    base.normalizer = normalizers.NFC()
+    base.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN3_5_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    base.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, show_progress=False, initial_alphabet=alphabet)
+    base.train_from_iterator((CORPUS + WITH_MARKS) * 3, trainer)
+    base.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    base.add_tokens([AddedToken(t, special=False, normalized=False) for t in OTHERS])
+    base.save(str(directory / "tokenizer.json"))
+    decoder = {}
+    for name in [*SPECIAL, *OTHERS, *LATE]:
+        i = base.token_to_id(name) or base.get_vocab_size() + LATE.index(name)
+        decoder[str(i)] = flags(name, special=name not in OTHERS)
+    beside = {
+        "tokenizer_class": kind,
+        "added_tokens_decoder": decoder,
+        "additional_special_tokens": SPECIAL[1:],
+        "extra_special_tokens": {"audio_bos_token": LATE[0]},
+        "add_bos_token": False,
+        "bos_token": None,
+        "image_token": "<|image_pad|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
+    beside = {name: value for name, value in beside.items() if name != "tokenizer_class" or value}
+    (directory / "tokenizer_config.json").write_text(json.dumps(beside))
+    if not (directory / "config.json").exists():
+        (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+
+
+QWEN3_5_CLASSES = [
+    ("qwen3_5", "Qwen2Tokenizer"),
+    ("qwen3_5", "TokenizersBackend"),
+    ("qwen3_5_text", "Qwen3_5Tokenizer"),
+    ("qwen3_5_text", "TokenizersBackend"),
+    ("qwen3_5_text", None),
+]
+
+
+@pytest.mark.parametrize(("model_type", "kind"), QWEN3_5_CLASSES)
+def test_qwen3_5s_tokenizer_is_that_of_transformers(model_type, kind, tmp_path):
+    make_qwen3_5_tokenizer(tmp_path, model_type, kind)
+    ours, theirs = read_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.size == len(theirs)
+    for name in [*SPECIAL, *OTHERS, *LATE]:
+        assert ours.markup[name] == theirs.convert_tokens_to_ids(name)
+        assert ours.split_markup(f"好{name}") == ["好", name, ""]
+        assert ours.markup[name] not in ours.encode(f"好{name}")  # a user's text
+    pool = [*WITH_MARKS, *TEXTS]
+    rng = random.Random(9)
+    marks = [*ODD, *"ิ่ํ्ंᩛ\u0301\u0323\u20dd\ufe0f\u3099aกक1 "]
+    pool += ["".join(rng.choices(marks, k=rng.randrange(30))) for _ in range(300)]
+    for text in pool:
+        expected = theirs(text)["input_ids"]
+        assert ours.encode(text) == expected, ascii(text)
+        assert ours.decode(expected) == theirs.decode(expected)
+
+
+def test_marks_tell_qwen3_5s_pre_tokenizer_from_qwen2s(tmp_path):
+    """What the test above compares does depend on it."""
+    make_qwen3_5_tokenizer(tmp_path, "qwen3_5_text", None)
+    ours = read_tokenizer(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    raw["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": QWEN2_SPLIT}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    other = read_tokenizer(tmp_path)
+    assert sum(ours.encode(text) != other.encode(text) for text in WITH_MARKS) > 5
+
+
+def test_special_tokens_beside_the_file_are_refused_where_their_ids_would_differ(tmp_path):
+    make_qwen3_5_tokenizer(tmp_path, "qwen3_5", "Qwen2Tokenizer")
+    path = tmp_path / "tokenizer_config.json"
+    found = json.loads(path.read_text())
+    last = max(found["added_tokens_decoder"], key=int)
+    found["added_tokens_decoder"][str(int(last) + 1)] = found["added_tokens_decoder"].pop(last)
+    path.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"not those of tokenizer.json \(<tts_text_bos_single>\)"):
+        read_tokenizer(tmp_path)
 
 
 # ---- the file ---------------------------------------------------------------------------------

@@ -86,7 +86,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--feature-cache", metavar="DIR", help="default: features/ in the run")
     add = parser.add_argument_group("lora_head, lora_label_scoring").add_argument
     # Only attention, as in the paper: a quarter of the parameters of all seven in a 0.5B model.
-    targets = "attention (q, k, v, o), all (with gate, up, down), none, or names: q_proj,v_proj"
+    targets = "attention (q, k, v, o; in Qwen3.5 also in_proj_qkv, in_proj_z, out_proj), all (with"
+    targets += " gate, up, down), none, or names: q_proj,v_proj"
     add("--lora-targets", metavar="NAMES", default="attention", help=targets)
     vectors = "train the token vectors too (and the tied LM head): an ablation"
     add("--train-embeddings", action="store_true", help=vectors)

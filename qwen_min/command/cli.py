@@ -135,9 +135,9 @@ def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Nam
 
 def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     if not getattr(args, "plain", True):  # a command that computes, and not by the definitions
-        from qwen_min.fast.process import set_up_process
+        from qwen_min.fast.memory import keep_freed_memory
 
-        set_up_process()
+        keep_freed_memory()
     out, err = SafeStream(sys.stdout), SafeStream(sys.stderr, lines=True)
     with redirect_stdout(out), redirect_stderr(err):
         status = _status(command, args)

@@ -7,9 +7,12 @@ from lora import merge_lora
 from qwen_min.command.classifier import Source
 from qwen_min.command.finite import dtype_name
 from qwen_min.command.trained import PROMPT_FILE, load_parts, prompt_fields
+from qwen_min.config import QWEN3_5
 from qwen_min.errors import UserError
 from qwen_min.files.run import ADAPTER
 from qwen_min.files.weights import save_model
+
+ARCHITECTURES = {"qwen2": "Qwen2", "qwen3": "Qwen3", QWEN3_5: "Qwen3_5Text"}  # in transformers
 
 
 def export(source: Source, run: Path) -> int:
@@ -38,7 +41,7 @@ def export(source: Source, run: Path) -> int:
             found = "the tokenizer has no special token to fill a batch, but the template's last"
             raise UserError(f"--export: {found}; end the template in another way")
         weight, names = head.weight, dict(enumerate(task.labels))
-        architecture = f"{task.config.model_type.capitalize()}ForSequenceClassification"
+        architecture = f"{ARCHITECTURES[task.config.model_type]}ForSequenceClassification"
         use = f'{architecture}, for pipeline("text-classification", model={str(out)!r})'
         config = {"architectures": [architecture], "pad_token_id": task.tokenizer.markup[pad]}
         config |= {"id2label": names, "label2id": {name: y for y, name in names.items()}}

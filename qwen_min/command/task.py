@@ -1,9 +1,10 @@
 """What a command line asks for, before any model is loaded: label words, template, prompts."""
 
 import argparse
+import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,18 @@ class Task:
             raise UserError(f"--template {template!r}: {found}; write it where it belongs")
         return template
 
+    def trim(self, template: str, texts: Sequence[str], places: Sequence[str]) -> Callable:
+        """What chat markup does to a text, once cut: nothing (`str`), or `str.strip`, say.
+
+        Raises UserError for one of `texts` that the checkpoint's template treats in another way.
+        """
+        if self.chat is None:
+            return str
+        from qwen_min.lab.chat import check_texts
+
+        short = [shorten(self.tokenizer, text, self.max_text_tokens) for text in texts]
+        return check_texts(short, template, self.chat, self.system, places)
+
     def prompts(
         self,
         texts: Sequence[str],
@@ -80,12 +93,8 @@ class Task:
         labels = self.scored if labels is None else labels
         template = self.template if template is None else template
         whole = self.whole_template(template)
-        if self.chat is not None:
-            from qwen_min.lab.chat import check_texts
-
-            short = [shorten(self.tokenizer, text, self.max_text_tokens) for text in texts]
-            check_texts(short, template, self.chat, self.system, places)
-        prompts = build_prompts(self.tokenizer, texts, whole, labels, self.max_text_tokens, places)
+        how = (self.max_text_tokens, places, self.trim(template, texts, places))
+        prompts = build_prompts(self.tokenizer, texts, whole, labels, *how)
         check_lengths(prompts, self.config.max_position_embeddings, places, new_tokens)
         return prompts
 
@@ -128,14 +137,16 @@ def read_task(args: argparse.Namespace, record: dict | None = None) -> Task:
     if args.chat:
         from qwen_min.lab.chat import read_chat_format
 
-        chat = read_chat_format(directory, config.model_type)
+        file = (directory / "config.json").read_text(encoding="utf-8")
+        chat = read_chat_format(directory, json.loads(file)["model_type"])
     # In the system message, as in the template, \n means a newline.
     system = args.system and args.system.replace("\\n", "\n")
     scored = words if args.method in SCORE_LABELS else ()
     names, frame = (labels, words, scored), (template, chat, system)
     task = Task(directory, config, tokenizer, *names, *frame, args.max_text_tokens)
     task.whole_template()  # an unusable template fails here
-    load_model(directory, device="meta")  # reads no numbers: a malformed file fails here
+    note = partial(print, file=sys.stderr)
+    load_model(directory, device="meta", note=note)  # reads no numbers: a malformed file fails here
     return task
 
 

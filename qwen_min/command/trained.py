@@ -33,7 +33,8 @@ from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
 from qwen_min.tokenizer import Tokenizer
 
-TARGETS = {"attention": lora.ATTENTION, "all": (*lora.ATTENTION, *lora.MLP), "none": ()}
+TARGETS = {"attention": (*lora.ATTENTION, *lora.DELTA_RULE), "none": ()}
+TARGETS["all"] = (*TARGETS["attention"], *lora.MLP)
 GIVE_BASE = "give the checkpoint that it was trained on by --model"
 PROMPT_FILE = "prompt.json"
 PROMPT_INPUT = (
@@ -81,6 +82,8 @@ def identity(task: Task, adapter: str | Path | None) -> dict:
 def prompt_fields(task: Task) -> dict:
     """For other programs: how the model's input is made of a text."""
     text = {"input": PROMPT_INPUT, "max_text_tokens": task.max_text_tokens}
+    if (trim := task.trim(task.template, [], [])) is not str:
+        text["input"] += f" Once cut, trim the text as Python's {trim.__name__} does."
     return text | {"template": task.whole_template(), "labels": task.labels, "words": task.scored}
 
 
@@ -172,7 +175,9 @@ class Trainable:
         self.parts = parts_of(record["method"], record["arguments"])
         torch.manual_seed(args.seed)
         weight, words = None, self.parts.head is None
-        targets = TARGETS.get(args.lora_targets, tuple(args.lora_targets.split(",")))
+        targets = tuple(args.lora_targets.split(","))
+        if (names := TARGETS.get(args.lora_targets)) is not None:  # those that this model has
+            targets = tuple(name for name in names if lora.targeted(model, [name]))
         numbers = (args.r, args.alpha, args.dropout)
         try:
             task_type = "CAUSAL_LM" if words else "SEQ_CLS"

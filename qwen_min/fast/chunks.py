@@ -1,14 +1,15 @@
 """Where the tokens of a batch stand in the chunked delta rule; delta.py has the computation.
 
 Each text is cut into chunks of 64 tokens, the last one filled up. All chunks of all texts can be
-prepared at once. But a chunk also needs the state in which the chunk before it leaves the text, so
-the chunks stand in this order: the first one of each text, then the second one of each text that
-has one, and so on, the texts with most chunks first.
+prepared at once. But chunk c of a text needs the state after its chunk c − 1. So the order is:
+chunk 0 of every text, then chunk 1 of every text that has one, and so on; in each step the texts
+with most chunks first.
 
 Tokens are named by their row in the batch, 0 … N−1. Row N stands for zeros. The rows behind it are
 the last inputs of the convolution before each text, if the texts continue others.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ def make_chunks(
     before, n = kernel - 1, len(lines)
     sizes = [line + len(tree) for line, tree in zip(lines, trees, strict=True)]
     N, firsts = sum(sizes), [sum(sizes[:i]) for i in range(n)]
-    filling, chains, ends = [N] * CHUNK, [], []
+    cut, ends = [], []
     for i, line in enumerate(lines):
         history = [N] * before
         if continues:
@@ -79,42 +80,31 @@ def make_chunks(
             history = ends[0]
         chain = [*history, *range(firsts[i], firsts[i] + line)]
         ends.append(chain[len(chain) - before :])
-        chains.append(torch.tensor([*chain, *filling]))
+        filled = torch.tensor([*chain, *[N] * CHUNK])
+        cut.append(filled.unfold(0, before + CHUNK, CHUNK)[: -(-line // CHUNK)])  # the windows
 
-    groups, windows, places = [], [], torch.zeros(N, dtype=torch.long)
-    for texts in [[0], list(range(1, n))] if first_is_prefix else [list(range(n))]:
-        chunks = {i: -(-lines[i] // CHUNK) for i in texts if lines[i]}
-        texts = sorted(chunks, key=lambda i: -chunks[i])
-        counts = [sum(c < chunks[i] for i in texts) for c in range(max(chunks.values(), default=0))]
+    groups, order, starts = [], [], [sum(map(len, cut[:i])) for i in range(n)]
+    for texts in [[0], range(1, n)] if first_is_prefix else [range(n)]:
+        texts = sorted((i for i in texts if lines[i]), key=lambda i: -len(cut[i]))
+        most = len(cut[texts[0]]) if texts else 0
+        counts = [sum(c < len(cut[i]) for i in texts) for c in range(most)]
         groups.append(Group(texts, counts))
-        for c, count in enumerate(counts):
-            for i in texts[:count]:
-                done, left = c * CHUNK, min(CHUNK, lines[i] - c * CHUNK)
-                start = len(windows) * CHUNK
-                places[firsts[i] + done : firsts[i] + done + left] = start + torch.arange(left)
-                windows.append(chains[i][done : done + before + CHUNK])
+        order += [starts[i] + c for c, count in enumerate(counts) for i in texts[:count]]
+    windows = torch.cat(cut)[order]
 
-    found: dict[tuple[int, int], tuple[int, int, list[int]]] = {}  # token: level, place, window
-    levels: list[list[tuple[int, list[int], int]]] = []
-    after = list(ends)
+    steps, after = defaultdict(list), list(ends)
     for i, tree in enumerate(trees):
+        found = {}  # of a token: the depth of what follows it, its place in its level, its window
         for token, parent in enumerate(tree, start=lines[i]):
-            level, origin, window = found.get((i, parent), (-1, i, [N, *ends[i]]))
-            row, window = firsts[i] + token, [*window[1:], firsts[i] + token]
-            if len(levels) == level + 1:
-                levels.append([])
-            found[i, token] = (level + 1, len(levels[level + 1]), window)
-            levels[level + 1].append((row, window, origin))
+            depth, origin, window = found.get(parent, (0, i, [N, *ends[i]]))
+            window = [*window[1:], firsts[i] + token]
+            found[token] = depth + 1, len(steps[depth]), window
+            steps[depth].append((firsts[i] + token, window, origin))
             if parent < 0:
                 after[i] = window[1:]
-    made, answered = [], len(windows) * CHUNK
-    for level in levels:
-        rows, inputs, origins = (torch.tensor(part) for part in zip(*level, strict=True))
-        made.append(Level(rows, inputs, origins))
-        places[rows] = answered + torch.arange(len(rows))
-        answered += len(rows)
-    shape = (len(windows), before + CHUNK)
-    windows = torch.stack(windows) if windows else torch.zeros(shape, dtype=torch.long)
-    return Chunks(
-        groups, windows, windows[:, before:], made, places, torch.tensor(after).view(n, before)
-    )
+    levels = [Level(*map(torch.tensor, zip(*step, strict=True))) for step in steps.values()]
+    # The rows 0 … N−1 stand once each in the answers, so sorting finds their places.
+    tokens = windows[:, before:]
+    places = torch.cat([tokens.flatten(), *(level.rows for level in levels)]).argsort()[:N]
+    after = torch.tensor(after, dtype=torch.long).view(n, before)
+    return Chunks(groups, windows, tokens, levels, places, after)

@@ -16,18 +16,19 @@ is filled up, β = 0 and g = 0: nothing is written and nothing fades. Shapes as 
 M: chunks of all texts; c: 64 tokens.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.linalg import vector_norm
 
 from qwen_min.delta_rule import GatedDeltaNet, one_token
 from qwen_min.fast.chunks import Group
 from qwen_min.fast.layout import Batch, Kept
 
-# e^-60 is nothing beside the numbers around 1 that it would be added to. Below it, products would
-# become denormal numbers, with which a CPU computes up to a hundred times slower.
-FADED = -60.0
+FADED = -40.0
 
 
 def gated_delta_net(
@@ -36,29 +37,35 @@ def gated_delta_net(
     """`GatedDeltaNet.forward` of each text: x (N, D) → (Σ query_counts, D); and what is kept."""
     chunks, weight = batch.chunks, net.conv1d.weight
     inputs, gates = net.in_proj_qkv(x), torch.stack(net.gates(x))  # (N, C), (2, N, Hv)
-    rows = torch.cat(
-        [inputs, inputs.new_zeros(1, inputs.shape[1]), *(last for _, last in prefix or [])]
-    )
-    states = None if prefix is None else torch.stack([state for state, _ in prefix])
-    answers = []
+    zeros = inputs.new_zeros(1, inputs.shape[1])
+    rows = torch.cat([inputs, zeros, *(last for _, last in prefix or [])])
+    states, answers = None if prefix is None else stack([state for state, _ in prefix]), []
     if len(chunks.windows):
-        keep = batch.keep or len(chunks.levels) > 0
-        qkv = F.silu(ConvolutionFunction.apply(rows, weight, chunks.windows))  # (M, c, C)
+        qkv = ConvolutionFunction.apply(rows, weight, chunks.windows)  # (M, c, C)
         of_chunks = F.pad(gates, (0, 0, 0, 1))[:, chunks.tokens]  # (2, M, c, Hv)
-        o, states = chunked_delta_rule(net, qkv, *of_chunks, chunks.groups, states, keep)
+        stateless = chunks.groups[0].counts[0] if states is None else 0
+        prepared = prepare(net, qkv, *of_chunks, stateless)
+        keep = batch.keep or len(chunks.levels) > 0
+        o, states = recurrence(prepared, chunks.groups, states, keep)
         answers.append(o.to(x.dtype).transpose(1, 2).flatten(0, 1))  # (M·c, Hv, dv)
     S = states
     for level in chunks.levels:
-        q, k, v = net.heads(ConvolutionFunction.apply(rows, weight, level.windows)[:, 0])
+        q, k, v = net.split_heads(ConvolutionFunction.apply(rows, weight, level.windows)[:, 0])
         S, o = one_token(S[level.parents], q, k, v, *gates[:, level.rows])
         answers.append(o.to(x.dtype))
-        if batch.keep:
+        if batch.keep:  # single tokens then, whose parents are texts
             states = states.index_copy(0, level.parents, S)
     kept = list(zip(states, rows[chunks.ends], strict=True)) if batch.keep else []
     places = chunks.places
     if batch.query_index is not None:
         places, x = places[batch.query_index], x[batch.query_index]
     return net.output(torch.cat(answers)[places], x), kept
+
+
+def stack(states: list[Tensor]) -> Tensor:
+    """(n, Hv, dk, dv); without a copy where all texts continue the same one."""
+    same = all(state is states[0] for state in states)
+    return states[0].expand(len(states), -1, -1, -1) if same else torch.stack(states)
 
 
 class ConvolutionFunction(torch.autograd.Function):
@@ -73,6 +80,7 @@ class ConvolutionFunction(torch.autograd.Function):
     def forward(ctx, rows: Tensor, weight: Tensor, windows: Tensor) -> Tensor:
         w = weight[:, 0].T.contiguous()  # (kernel, C)
         x, T = rows[windows], windows.shape[1] - len(w) + 1
+        # dtype: in bf16 this rounds after each term; the definition rounds once.
         y = x[:, :T] * w[0]
         for i in range(1, len(w)):
             y.addcmul_(x[:, i : i + T], w[i])
@@ -97,53 +105,59 @@ class ConvolutionFunction(torch.autograd.Function):
         return d_rows, dw, None
 
 
-def chunked_delta_rule(
-    net: GatedDeltaNet,
-    qkv: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    groups: list[Group],
-    past: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Answers (M, Hv, c, dv) in fp32 and, with `keep`, the states after the texts.
+class Prepared(NamedTuple):
+    """Of each chunk, what does not involve S: (M, Hv, ...) in the notation above."""
 
-    qkv (M, c, C) after the convolution and its SiLU; g, beta (M, c, Hv). past: the states before
-    the texts (texts, Hv, dk, dv); None: empty ones.
+    U: Tensor  # A⁻¹ (β v)
+    within: Tensor  # Γ ⊙ q kᵀ
+    k_end: Tensor  # e^(G_64 − G) k
+    end: Tensor  # e^(G_64)
+    W: Tensor  # A⁻¹ (β e^G k); this and the next one only of chunks that have a state before them
+    q_grown: Tensor  # e^G q
+
+
+def prepare(net: GatedDeltaNet, qkv: Tensor, g: Tensor, beta: Tensor, stateless: int) -> Prepared:
+    """qkv (M, c, C), after the convolution, and g, beta (M, c, Hv).
+
+    stateless: how many chunks, those in front, have no state before them.
     """
     keys, share = net.key_heads * net.key_dim, net.value_heads // net.key_heads
-    parts = qkv.split([keys, keys, net.value_heads * net.value_dim], dim=-1)
+    parts = F.silu(qkv).split([keys, keys, net.value_heads * net.value_dim], dim=-1)
     sizes = (net.key_dim, net.key_dim, net.value_dim)
     q, k, v = (by_head(part, size) for part, size in zip(parts, sizes, strict=True))
-    # The lengths of q and k are divided out of the products, which are smaller than q and k.
-    q_scale = (q.square().sum(-1) + 1e-6).rsqrt() * net.key_dim**-0.5
-    k_scale = (k.square().sum(-1) + 1e-6).rsqrt()
-    kk, qk = k @ k.mT * k_scale[..., None, :], q @ k.mT * k_scale[..., None, :]  # (M, Hk, c, c)
-    q, k, q_scale, k_scale, kk, qk = (
-        t.repeat_interleave(share, dim=1) for t in (q, k, q_scale, k_scale, kk, qk)
-    )
+    q_length, k_length = ((vector_norm(x, dim=-1).square() + 1e-6).sqrt() for x in (q, k))
+    q, k = q / (q_length * net.key_dim**0.5)[..., None], k / k_length[..., None]
+    kk, qk = k @ k.mT, q @ k.mT  # (M, Hk, c, c)
+    if share > 1:
+        q, k, kk, qk = (t.repeat_interleave(share, dim=1) for t in (q, k, kk, qk))
     g, beta = g.transpose(1, 2), beta.transpose(1, 2)  # (M, Hv, c)
     G = g.cumsum(-1)
-    later = torch.ones(kk.shape[-2:], dtype=torch.bool, device=kk.device).triu(1)
-    decay = fade((G[..., :, None] - G[..., None, :]).masked_fill(later, -torch.inf))  # Γ
-    # solve_triangular takes the diagonal as 1, and reads nothing above it.
-    A = kk * decay * (beta * k_scale)[..., None]
-    one = torch.eye(A.shape[-1], device=A.device)
+    gamma, grown = fade(G[..., :, None] - G[..., None, :]), fade(G)
+    # solve_triangular takes the diagonal of A as 1, and reads nothing above it.
+    A, one = kk * gamma * beta[..., None], torch.eye(kk.shape[-1], device=kk.device)
     inverse = torch.linalg.solve_triangular(A, one, upper=False, unitriangular=True)
-    within = qk * decay * q_scale[..., None]
-    U = inverse * beta[..., None, :] @ v  # A⁻¹ (β v)
-    # The first chunks of texts that continue nothing have an empty state before them.
-    new = 0 if past is not None else groups[0].counts[0]
-    grown = fade(G[new:])
-    W = inverse[new:] * (beta[new:] * grown * k_scale[new:])[..., None, :] @ k[new:]
-    q_grown = q[new:] * (grown * q_scale[new:])[..., None]
-    k_end = k * (fade(G[..., -1:] - G) * k_scale)[..., None]
-    end = fade(G[..., -1])[..., None, None]
+    return Prepared(
+        U=(inverse * beta[..., None, :]) @ v,
+        within=(qk * gamma).tril(),
+        k_end=k * fade(G[..., -1:] - G)[..., None],
+        end=grown[..., -1:, None],
+        W=(inverse * (beta * grown)[..., None, :])[stateless:] @ k[stateless:],
+        q_grown=(q * grown[..., None])[stateless:],
+    )
 
+
+def recurrence(
+    prepared: Prepared, groups: list[Group], past: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Answers (M, Hv, c, dv) and, with `keep`, the states after the texts (texts, Hv, dk, dv).
+
+    past: the states before the texts; None: empty ones.
+    """
+    U, within, k_end, end, W, q_grown = prepared
     counts = [count for group in groups for count in group.counts]
     own = zip(*(t.split(counts) for t in (U, within, k_end, end)), strict=True)
-    from_state = (t.split(counts if new == 0 else counts[1:]) for t in (W, q_grown))
-    from_state = zip(*from_state, strict=True)
+    counts = counts[1:] if past is None else counts  # the chunks in front have no state
+    from_state = zip(W.split(counts), q_grown.split(counts), strict=True)
     answers, states, S = [], past, None
     for number, group in enumerate(groups):
         if past is not None:
@@ -152,24 +166,22 @@ def chunked_delta_rule(
             S = S.expand(len(group.texts), -1, -1, -1)
         ended = []
         for count, going in zip(group.counts, [*group.counts[1:], 0], strict=True):
-            changes, weights, k_step, end_step = next(own)
+            V, weights, k, fading = next(own)
             if S is None:
-                answers.append(weights @ changes)
+                answers.append(weights @ V)
             else:
-                W_step, q_step = next(from_state)
+                w, q = next(from_state)
                 S = S[:count]
-                changes = changes - W_step @ S
-                answers.append(q_step @ S + weights @ changes)
+                V = V - w @ S
+                answers.append(q @ S + weights @ V)
             if going or keep or number < len(groups) - 1:
-                written = k_step.mT @ changes
-                S = written if S is None else end_step * S + written
-                ended.append(S[going:])
+                S = k.mT @ V if S is None else fading * S + k.mT @ V
+                ended.append(S[going:])  # the shortest texts end first
         if keep:
-            if past is None and not number:
+            if states is None:
                 states = S.new_zeros(sum(len(g.texts) for g in groups), *S.shape[1:])
-            states = states.index_copy(
-                0, torch.tensor(group.texts, device=S.device), torch.cat(ended[::-1])
-            )
+            index = torch.tensor(group.texts, device=S.device)
+            states = states.index_copy(0, index, torch.cat(ended[::-1]))
     return torch.cat(answers), states
 
 
@@ -181,5 +193,9 @@ def by_head(x: Tensor, size: int) -> Tensor:
 
 
 def fade(log: Tensor) -> Tensor:
-    """e^log, but 0 from e^-60 on."""
-    return F.threshold(log, FADED, -torch.inf).exp()
+    """e^log for log ≤ 0; 1 above, and never below e^-40.
+
+    e^-40 (4e-18) is lost beside numbers around 1. Without this bound there would be denormal
+    numbers, with which a CPU computes up to a hundred times slower.
+    """
+    return log.clamp(FADED, 0.0).exp()

@@ -37,9 +37,9 @@ class Text:
     """One text of a batch."""
 
     ids: Sequence[int]
-    # Its last tokens can be a tree instead of a line: several continuations of one prompt side by
-    # side. For each of them, which of the text's tokens it follows: the last one in front of the
-    # tree (−1 if there is none), or one of the tree that stands before it.
+    # The last tokens may be a tree: several continuations of one prompt side by side. For each, the
+    # index in `ids` of the token that it follows: the last one before the tree, or an earlier one
+    # of the tree; −1, where all of the text is a tree: what stands before the text.
     parents: Sequence[int] = ()
     queries: int | None = None  # how many of its last tokens need an output; None: all
 
@@ -78,10 +78,10 @@ class Batch:
     def chunks(self) -> Chunks:
         """The layout for the gated delta rule, made once a batch."""
         # A single token that continues a text is one step of the recurrence, not a chunk.
-        single = (-1,) if self.prefix is not None else ()
-        trees = [single if len(t.ids) == 1 and single else t.parents for t in self.texts]
+        continues = self.prefix is not None
+        trees = [(-1,) if continues and len(t.ids) == 1 else t.parents for t in self.texts]
         lines = [len(t.ids) - len(tree) for t, tree in zip(self.texts, trees, strict=True)]
-        how = (self.kernel, self.prefix is not None, self.first_is_prefix)
+        how = (self.kernel, continues, self.first_is_prefix)
         return make_chunks(lines, trees, *how).to(self.ids.device)
 
     @cached_property

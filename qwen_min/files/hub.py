@@ -12,6 +12,9 @@ from qwen_min.files.disk import read_json
 
 TINY = Path(__file__).parent.parent / "tiny"  # the checkpoint that comes with the project
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What released files of Qwen3.5 hold beside the text model: a model of images, and one that guesses
+# several tokens ahead. Neither is used here.
+NOT_TEXT = ("model.visual.", "mtp.")
 # The files of a checkpoint's directory beside its weights (few have all; * is any name). They are
 # downloaded together, and copied together into a merged checkpoint. The value is the key of a hash,
 # or of a content, that changes with the file: in run.json and in results.
@@ -92,7 +95,10 @@ def _download(repo: str, revision: str) -> Path:
     config = fetch("config.json", revision)
     commit = config.parent.name  # the cache's layout: snapshots/COMMIT/config.json
     names = os.listdir(config.parent) if failure else [f.rfilename for f in info.siblings or ()]
-    shards = read_index(fetch(INDEX, commit)).values() if INDEX in names else [SINGLE]
+    shards = [SINGLE]
+    if INDEX in names:
+        listed = read_index(fetch(INDEX, commit)).items()
+        shards = [file for name, file in listed if not name.startswith(NOT_TEXT)]
     # Names come from outside: none may lead to another directory, or act on the terminal.
     names = [name for name in names if ".." not in name and name.isprintable()]
     others = [name for name in names if any(fnmatch(name, pattern) for pattern in FILES)]

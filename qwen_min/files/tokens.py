@@ -31,18 +31,18 @@ def read_tokenizer_config(directory: Path) -> dict:
 def special_tokens(config: dict, model_type: str = "qwen2") -> dict[str, str]:
     """The special tokens by name, such as eos_token; config is that of `read_tokenizer_config`.
 
-    model_type is config.json's. For qwen2, transformers ignores the class that the file names.
+    model_type is config.json's. For two of them transformers ignores the class that the file names.
     """
     kind = str(config.get("tokenizer_class") or "Qwen2Tokenizer")
-    qwen = model_type == "qwen2" or kind.startswith("Qwen2Tokenizer")
+    qwen = model_type in ("qwen2", "qwen3_5") or re.match("Qwen(2|3_5)Tokenizer", kind)
     extra = extra if isinstance(extra := config.get("extra_special_tokens"), dict) else {}
     named = (DEFAULTS if qwen else {}) | {n: config[n] for n in config if n.endswith("_token")}
     texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in (named | extra).items()}
     return {n: t for n, t in texts.items() if isinstance(t, str)}
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of tokenizer.json alone.
+def load_tokenizer(directory: str | Path, special: tuple[str, ...] = ()) -> Tokenizer:
+    """The tokenizer of tokenizer.json, and of special tokens that another file names.
 
     Raises UserError if the file is missing, or if the `tokenizers` library cannot use it.
     """
@@ -54,7 +54,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         prefix = re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', data)
         if prefix and b'"WordPiece"' not in data:  # the library would end the process
             raise ValueError("its BPE has a continuing_subword_prefix")
-        tokenizer = Tokenizer(directory)
+        tokenizer = Tokenizer(directory, special)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     # The library raises bare Exception, or a panic, which is no Exception.
@@ -75,13 +75,18 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer, after a look at the files beside tokenizer.json, which it is read from alone.
+    """The tokenizer of tokenizer.json, after a look at the files beside it.
 
     transformers takes added tokens from all of them; which one counts depends on its version and
-    on the tokenizer's class. Raises UserError where they differ.
+    on the tokenizer's class. Raises UserError where they differ. Only special tokens may be in
+    tokenizer_config.json alone, as in Qwen3.5's releases.
     """
-    tokenizer = load_tokenizer(directory)
     config, path = read_tokenizer_config(directory), directory / CONFIG
+    with refuse_malformed(path, KIND, ADVICE):
+        decoder = dict(config.get("added_tokens_decoder") or {})
+        decoder = sorted((int(i), t) for i, t in decoder.items())
+        special = [t["content"] for _, t in decoder if t["content"] and t.get("special")]
+    tokenizer = load_tokenizer(directory, tuple(special))
     for name in ("add_prefix_space", "split_special_tokens"):
         if config.get(name):
             raise UserError(f"{path}: {name} is not supported; set it to false")
@@ -93,9 +98,9 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         odd = {token if isinstance(token, str) else token["content"] for token in named}
         odd |= {*special_tokens(config).values()}
         odd -= {"", DEFAULT, *(token.content for _, token in added)}  # "" means none
-        if decoder := dict(config.get("added_tokens_decoder") or {}).items():
+        if decoder:
             flags = ("lstrip", "rstrip", "single_word")
-            there = {(int(i), t["content"], *(bool(t.get(f)) for f in flags)) for i, t in decoder}
+            there = {(i, t["content"], *(bool(t.get(f)) for f in flags)) for i, t in decoder}
             odd |= {content for _, content, *_ in here ^ there}
     if odd:
         names = ", ".join(sorted(map(str, odd))[:5])

@@ -1,10 +1,11 @@
 """Safetensors into the model, strictly: a tensor that is missing, unexpected or of another shape is
-an error. The one exception is an lm_head in a tied checkpoint: a copy of the embedding is dropped.
+an error. Two things are dropped: an lm_head in a tied checkpoint, which is a copy of the embedding,
+and what released files of Qwen3.5 hold beside the text model.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import chain
@@ -14,31 +15,38 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen_min.config import QwenConfig
+from qwen_min.config import Qwen3_5Config, QwenConfig, text_fields
 from qwen_min.errors import UserError
 from qwen_min.files.disk import new_directory, read_json, read_regular, read_safetensors, write_json
-from qwen_min.files.hub import FILES, INDEX, SINGLE, read_index
+from qwen_min.files.hub import FILES, INDEX, NOT_TEXT, SINGLE, read_index
 from qwen_min.model import Qwen
 
-AGAIN = "fetch it again"
+AGAIN, TOKENIZER = "fetch it again", "tokenizer_config.json"
 FIT = "take config.json and unquantised weights from one checkpoint"
 EMBEDDING, HEAD, CLASSIFIER = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
 # Released files of Qwen3.5 have these two in fp32 and all else in bf16: rounding them would change
 # how fast a head forgets. They stay in fp32 in every dtype.
 FLOAT32 = (".linear_attn.A_log", ".linear_attn.norm.weight")
+TEXT = "model.language_model."  # what `model.` is called where a model of images stands beside it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(directory: str | Path, dtype: str = "auto", device: str = "cpu") -> Qwen:
+def load_model(
+    directory: str | Path,
+    dtype: str = "auto",
+    device: str = "cpu",
+    note: Callable[[str], None] | None = None,
+) -> Qwen:
     """Build the model of `directory` in eval mode, all parameters frozen.
 
     dtype: a name in DTYPES, or "auto": config.json's, else the tensors' own. On the CPU weights of
-    that dtype stay mapped from the file: nothing is copied, pages are read when first used.
+    that dtype stay mapped from the file: nothing is copied, pages are read when first used. note is
+    called with a line that says what is not loaded, if anything is not.
     Raises UserError if config.json or the weights are missing, malformed or do not fit together.
     """
     directory = Path(directory)
     config = QwenConfig.from_json(directory / "config.json")
-    tensors = read_tensors(directory)
+    tensors = read_tensors(directory, config, note)
     if CLASSIFIER in tensors:
         found = f"holds {CLASSIFIER}: it is a classifier for transformers, not a base"
         raise UserError(f"{directory}: {found}; to use it here, give its run by --run")
@@ -66,16 +74,22 @@ def load_model(directory: str | Path, dtype: str = "auto", device: str = "cpu") 
     return model.requires_grad_(False).eval()
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
+def read_tensors(
+    directory: Path, config: QwenConfig | None = None, note: Callable[[str], None] | None = None
+) -> dict[str, Tensor]:
     """All tensors of model.safetensors or, if it is missing, of the index's shards; mapped.
 
-    The index must name exactly the tensors of each shard.
+    The index must name exactly the tensors of each shard. With the config of a Qwen3.5, only the
+    tensors of its text model, under the names of a text-only checkpoint: note is told how many
+    others there are, and a shard of nothing else is not opened.
     """
+    not_text = NOT_TEXT if isinstance(config, Qwen3_5Config) else ()
     index, weight_map = directory / INDEX, {}
     if index.exists() and not (directory / SINGLE).is_file():
         weight_map = read_index(index)
     tensors: dict[str, Tensor] = {}
-    for file in sorted(set(weight_map.values())) or [SINGLE]:
+    shards = {file for name, file in weight_map.items() if not name.startswith(not_text)}
+    for file in sorted(shards) or [SINGLE]:
         path = directory / file
         if not path.exists():
             raise UserError(f"{path}: no such file; expected {SINGLE}, or {INDEX} and its shards")
@@ -85,6 +99,14 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             problem = f"{min(odd)!r} is in {file} or listed for it, but not both"
             raise UserError(f"{index}: {problem}; {AGAIN}")
         tensors |= part
+    dropped = {name for name in weight_map.keys() | tensors if name.startswith(not_text)}
+    if dropped and note:
+        found = f"{len(dropped)} tensors for images and for guessing several tokens ahead"
+        note(f"note: {directory}: {found} are not loaded ({'*, '.join(not_text)}*)")
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    for name in [name for name in tensors if not_text and name.startswith(TEXT)]:
+        if (short := name.replace(TEXT, "model.", 1)) not in tensors:
+            tensors[short] = tensors.pop(name)
     return tensors
 
 
@@ -124,10 +146,15 @@ def save_model(
         dtype = str(model.lm_head_weight.dtype).removeprefix("torch.")
         # The older name and the newer one.
         config = {"torch_dtype": dtype, "dtype": dtype} | changes.get("config.json", {})
+        if isinstance(model.config, Qwen3_5Config):
+            # Released files name Qwen2's class, which splits words at accents. transformers knows
+            # better where there is a model of images, but not in a text-only checkpoint.
+            kind = {"tokenizer_class": "Qwen3_5Tokenizer"}
+            changes = changes | {TOKENIZER: changes.get(TOKENIZER, {}) | kind}
         for name, fields in (changes | {"config.json": config}).items():
             path = directory / name
             found = read_json(path, "a file of a checkpoint", AGAIN) if path.exists() else {}
-            write_json(path, found | fields)
+            write_json(path, text_fields(found) | fields)
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         if head is not None:
             tensors.pop(HEAD, None)
@@ -152,8 +179,10 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def checkpoint_fingerprint(directory: str | Path) -> str:
     """One SHA-256 that identifies a checkpoint, whatever dtype it is loaded in: over its tensors as
     stored, and the fields of config.json that the forward pass depends on."""
-    config = asdict(QwenConfig.from_json(Path(directory) / "config.json"))
+    config = QwenConfig.from_json(Path(directory) / "config.json")
+    tensors = read_tensors(Path(directory), config)
+    fields = asdict(config)
     for field in ("torch_dtype", "max_position_embeddings"):
-        del config[field]
-    whole = f"{sorted(config.items())} {fingerprint(read_tensors(Path(directory)).items())}"
+        del fields[field]
+    whole = f"{sorted(fields.items())} {fingerprint(tensors.items())}"
     return hashlib.sha256(whole.encode()).hexdigest()

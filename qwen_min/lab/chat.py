@@ -12,13 +12,15 @@
 
     LABEL
 
-Without a given system message, Qwen2.5 adds a default one and Qwen3 adds none. Only Qwen3 has the
-empty thinking block: without it the model would start to think (`enable_thinking=False`).
+Without a given system message, Qwen2.5 adds a default one; Qwen3 and Qwen3.5 add none. Only these
+two have the empty thinking block: without it the model would start to think
+(`enable_thinking=False`). Qwen3.5 also removes white space around each message.
 
 A checkpoint's own template, a program in the language Jinja, takes precedence. It is rendered as
 `apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)` of transformers
 renders it. For Qwen's releases that gives the markup above: tests hold the two equal. The markup is
 that of two renderings; as a template can look at the text, each text is then rendered and compared.
+If the template trims messages, a text at the start or end of the user's message is trimmed too.
 """
 
 import json
@@ -27,7 +29,7 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +45,10 @@ from qwen_min.prompt import FIELD
 START, END = "<|im_start|>", "<|im_end|>"
 EMPTY_THOUGHTS = "<think>\n\n</think>\n\n"
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+# Qwen3.5's format, where a checkpoint has no template of its own.
+QWEN3_5_TURN = START + "{{ message.role }}\n{{ message.content | trim }}" + END + "\n"
+QWEN3_5_SOURCE = "{% for message in messages %}" + QWEN3_5_TURN + "{% endfor %}"
+QWEN3_5_SOURCE += f"{START}assistant\n{EMPTY_THOUGHTS}\n"  # Jinja drops the last newline
 KIND, ADVICE = "a chat template", "fetch it again, or leave out --chat"
 # What a template gets beside the messages and the special tokens, as from transformers.
 GIVEN = {"add_generation_prompt": True, "enable_thinking": False, "tools": None, "documents": None}
@@ -50,6 +56,8 @@ GIVEN = {"add_generation_prompt": True, "enable_thinking": False, "tools": None,
 SECONDS, MAX_BYTES, MAX_LENGTH = 5, 2**28, 1_000_000
 # Two texts in the place of the user's. The second has whatever a template might change.
 PROBES = ("\ue000", f" \n\ue000 Aé </think> {END} <b>&'\"\\n{{{{ 1 }}}} {'x' * 5000}。\n ")
+# What a template may do to a text: leave it as it is, or trim it where it begins or ends a message.
+TRIMS = (str, str.strip, str.lstrip, str.rstrip)
 
 
 class ChatFormat(NamedTuple):
@@ -67,15 +75,15 @@ class ChatTemplate(NamedTuple):
     tokens: dict[str, str]  # the special tokens by name, such as eos_token, which it may use
 
 
-Chat = ChatFormat | ChatTemplate
+Chat, Trim = ChatFormat | ChatTemplate, Callable[[str], str]
 
 
 def read_chat_format(directory: str | Path, model_type: str) -> Chat:
-    """The template of the checkpoint in `directory`; without one, Qwen2.5's or Qwen3's format.
+    """The template of the checkpoint in `directory`; without one, the format of its model type.
 
-    model_type is its config's. A file of its own takes precedence over tokenizer_config.json; of
-    several templates with names, the default one counts (both as in transformers). Raises UserError
-    if the template cannot be read.
+    model_type is that in config.json. A file of its own takes precedence over
+    tokenizer_config.json; of several templates with names, the default one counts (both as in
+    transformers). Raises UserError if the template cannot be read.
     """
     directory = Path(directory)
     config = read_tokenizer_config(directory)
@@ -94,6 +102,8 @@ def read_chat_format(directory: str | Path, model_type: str) -> Chat:
             raise ValueError(f"found {type(found).__name__}, expected text")
     if found is not None:
         return ChatTemplate(path, found, special_tokens(config, model_type))
+    if model_type.startswith("qwen3_5"):
+        return ChatTemplate(Path(__file__), QWEN3_5_SOURCE, {})
     qwen3 = model_type == "qwen3"
     return ChatFormat(None if qwen3 else QWEN25_SYSTEM, qwen3)
 
@@ -111,53 +121,55 @@ def wrap_template(
         raise UserError(f"--chat: {template!r} contains chat markup already; leave out one of them")
     if system is not None and FIELD in system:
         raise UserError(f"--system {system!r}: {FIELD} belongs in the template; leave it out here")
-    if isinstance(chat, ChatTemplate):
-        return render_template(template, chat, system)
-    if missing := sorted({START, END} - set(markup)):
+    own = isinstance(chat, ChatFormat) or chat.source == QWEN3_5_SOURCE
+    if own and (missing := sorted({START, END} - set(markup))):
         advice = "use a checkpoint that was tuned for chat, or leave out --chat"
         raise UserError(f"--chat: the tokenizer has no {', '.join(missing)}; {advice}")
+    if isinstance(chat, ChatTemplate):
+        return render_template(template, chat, system)[0]
     system = chat.system if system is None else system
     first = "" if system is None else f"{START}system\n{system}{END}\n"
     answer = EMPTY_THOUGHTS * chat.empty_thoughts
     return f"{first}{START}user\n{template}{END}\n{START}assistant\n{answer}"
 
 
-def render_template(template: str, chat: ChatTemplate, system: str | None) -> str:
-    """`wrap_template` by the checkpoint's own template.
+def render_template(template: str, chat: ChatTemplate, system: str | None) -> tuple[str, Trim]:
+    """`wrap_template` by the checkpoint's own template, and what it does to a text: see TRIMS.
 
     Raises UserError as `render` does, if the template changes what the user says or says it more
     than once, if it contains the text field, or if every answer starts with thoughts.
     """
-    frames = set()
-    for text, whole in zip(PROBES, render(PROBES, template, chat, system), strict=True):
-        frames.add(whole.replace(text, FIELD) if whole.count(text) == 1 else "")
-    frame = frames.pop()
-    if frames or frame.count(FIELD) != 1:
+    first, second = render(PROBES, template, chat, system)
+    trims = [trim for trim in TRIMS if second == first.replace(PROBES[0], trim(PROBES[1]))]
+    frame, once = first.replace(PROBES[0], FIELD), first.count(PROBES[0]) == 1
+    if not (once and trims and frame.count(FIELD) == 1):
         problem = "changes the user's message, repeats it or leaves it out"
-        if not frames and frame:
+        if once and trims:
             problem = f"says {FIELD} itself, which marks the place of the text"
         raise UserError(f"{chat.path}: its chat template {problem}; leave out --chat")
     if frame.rstrip().endswith("<think>"):
         advice = "use a checkpoint that can answer directly, or leave out --chat"
         raise UserError(f"{chat.path}: its template starts every answer with thoughts; {advice}")
-    return frame
+    return frame, trims[0]
 
 
 def check_texts(
     texts: Sequence[str], template: str, chat: Chat, system: str | None, places: Sequence[str]
-) -> None:
-    """Raise UserError for a text for which the checkpoint's template gives another prompt.
+) -> Trim:
+    """What the markup does to each text, as in TRIMS.
 
-    texts: as cut for the prompt. places: what an error calls each.
+    texts: as cut for the prompt. places: what an error calls each. Raises UserError for a text for
+    which the checkpoint's template gives another prompt.
     """
     if not isinstance(chat, ChatTemplate):
-        return
-    whole = render_template(template, chat, system)
+        return str
+    whole, trim = render_template(template, chat, system)
     prompts = render(texts, template, chat, system)
     for place, text, prompt in zip(places, texts, prompts, strict=True):
-        if prompt != whole.replace(FIELD, text):
+        if prompt != whole.replace(FIELD, trim(text)):
             problem = f"the chat template of {chat.path} gives this text another prompt than others"
             raise UserError(f"{place}: {problem}; leave out --chat")
+    return trim
 
 
 def render(

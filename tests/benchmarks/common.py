@@ -30,7 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from qwen_min.command.cli import positive_int
 from qwen_min.config import QwenConfig
-from qwen_min.fast.process import set_up_process
+from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.files.data import Example, read_examples
 from qwen_min.files.weights import DTYPES, load_model
 from qwen_min.model import Qwen
@@ -163,7 +163,7 @@ def gemm_rate(args: argparse.Namespace) -> dict:
     One layer alone could stay in a large cache; a whole model does not. Freed memory is kept, so
     that page faults are not measured.
     """
-    set_up_process()
+    keep_freed_memory()
     model = load_model(args.model, args.dtype)
     weights = [
         module.weight

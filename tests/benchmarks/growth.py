@@ -29,7 +29,7 @@ from common import (
 
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.fast.label_scores import score_labels
-from qwen_min.fast.process import set_up_process
+from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.files.weights import load_model
 from qwen_min.model import Qwen
 from qwen_min.prompt import DEFAULT_LABELS, Prompt, build_prompts
@@ -96,7 +96,7 @@ def memory(args: argparse.Namespace) -> dict:
 
 def main() -> None:
     args = make_parser(__doc__, rows=100).parse_args()
-    set_up_process()  # like the commands
+    keep_freed_memory()  # like the commands
     if args.only:
         return answer(gemm_rate(args) if args.only == "gemm" else memory(args))
     if args.quick:

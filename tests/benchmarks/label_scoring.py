@@ -43,7 +43,7 @@ from common import (
 )
 
 from qwen_min.fast.label_scores import score_labels
-from qwen_min.fast.process import set_up_process
+from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.files.weights import load_model
 from qwen_min.prompt import Prompt, build_prompts
 from qwen_min.scoring import score_label
@@ -64,7 +64,7 @@ def tokens_of(prompts: list[Prompt]) -> Tokens:
 
 
 def zero_shot(args: argparse.Namespace, labels: list[str]) -> Score:
-    set_up_process()  # like the commands
+    keep_freed_memory()  # like the commands
     model, tokenizer = load_model(args.model, args.dtype), Tokenizer(args.model)
 
     def score(texts: list[str]) -> tuple[list, Tokens]:

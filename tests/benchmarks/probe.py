@@ -36,7 +36,7 @@ from common import (
 
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS
 from qwen_min.fast.features import pooled_features
-from qwen_min.fast.process import set_up_process
+from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.files.data import held_out_split
 from qwen_min.files.weights import load_model
 from qwen_min.head import fit_layers
@@ -59,7 +59,7 @@ COLUMNS = {
 
 
 def ours(args: argparse.Namespace) -> dict:
-    set_up_process()  # like the commands
+    keep_freed_memory()  # like the commands
     model = load_model(args.model, args.dtype)
     rows, prompts = read_prompts(args)
     training, held_out = held_out_split(rows, HELD_OUT, seed=0)

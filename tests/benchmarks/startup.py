@@ -45,14 +45,14 @@ COLUMNS = {
 OURS = f"""
 import json, sys, time
 from qwen_min.files.weights import load_model
-from qwen_min.fast.process import set_up_process
+from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.prompt import build_prompts
 from qwen_min.tokenizer import Tokenizer
 
 directory, dtype, template, text, *labels = sys.argv[1:]
 started = time.monotonic()
-set_up_process()
+keep_freed_memory()
 model, tokenizer = load_model(directory, dtype), Tokenizer(directory)
 loaded = time.monotonic() - started
 scores = score_labels(model, build_prompts(tokenizer, [text], template, labels, {UNCUT}))[0]

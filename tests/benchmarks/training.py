@@ -43,7 +43,7 @@ from lora import ATTENTION, inject_lora, lora_parameters
 from qwen_min.fast.batching import token_budget_batches
 from qwen_min.fast.features import head_losses
 from qwen_min.fast.label_scores import label_losses
-from qwen_min.fast.process import set_up_process
+from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.files.weights import load_model
 from qwen_min.prompt import Prompt
 from qwen_min.training import shuffled_batches
@@ -89,7 +89,7 @@ def initial(name: str, shape: torch.Size) -> torch.Tensor:
 
 
 def ours(args: argparse.Namespace) -> Step:
-    set_up_process()  # like the commands
+    keep_freed_memory()  # like the commands
     model = load_model(args.model, args.dtype)
     inject_lora(model, ATTENTION, R, ALPHA, 0.0)
     model.train()

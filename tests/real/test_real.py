@@ -23,6 +23,7 @@ from qwen_min.lab.explain import label_positions
 from qwen_min.prompt import DEFAULT_TEMPLATE, Prompt, build_prompts
 from qwen_min.scoring import score_label
 from qwen_min.tokenizer import Tokenizer
+from tests import parity
 
 pytestmark = pytest.mark.real
 SAMPLE = Path(__file__).parents[2] / "qwen_min" / "sample" / "test.tsv"
@@ -57,20 +58,9 @@ def test_tokens_equal_transformers(checkpoint, texts):
         assert ours.encode(prompt) == theirs(prompt)["input_ids"]
 
 
-@torch.no_grad()
-def test_logits_fp32(checkpoint, fp32, texts):
-    """Equal up to fp32 rounding. Logits reach 22 here, where the fp32 step is 2e-6. 24 layers with
-    sums of up to 4,864 products, in another order, amplify that. Measured: no difference for the
-    definition, at most 1.2e-4 for the packed form."""
-    ours, reference = fp32
-    tokenizer = Tokenizer(checkpoint)
-    for text in texts[:8]:
-        ids = torch.tensor([tokenizer.encode(text)])
-        expected = reference(ids).logits[0]
-        definition = ours.logits(ours(ids))[0]
-        packed = ours.logits(forward_packed(ours, pack(ours, [Text(ids[0])]))[0])
-        assert (definition - expected).abs().max() < 5e-4
-        assert (packed - expected).abs().max() < 5e-4
+def test_parity(checkpoint, texts):
+    """Each module, logits, label scores and greedy tokens, in float32 and bfloat16."""
+    assert parity.main(["--model", str(checkpoint), *(f"--text={text}" for text in texts[:3])]) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,15 @@
-"""What a command sets for its whole process, so that the processor does nothing in vain."""
+"""Freed memory is kept for the next tensor instead of going back to the kernel."""
 
 import ctypes
 import os
 import sys
 
-import torch
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 LARGEST = 32 << 20  # bytes; glibc takes no larger threshold
 
 
-def set_up_process() -> None:
-    """To be called before the work starts.
+def keep_freed_memory() -> None:
+    """Spare a forward pass the page faults; to be called before the work starts.
 
     A layer writes tens of megabytes that the next layer overwrites. glibc by default maps each
     such block from the kernel and gives it back when it is freed, so that every layer faults in
@@ -24,12 +22,7 @@ def set_up_process() -> None:
 
     oneDNN, which multiplies bf16 matrices on a CPU, keeps the code that it compiles for each shape,
     by default of 1,024 shapes; 64 are enough here (see `label_scores.filler`).
-
-    Numbers below 1e-38 become 0. A processor computes with them many times slower, and the states
-    of Qwen3.5's heads fade through them: a forward pass took 1.3 times as long. Other threads adopt
-    this when torch starts them, with its first operation on a large tensor.
     """
-    torch.set_flush_denormal(True)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
