@@ -241,7 +241,7 @@ def train(args: argparse.Namespace) -> int:
     if ranks := cli.ranks():
         manifests = sorted(run.glob(f"checkpoints/step-*/{run_files.MANIFEST}"))
         kept = [(path.parent.name, path.read_bytes()) for path in manifests]
-        ranks.check_same("model, run or data", {**record, "arguments": None}, kept)
+        ranks.check_same("model, run or data", [{**record, "arguments": None}], kept)
     record = run_files.start_record(run, record, args.resume)
     source = Source(args, task, device, record)
     if not record["finished"]:

@@ -169,9 +169,10 @@ def test_explanations_and_predictions_are_the_same(server, runs, tmp_path):
 
 
 CHECK = """
-import torch
+import torch, torch.nn.functional as F
 from qwen_min.fast import group, ranks
-group.join("cpu")
+from qwen_min.fast.layout import Text
+group.join()
 x = torch.tensor([-0.0, float("nan"), float("-inf"), 1e-310, -1 / 3, 0.0], dtype=torch.float64)
 for kind, bits in ((torch.float64, torch.int64), (torch.float32, torch.int32)):
     own = torch.zeros(6, dtype=kind)
@@ -182,6 +183,17 @@ for parts in ([list(range(7))], [[0, 1], [2]], [[0]] * 3, [[0, 1]] * 4):  # each
     for number, (part, piece) in enumerate(ranks.pieces(parts)):
         own[torch.arange(number * 9, number * 9 + len(part))[piece]] += 1
     assert ranks.gathered(own).tolist().count(1) == sum(map(len, parts)) == own.sum()
+texts = [Text(range(n), queries=1) for n in (3, 2, 4)]
+ranks.whole_dropout.share(texts, [0, 2])
+draws = [lambda n: F.dropout(torch.ones(n, 5), 0.5, training=True)]
+draws.append(lambda n: torch.ones(n, 5, dtype=torch.bfloat16).bernoulli_(0.5))
+for draw in draws:
+    for tokens, own in ((9, [0, 1, 2, 5, 6, 7, 8]), (3, [0, 2])):  # the last layer: the queries
+        torch.manual_seed(3)
+        whole = draw(tokens)
+        torch.manual_seed(3)
+        with ranks.whole_dropout:
+            assert torch.equal(draw(len(own)), whole[own])
 status = 55
 sys.exit()
 """

@@ -127,7 +127,7 @@ class Source:
     def compare(self, data: str | None = None) -> None:
         """Of several processes: raise UserError unless all have the same model, run and data."""
         if many := cli.ranks():
-            many.check_same("model, run or data", self.identity, self.record, data)
+            many.check_same("model, run or data", [self.identity, self.record, data])
 
     def scorer(self, model: Qwen, by: str, head: LinearHead | None = None) -> Scorer:
         """The model with what gives the scores, computing as the arguments say."""

@@ -154,6 +154,4 @@ def read_source(args: argparse.Namespace, given: dict) -> Source:
     if not (args.run or args.adapter or args.method):
         args.method = "zero_shot"
     args, record = arguments.with_run(args, given)
-    source = Source(args, read_task(args, record), choose_device(args.device), record)
-    source.compare()
-    return source
+    return Source(args, read_task(args, record), choose_device(args.device), record)

@@ -64,6 +64,7 @@ def predict(args: argparse.Namespace, given: dict) -> int:
     if form is None:
         raise UserError(f"--output {args.output}: expected a name that ends in .csv or .jsonl")
     source = read_source(args, given)
+    source.compare()
     inputs = [source.task.directory, args.adapter, args.run, args.run and f"{args.run}/adapter"]
     inputs.append(args.calibration)
     open_outputs([args.output], [*inputs, args.texts if args.texts != "-" else None])

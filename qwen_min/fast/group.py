@@ -40,6 +40,7 @@ from qwen_min.fast import ranks
 Command = Callable[[argparse.Namespace], int]
 
 BEGIN = timedelta(minutes=5)  # until all processes are there: imports from a slow disk take time
+NO_LIMIT = timedelta(days=100)  # of an exchange
 GRACE = 2  # seconds in which rank 0 can report an error that all ranks have
 SILENT = 25  # seconds without a sign of life, then a process is lost; torchrun kills after 30
 KILLED = "error: another process ended without a message (killed?); continue training by --resume"
@@ -52,18 +53,18 @@ def run(single: Callable[[Command, argparse.Namespace], int], command: Command, 
     single: runs a command as in a single process, with error lines; returns its exit status.
     """
     try:
-        store = join(args.device)
+        store = join()
     except UserError as error:  # there is no way yet to agree on who says it
         print(f"error: {error}", file=sys.__stderr__, flush=True)
         os._exit(2)
     end, given, status, said = End(store), str(vars(args)), 1, ""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, lambda *_: end.terminated.set())
 
     def checked(args: argparse.Namespace) -> int:
         if ranks.rank:
             keep_apart(args, end.private)
         # All have copied by then what rank 0 will change.
-        ranks.check_same("command line or versions", given, sys.version, torch.__version__)
+        ranks.check_same("command line or versions", [given, sys.version, torch.__version__])
         if args.plain:
             raise UserError("--plain computes in a single process; start it without torchrun")
         return command(args)
@@ -71,40 +72,30 @@ def run(single: Callable[[Command, argparse.Namespace], int], command: Command, 
     if ranks.rank:
         sys.stderr = io.StringIO()
     try:
-        try:
-            status = single(checked, args)
-            if ranks.rank and status:  # its own error; or, with rank 0, the end of a training
-                last = sys.stderr.getvalue().rpartition("\n")[0].rpartition("\n")[2]
-                if last.startswith(("error: ", "interrupted")):
-                    said = f"error: process {ranks.rank}: {last.removeprefix('error: ')}"
-        except ranks.Lost:
-            said = KILLED
-        except Exception:
-            said = traceback.format_exc().strip()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    except (SystemExit, KeyboardInterrupt):
-        status, said = 128 + signal.SIGTERM, said or STOPPED
+        status = single(checked, args)
+        if ranks.rank and status:  # its own error; or, as rank 0, the end of a stopped training
+            last = sys.stderr.getvalue().rpartition("\n")[0].rpartition("\n")[2]
+            if last.startswith(("error: ", "interrupted")):
+                said = f"error: process {ranks.rank}: {last.removeprefix('error: ')}"
+    except ranks.Lost:
+        said = KILLED
+    except Exception:
+        said = traceback.format_exc().strip()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if said or ranks.rank:  # without an error rank 0 ends first, and `End` then ends this process
         time.sleep(GRACE if said else 1e6)
     end.all(status, said)
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: it may come again while others end
-    sys.exit()
-
-
-def join(device: str) -> distributed.Store:
+def join() -> distributed.Store:
     """Meet the other processes; returns the store. Raises UserError if that is impossible."""
     try:
         store, rank, size = next(rendezvous("env://", timeout=BEGIN))
         store.set(f"here {rank}", "")
         store.wait([f"here {other}" for other in range(size)], BEGIN)
-        cuda = device in ("auto", "cuda") and torch.cuda.is_available()
-        how = {"rank": rank, "world_size": size, "timeout": timedelta(days=100)}
-        how["store"] = distributed.PrefixStore("exchange", store)
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **how)
+        how = ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", None, NO_LIMIT)
+        exchange = distributed.PrefixStore("exchange", store)
+        distributed.init_process_group(*how, size, rank, exchange)
     except (RuntimeError, ValueError) as error:
         reason, size = str(error).split("\n")[0], os.environ["WORLD_SIZE"]
         found = f"WORLD_SIZE is {size}, but the processes do not find each other"
@@ -117,8 +108,7 @@ def keep_apart(args: argparse.Namespace, private: Path) -> None:
     """Let the command write into `private`; a run to be resumed is copied there."""
     if "resume" in args:  # train.py
         if args.resume and os.path.isdir(args.output or ""):
-            ignored = shutil.ignore_patterns("features", ".*")
-            shutil.copytree(args.output, private / "run", ignore=ignored)
+            shutil.copytree(args.output, private / "run", ignore=shutil.ignore_patterns("features"))
         args.output, args.export, args.feature_cache = str(private / "run"), None, None
     elif "predictions" in args:  # evaluate.py
         args.output, args.predictions = str(private / "results"), str(private / "predictions")
@@ -131,7 +121,7 @@ class End:
 
     def __init__(self, store: distributed.Store):
         self.store, self.private = store.clone(), Path(tempfile.mkdtemp(prefix="qwen_min-"))
-        self.once = threading.Lock()
+        self.once, self.terminated = threading.Lock(), threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def all(self, status: int, said: str) -> NoReturn:
@@ -143,12 +133,7 @@ class End:
         if first == own and said:
             print(said, file=sys.__stderr__, flush=True)
         shutil.rmtree(self.private, ignore_errors=True)
-        with suppress(RuntimeError):
-            know = self.store.add("know", 1)
-            for _ in range(40 * (ranks.rank == 0)):  # the store may be its own
-                if know < ranks.size:  # and remains so if one was killed
-                    time.sleep(0.05)
-                    know = self.store.add("know", 0)
+        time.sleep(0.5 * (ranks.rank == 0))  # the others look at the store, which may be its own
         os._exit(int(first.split()[1]))
 
     def _watch(self) -> None:
@@ -162,7 +147,8 @@ class End:
                         heard[other] = (now, time.monotonic())
                     elif time.monotonic() - last > SILENT:
                         self.all(1, KILLED)
-                time.sleep(0.2)
+                if self.terminated.wait(0.2):
+                    self.all(128 + signal.SIGTERM, STOPPED)
             self.all(1, "")
         except RuntimeError:  # the store is gone, with torchrun or with rank 0
             self.all(1, KILLED * (ranks.rank == 1))

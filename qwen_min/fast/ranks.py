@@ -26,6 +26,7 @@ import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -81,13 +82,14 @@ def from_first(x: Tensor | None) -> Tensor | None:
     return gathered(torch.zeros(shape) if rank else own) if any(shape) else None
 
 
-def check_same(what: str, *values: object) -> None:
+def check_same(what: str, *values: Iterable[object]) -> None:
     """Raise UserError, on all ranks, unless all have the same values (as repr shows them)."""
     if size == 1:
         return
-    hashes = torch.zeros(size, 32, dtype=torch.int32)
-    own = hashlib.sha256(repr(values).encode("utf-8", "backslashreplace")).digest()
-    hashes[rank] = torch.tensor(list(own))
+    hashes, own = torch.zeros(size, 32, dtype=torch.int32), hashlib.sha256()
+    for value in chain(*values):
+        own.update(repr(value).encode("utf-8", "backslashreplace"))
+    hashes[rank] = torch.tensor(list(own.digest()))
     odd = (gathered(hashes) != hashes[0]).any(dim=1).nonzero()[:, 0].tolist()
     if odd:
         found = f"processes 0 and {odd[0]} (of 0 to {size - 1}) differ in their {what}"
