@@ -117,11 +117,10 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
     true = np.array([job.examples[row].label for row in job.held_out])
     lengths, ranks = [len(prompt.ids) for prompt in prompts], cli.ranks()
 
-    def parts(rows: list[int]) -> list:
+    def parts(rows: list[int]) -> list[list[int]]:
         cut = forms(args.plain).token_budget_batches
         batches = cut([lengths[row] for row in rows], args.batch_tokens)
-        batches = [[rows[i] for i in batch] for batch in batches]
-        return ranks.pieces(batches) if ranks else batches
+        return [[rows[i] for i in batch] for batch in batches]
 
     def evaluate() -> dict:
         model.eval()
@@ -136,12 +135,12 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
         found, right = log_loss(true, scores, job.weights), scores.argmax(axis=1) == true
         return {"held_out_log_loss": found, "held_out_accuracy": float(right.mean())}
 
-    def loss(part: list) -> Tensor:
-        rows, own = part if ranks else (part, slice(None))
-        if not rows[own]:
-            return torch.zeros((), requires_grad=True)
+    def loss(rows: list[int]) -> Tensor:
         chosen = [prompts[i] for i in rows], [labels[i] for i in rows]
-        return losses(*chosen, args.checkpointing, job.weights, *[own] * bool(ranks))
+        if not ranks:
+            return losses(*chosen, args.checkpointing, job.weights)
+        own, factor = ranks.share(len(rows))
+        return factor * losses(*chosen, args.checkpointing, job.weights, own)
 
     how = (trained.save, args.eval_every, args.save_every)
     if ranks:

@@ -102,7 +102,7 @@ def training_steps(
     lengths: Sequence[int],
     plan: Plan,
     loss: Callable[[list[int]], Tensor],
-    parts: Callable[[list[int]], list],
+    parts: Callable[[list[int]], list[list[int]]],
     done: int = 0,
     combine: Callable[[float], float] = lambda loss: loss,
 ) -> Iterator[Step]:
@@ -125,12 +125,11 @@ def training_steps(
             batches = shuffled_batches(lengths, plan.batch_size, plan.seed, epoch)
         rows = batches[index]
         group["lr"] = learning_rate(step, steps, plan.lr, plan.warmup)
+        # Dropout is drawn from the step's number: a resumed run draws the same.
+        torch.manual_seed(plan.seed * 1_000_003 + step)
         optimizer.zero_grad()
         mean_loss = 0.0
-        for number, part in enumerate(parts(rows)):
-            # Dropout is drawn from the numbers of step and part: a resumed run draws the same. Part
-            # numbers are spread over all 32 bits that a CPU's generator takes.
-            torch.manual_seed(plan.seed * 1_000_003 + step + number * 2_654_435_761)
+        for part in parts(rows):
             part_loss = loss(part) / len(rows)
             part_loss.backward()
             mean_loss += part_loss.item()

@@ -178,11 +178,11 @@ for kind, bits in ((torch.float64, torch.int64), (torch.float32, torch.int32)):
     own = torch.zeros(6, dtype=kind)
     own[ranks.rank :: 3] = x.to(kind)[ranks.rank :: 3]
     assert torch.equal(ranks.gathered(own).view(bits), x.to(kind).view(bits))
-for parts in ([list(range(7))], [[0, 1], [2]], [[0]] * 3, [[0, 1]] * 4):  # each row once
-    own = torch.zeros(99, dtype=torch.int64)
-    for number, (part, piece) in enumerate(ranks.pieces(parts)):
-        own[torch.arange(number * 9, number * 9 + len(part))[piece]] += 1
-    assert ranks.gathered(own).tolist().count(1) == sum(map(len, parts)) == own.sum()
+for rows in range(1, 8):  # each row counts once
+    own, factor = ranks.share(rows)
+    counts = torch.zeros(rows, dtype=torch.int64)
+    counts[own] += int(factor)
+    assert ranks.gathered(counts).tolist() == [1] * rows
 texts = [Text(range(n), queries=1) for n in (3, 2, 4)]
 ranks.whole_dropout.share(texts, [0, 2])
 draws = [lambda n: F.dropout(torch.ones(n, 5), 0.5, training=True)]

@@ -8,13 +8,13 @@ batch in which a single process would compute it, and the others hold zero in it
 over ranks (`gathered`) gives every rank every number, equal to the bit.
 
 Training. The loss of a step is a sum over its rows, and so is the gradient: each rank computes both
-for its rows, and one sum over ranks (`combine`) gives all ranks the whole. Then each makes
-the same step. Only the order of additions differs from a single process: rounding.
+for its rows, and one sum over ranks (`combine`) gives all ranks the whole. Then each makes the same
+step. Only the order of additions differs from a single process: rounding.
 
-A step of few rows is a single forward (a "part"), so parts are cut further (`pieces`). But dropout
-is drawn for a part, and what is drawn must not depend on W. So each rank draws for the whole part,
-and uses what belongs to its rows (`WholeDropout`). That costs little: a number drawn for each input
-of LoRA, where the layer multiplies it by thousands of weights.
+So that all have work, each computes some rows of every forward of a step (a "part"). But dropout is
+drawn for a part, and what is drawn must not depend on W: each rank draws for the whole part, and
+uses what belongs to its rows (`WholeDropout`). That costs little: a number for each input of LoRA,
+where the layer multiplies the input by thousands of weights.
 
 After each exchange all ranks hold the same numbers and decide the same: which step is the best,
 whether to stop, what to compute next. So no rank waits for one that has gone another way. For a
@@ -22,7 +22,6 @@ single process, which loads nothing of torch.distributed, every function here re
 """
 
 import hashlib
-import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -99,17 +98,13 @@ def check_same(what: str, *values: Iterable[object]) -> None:
 # Training
 
 
-def pieces(parts: Sequence[list[int]]) -> list[tuple[list[int], slice]]:
-    """Of each part of a step, the slice of its rows that this rank computes; it may be empty.
+def share(rows: int) -> tuple[slice, float]:
+    """Which of a part's rows this rank computes, and the factor of their loss.
 
-    Each part is cut into as many pieces as give all ranks equally many.
+    All ranks compute at the same time and draw dropout for the same parts. So where there are fewer
+    rows than ranks, the others compute the first row too, and it counts nothing.
     """
-    count = size // math.gcd(size, len(parts))
-    shares = []
-    for number, rows in enumerate(parts):
-        first = (rank - number * count) % size  # piece i of all is for rank i modulo W
-        shares.append((rows, slice(first if first < count else len(rows), None, count)))
-    return shares
+    return (slice(rank, None, size), 1.0) if rank < rows else (slice(0, 1), 0.0)
 
 
 def combine(parameters: Sequence[nn.Parameter], stop: object, loss: float) -> float:
