@@ -64,7 +64,8 @@ class Server:
     """Starts commands in `size` processes. before: by rank, Python to be executed first."""
 
     def __init__(self, directory: Path):
-        environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+        # A killed process leaves its temporary directory.
+        environment = {**os.environ, "PYTHONPATH": str(REPO), "TMPDIR": str(directory)}
         how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
         self.process = subprocess.Popen([sys.executable, "-c", SERVER], **how, text=True)
         self.directory = directory
@@ -330,16 +331,17 @@ def test_what_cannot_be_shared_is_one_line(argv, environment, line, server):
     assert err.count("error") == 1 + bool(environment)
 
 
-def torchrun(size: int, script: str, *argv: object) -> subprocess.Popen:
+def torchrun(directory: Path, size: int, script: str, *argv: object) -> subprocess.Popen:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes["env"] = {**os.environ, "TMPDIR": str(directory)}
     return subprocess.Popen([*map(str, [*run, REPO / f"{script}.py", *argv])], **pipes)
 
 
 def test_torchrun_evaluates(server, tmp_path):
     for size in (1, 2):
         files = (tmp_path / f"{size}.json", "--predictions", tmp_path / f"{size}.jsonl")
-        process = torchrun(size, "evaluate", "--method", "zero_shot", "--output", *files)
+        process = torchrun(tmp_path, size, "evaluate", "--method", "zero_shot", "--output", *files)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0 and out.count("accuracy") == 1, err
     assert results(tmp_path / "2.json") == results(tmp_path / "1.json")
@@ -349,7 +351,7 @@ def test_torchrun_evaluates(server, tmp_path):
 def test_torchrun_ends_when_one_is_killed(reference, tmp_path):
     log = tmp_path / "run" / "log.jsonl"
     how = ("--method", "lora_head", *TRAIN, "--epochs", "900", "--model", reference[0])
-    process = torchrun(2, "train", *how, "--output", tmp_path / "run")
+    process = torchrun(tmp_path, 2, "train", *how, "--output", tmp_path / "run")
     wait_for(lambda: log.exists() and log.read_text())
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (victim,) = [c for c in children if b"\0RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes()]
