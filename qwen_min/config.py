@@ -178,13 +178,14 @@ def text_fields(raw: dict) -> dict:
     """The fields of a text-only checkpoint: those of config.json or, if the model reads images too,
     of text_config, and a few from outside it, such as tie_word_embeddings.
     """
-    if raw.get("model_type") != WITH_IMAGES:
-        return raw
     text = raw.get("text_config")
+    if raw.get("model_type") != WITH_IMAGES or not isinstance(text, dict):
+        return raw
     kept = (*COMPUTED, "tie_word_embeddings")
-    outside = {key: value for key, value in raw.items() if key in kept}
-    text = {"model_type": QWEN3_5} | (text if isinstance(text, dict) else {})
-    return outside | text | {"architectures": ["Qwen3_5ForCausalLM"]}
+    outside = {key: raw[key] for key in kept if key in raw and text.get(key) is None}
+    if text.get("model_type") in (None, WITH_IMAGES):
+        outside["model_type"] = QWEN3_5
+    return text | outside | {"architectures": ["Qwen3_5ForCausalLM"]}
 
 
 def _layer_types(path: Path, raw: dict) -> tuple[str, ...]:
@@ -203,6 +204,9 @@ def _layer_types(path: Path, raw: dict) -> tuple[str, ...]:
 def _unsupported(raw: dict) -> str | None:
     """The first feature that the forward pass would compute wrongly, and what to do about it."""
     found = raw.get("model_type")
+    if found == WITH_IMAGES:
+        found = f"text_config is {reprlib.repr(raw.get('text_config'))}"
+        return f"{found}, expected the fields of the text model; fetch it again"
     if found not in MODEL_TYPES:
         found = f"model_type is {reprlib.repr(found)}, expected qwen2, qwen3 or qwen3_5"
         return f"{found}; choose a dense Qwen1.5 to Qwen3.8"

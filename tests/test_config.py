@@ -295,7 +295,12 @@ def test_what_stands_outside_text_config(tmp_path):
 @pytest.mark.parametrize("text", [..., None, [], "x", {}])
 def test_a_model_of_images_without_its_text_model(tmp_path, text):
     raw = with_images(text) if text is not ... else without(QWEN3_5, "text_config")
-    refused(write(tmp_path, raw), "hidden_size", "None")
+    refused(write(tmp_path, raw), "hidden_size" if text == {} else "text_config")
+
+
+def test_a_null_inside_does_not_hide_what_stands_outside(tmp_path):
+    raw = with_images(QWEN3_5_TEXT | {"quantization_config": None}, quantization_config={"bits": 4})
+    refused(write(tmp_path, raw), "quantization_config", "bits")
 
 
 def test_where_the_rotated_part_is_said(tmp_path):

@@ -131,7 +131,8 @@ def prepare(net: GatedDeltaNet, qkv: Tensor, g: Tensor, beta: Tensor, stateless:
     if share > 1:
         q, k, kk, qk = (t.repeat_interleave(share, dim=1) for t in (q, k, kk, qk))
     g, beta = g.transpose(1, 2), beta.transpose(1, 2)  # (M, Hv, c)
-    G = g.cumsum(-1)
+    # dtype: in fp64, as differences of large sums: a strong decay would round the weak ones away.
+    G = g.double().clamp(min=FADED).cumsum(-1)
     gamma, grown = fade(G[..., :, None] - G[..., None, :]), fade(G)
     # solve_triangular takes the diagonal of A as 1, and reads nothing above it.
     A, one = kk * gamma * beta[..., None], torch.eye(kk.shape[-1], device=kk.device)
@@ -193,9 +194,9 @@ def by_head(x: Tensor, size: int) -> Tensor:
 
 
 def fade(log: Tensor) -> Tensor:
-    """e^log for log ≤ 0; 1 above, and never below e^-40.
+    """e^log for log ≤ 0, in fp32; 1 above, and never below e^-40.
 
     e^-40 (4e-18) is lost beside numbers around 1. Without this bound there would be denormal
     numbers, with which a CPU computes up to a hundred times slower.
     """
-    return log.clamp(FADED, 0.0).exp()
+    return log.clamp(FADED, 0.0).float().exp()

@@ -94,7 +94,7 @@ def attention(
         ]
     if batch.query_index is not None:
         x, cos, sin = (t[batch.query_index] for t in (x, cos, sin))
-    q = attn.q_proj(x).unflatten(-1, (attn.heads, -1))  # (N, H, Dh), with a gate (N, H, 2·Dh)
+    q = attn.q_proj(x).view(len(x), attn.heads, -1)  # (N, H, Dh), with a gate (N, H, 2·Dh)
     q, gate = q.chunk(2, dim=-1) if gated else (q, None)
     q = turn(rms_norm(attn.q_norm, q), cos, sin)
     # Only with gradients, only on a CPU: see `padded_attention`.
