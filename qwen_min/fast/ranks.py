@@ -113,8 +113,7 @@ def combine(parameters: Sequence[nn.Parameter], stop: object, loss: float) -> fl
     A signal that one of them has got (stop.signal) becomes stop.agreed on all of them.
     """
     numbers = [loss, *(float(n == stop.signal) for n in SIGNALS)]
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([*(g.flatten() for g in grads), grads[0].new_tensor(numbers)])
+    flat = torch.cat([*(p.grad.flatten() for p in parameters), parameters[0].new_tensor(numbers)])
     flat = flat if flat.is_cuda else flat.cpu()
     _sum_over_ranks(flat)
     *sums, found = flat.split([*(p.numel() for p in parameters), len(numbers)])
