@@ -203,4 +203,4 @@ def test_weak_decays_beside_strong_ones(model, scale):
     slopes = [torch.autograd.grad(h.square().sum(), trained) for h in forms]
     assert (forms[0] - forms[1]).abs().max() < 1e-4  # measured: 4e-5
     for found, expected in zip(*slopes, strict=True):
-        assert (found - expected).norm() < 1e-3 * expected.norm()
+        assert (found - expected).norm() < 3e-4 * expected.norm()  # measured: 1e-4

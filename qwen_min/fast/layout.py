@@ -136,8 +136,8 @@ def pack(
     asked = [n if t.queries is None else t.queries for t, n in zip(texts, lengths, strict=True)]
     ids = torch.tensor(ids, device=device)
     kernel = getattr(config, "linear_conv_kernel_dim", 0)
-    how = (texts, kernel, prefix, first_is_prefix, keep)
-    return Batch(ids, lengths, cos, sin, masks, lengths, asked, *how)
+    how = {"prefix": prefix, "first_is_prefix": first_is_prefix, "keep": keep}
+    return Batch(ids, lengths, cos, sin, masks, lengths, asked, texts, kernel, **how)
 
 
 def select_queries(batch: Batch) -> Batch:

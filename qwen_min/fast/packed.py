@@ -56,6 +56,7 @@ def forward_packed(
         if batch.keep:
             kept.append(of_layer)
     before = [past.length for past in batch.prefix or []] or [0] * len(lengths)
+    # Where nothing is kept, the last of these is empty, and no text gets a Past.
     texts = zip(before, lengths, zip(*kept, strict=True), strict=False)
     pasts = [Past(start + T, list(layers)) for start, T, layers in texts]
     return rms_norm(decoder.norm, x), pasts

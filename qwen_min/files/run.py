@@ -6,7 +6,7 @@
     adapter/, head.safetensors, embeddings.safetensors: the result, as far as its method has them
 
 Every file except log.jsonl, and every checkpoint as a whole, is complete or absent whenever the
-process dies (see disk.py). One training at a time uses it (`lock_run`). No pickle.
+process dies (see disk.py). One training at a time uses it (`lock_run`).
 """
 
 import argparse
