@@ -144,7 +144,8 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
 
     how = (trained.save, args.eval_every, args.save_every)
     if ranks:
-        ranks.whole_dropout.wrap(lora_modules(model).values())
+        for module in lora_modules(model).values():
+            module.mask = partial(ranks.own_mask, module.mask)
         how += (partial(ranks.combine, list(trained.parameters.values())),)
     training = Training(trained.parameters, lengths, loss, parts, evaluate, *how)
     model.train()

@@ -170,7 +170,8 @@ def test_explanations_and_predictions_are_the_same(server, runs, tmp_path):
 
 
 CHECK = """
-import torch, torch.nn.functional as F
+import torch
+from lora import LoRALinear
 from qwen_min.fast import group, ranks
 from qwen_min.fast.layout import Text
 group.join()
@@ -185,16 +186,13 @@ for rows in range(1, 8):  # each row counts once
     counts[own] += int(factor)
     assert ranks.gathered(counts).tolist() == [1] * rows
 texts = [Text(range(n), queries=1) for n in (3, 2, 4)]
-ranks.whole_dropout.share(texts, [0, 2])
-draws = [lambda n: F.dropout(torch.ones(n, 5), 0.5, training=True)]
-draws.append(lambda n: torch.ones(n, 5, dtype=torch.bfloat16).bernoulli_(0.5))
-for draw in draws:
-    for tokens, own in ((9, [0, 1, 2, 5, 6, 7, 8]), (3, [0, 2])):  # the last layer: the queries
-        torch.manual_seed(3)
-        whole = draw(tokens)
-        torch.manual_seed(3)
-        with ranks.whole_dropout:
-            assert torch.equal(draw(len(own)), whole[own])
+ranks.share_dropout(texts, [0, 2])
+draw = LoRALinear(torch.nn.Linear(5, 5), 1, 1, dropout=0.5).mask
+for tokens, own in ((9, [0, 1, 2, 5, 6, 7, 8]), (3, [0, 2])):  # the last layer: the queries
+    torch.manual_seed(3)
+    whole = draw(torch.empty(tokens, 5))
+    torch.manual_seed(3)
+    assert torch.equal(ranks.own_mask(draw, torch.empty(len(own), 5)), whole[own])
 status = 55
 sys.exit()
 """

@@ -150,7 +150,7 @@ def last_states(
     if shared:
         packed = [Text(texts[0][:shared], queries=1), *packed]
         computed = [0, *(i + 1 for i in computed)]
-    ranks.whole_dropout.share(packed, computed)
+    ranks.share_dropout(packed, computed)
     batch = pack(model, [packed[i] for i in computed], first_is_prefix=shared > 0)
     h, _ = forward_packed(model, batch, checkpointing=checkpointing)
     return h[1:] if shared else h

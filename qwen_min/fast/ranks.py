@@ -13,7 +13,7 @@ step. Only the order of additions differs from a single process: rounding.
 
 So that all have work, each computes some rows of every forward of a step (a "part"). But dropout is
 drawn for a part, and what is drawn must not depend on W: each rank draws for the whole part, and
-uses what belongs to its rows (`WholeDropout`). That costs little: a number for each input of LoRA,
+uses what belongs to its rows (`own_mask`). That costs little: a number for each input of LoRA,
 where the layer multiplies the input by thousands of weights.
 
 After each exchange all ranks hold the same numbers and decide the same: which step is the best,
@@ -24,13 +24,10 @@ single process, which loads nothing of torch.distributed, every function here re
 import hashlib
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from qwen_min.errors import UserError
 from qwen_min.fast.layout import Text
@@ -39,6 +36,8 @@ from qwen_min.prompt import Prompts
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 rank, size = 0, 1  # of this process; group.py sets them
+# Of the present part, by the tokens that are computed here: how many it has, and which are these.
+places: dict[int, tuple[int, Tensor]] = {}
 
 
 class Lost(BaseException):
@@ -124,43 +123,21 @@ def combine(parameters: Sequence[nn.Parameter], stop: object, loss: float) -> fl
     return loss
 
 
-class WholeDropout(TorchFunctionMode):
-    """Inside it, dropout is drawn for all texts of a part, and used for this rank's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.places: dict[int, tuple[int, Tensor]] = {}
-
-    def wrap(self, modules: Iterable[nn.Module]) -> None:
-        """From now on these modules, the only ones that draw, compute inside the mode."""
-        for module in modules:
-            # Also where --checkpointing calls them again, in a thread of the backward pass.
-            module.forward = partial(self._inside, module.forward)
-
-    def _inside(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        with self:
-            return forward(x)
-
-    def share(self, texts: Sequence[Text], own: Sequence[int]) -> None:
-        """Before a forward: all texts of the part, as laid end to end, and those computed here."""
-        self.places = {}
-        if len(own) == len(texts):
-            return
-        # The last layer computes fewer tokens; the number of its rows tells which layer asks.
-        for counts in ([len(t.ids) for t in texts], [t.queries or len(t.ids) for t in texts]):
-            tokens = torch.arange(sum(counts)).split(counts)
-            index = torch.cat([tokens[i] for i in own])
-            self.places.setdefault(len(index), (sum(counts), index))
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        named, drawn = kwargs or {}, function is Tensor.bernoulli_
-        drawn |= function is F.dropout and named["training"]
-        if not (drawn and self.places):
-            return function(*args, **named)
-        x, *how = args
-        total, index = self.places[len(x)]
-        mask = function(x.new_ones(total, *x.shape[1:]), *how, **named)[index.to(x.device)]
-        return x.copy_(mask) if function is Tensor.bernoulli_ else x * mask
+def share_dropout(texts: Sequence[Text], own: Sequence[int]) -> None:
+    """Before a forward: all texts of the part, as laid end to end, and those computed here."""
+    places.clear()
+    if len(own) == len(texts):
+        return
+    # The last layer computes fewer tokens; the number of its rows tells which layer asks.
+    for counts in ([len(t.ids) for t in texts], [t.queries or len(t.ids) for t in texts]):
+        tokens = torch.arange(sum(counts)).split(counts)
+        index = torch.cat([tokens[i] for i in own])
+        places.setdefault(len(index), (sum(counts), index))
 
 
-whole_dropout = WholeDropout()
+def own_mask(draw: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """In place of `LoRALinear.mask` (draw): draws for all tokens of the part, gives those of x."""
+    if not places:
+        return draw(x)
+    total, index = places[len(x)]
+    return draw(x.new_empty(total, *x.shape[1:]))[index.to(x.device)]
