@@ -71,8 +71,8 @@ def head_only(job: Job) -> dict:
         directory = Path(args.feature_cache or job.run / "features")
         setting = f"{base_hash} {model.lm_head_weight.dtype} {args.pooling} {layers != [last]}"
         setting += " plain" * args.plain  # so that --plain computes
-        agree = [ranks.from_first] if (ranks := cli.ranks()) else []
-        features = cached_features(directory, setting, job.prompts, compute, bar.update, *agree)
+        many = [ranks.from_first, ranks.rank == 0] if (ranks := cli.ranks()) else []
+        features = cached_features(directory, setting, job.prompts, compute, bar.update, *many)
     try:
         check_finite(model, job.prompts, features.isfinite().flatten(1).all(dim=1))
     except NotFinite as error:
@@ -241,7 +241,9 @@ def train(args: argparse.Namespace) -> int:
     if ranks := cli.ranks():
         manifests = sorted(run.glob(f"checkpoints/step-*/{run_files.MANIFEST}"))
         kept = [(path.parent.name, path.read_bytes()) for path in manifests]
-        ranks.check_same("model, run or data", [{**record, "arguments": None}], kept)
+        given = vars(args) | dict.fromkeys(("output", "export", "feature_cache"))
+        what = [{**record, "arguments": given}, device]
+        ranks.check_same("model, run, data or device", what, kept)
     record = run_files.start_record(run, record, args.resume)
     source = Source(args, task, device, record)
     if not record["finished"]:

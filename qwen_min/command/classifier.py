@@ -125,9 +125,10 @@ class Source:
         return found
 
     def compare(self, data: str | None = None) -> None:
-        """Of several processes: raise UserError unless all have the same model, run and data."""
+        """Of several processes: raise UserError unless all have the same of what it depends on."""
         if many := cli.ranks():
-            many.check_same("model, run or data", [self.identity, self.record, data])
+            found = [self.identity, self.record, self.device, data]
+            many.check_same("model, run, data or device", found)
 
     def scorer(self, model: Qwen, by: str, head: LinearHead | None = None) -> Scorer:
         """The model with what gives the scores, computing as the arguments say."""

@@ -119,7 +119,8 @@ def choose_device(name: str) -> str:
     if name == "cuda" and ranks():  # each has its own device, which "cuda" means from now on
         here, present = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if here >= present:
-            raise UserError(f"--device cuda: this machine has {present}; start as many processes")
+            found = f"--device cuda: process {here} of this machine, which has {present} GPUs"
+            raise UserError(f"{found}; start as many processes as there are GPUs")
         torch.cuda.set_device(here)
     return name
 

@@ -193,6 +193,7 @@ def with_best_saved(run: Path, history: list[dict]) -> list[dict]:
 
 def why_failed(job: Job, failed: Sequence[int]) -> str:
     """Where the numbers of a step's rows stop being finite, if they do; otherwise which rows."""
+    job.model.eval()
     rows = [(job.prompts[job.training[i]], job.examples[job.training[i]]) for i in failed]
     prompts = [replace(p, labels=p.labels[e.label : e.label + 1]) for p, e in rows]
     if rows and (where := first_not_finite(job.model, prompts)):

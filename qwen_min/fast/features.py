@@ -33,7 +33,7 @@ def pooled_features(
     features = torch.zeros(len(prompts), layers, model.config.hidden_size)
     queries = 1 if pooling == "last" else None
     batches = token_budget_batches([len(prompt.ids) for prompt in prompts], batch_tokens)
-    for rows, together in ranks.mine(batches, prompts):
+    for rows, together in ranks.own_batches(batches, prompts):
         texts = [Text(prompts[row].ids, queries=queries) for row in rows]
         batch = pack(model, [*texts, *filler(model, texts)])
         streams: list[Tensor] | None = [] if all_layers else None

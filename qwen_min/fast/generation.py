@@ -34,7 +34,7 @@ def generate_answers(
     table = torch.zeros(len(prompts), 1 + max_new_tokens, dtype=torch.int64)
     # The cache also holds the answer.
     lengths = [len(prompt.ids) + max_new_tokens for prompt in prompts]
-    for rows, together in ranks.mine(token_budget_batches(lengths, batch_tokens), prompts):
+    for rows, together in ranks.own_batches(token_budget_batches(lengths, batch_tokens), prompts):
         table[rows, 0] = 1
         active, pasts = rows, None  # the rows that are not finished, and what is kept of each
         texts = [Text(prompts[row].ids, queries=1) for row in rows]

@@ -70,7 +70,7 @@ def score_labels(
         _, (prefix,) = forward_packed(model, pack(model, [first], keep=True))
     scores = np.zeros((len(prompts), len(prompts[0].labels)))
     lengths = [len(p.ids) - shared + len(label_tree(p.labels).tokens) for p in prompts]
-    for rows, together in ranks.mine(token_budget_batches(lengths, batch_tokens), prompts):
+    for rows, together in ranks.own_batches(token_budget_batches(lengths, batch_tokens), prompts):
         batch = [(prompts[row].ids[shared:], label_tree(prompts[row].labels)) for row in rows]
         scores[rows] = score_batch(model, batch, prefix)
         progress(sum(len(prompts[row].ids) for row in together))
