@@ -17,6 +17,7 @@ ranks.py; here is the rest:
 import argparse
 import io
 import os
+import re
 import shutil
 import signal
 import sys
@@ -80,7 +81,9 @@ def run(run_single: Callable[[Command, argparse.Namespace], int], command: Comma
             if last.startswith(("error: ", "interrupted")):
                 message = f"error: process {ranks.rank}: {last.removeprefix('error: ')}"
     except ranks.Lost as lost:
-        message = KILLED.format(str(lost.__cause__).splitlines()[0])
+        # Gloo begins with a place in its source, and ends with advice.
+        reason = re.sub(r"^\[\S+\] ", "", str(lost.__cause__)).splitlines()[0].split(". ")[0]
+        message = KILLED.format(reason)
     except Exception:
         message = traceback.format_exc().strip()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
