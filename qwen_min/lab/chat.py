@@ -236,7 +236,8 @@ def sandbox() -> ImmutableSandboxedEnvironment:
 def limits() -> Iterator[None]:
     """Raise TimeoutError in the block after SECONDS, MemoryError where it needs over MAX_BYTES.
 
-    The seconds are processor time, so a busy machine does not count. Only the main thread can stop in time, and only Linux tells the memory in use.
+    The seconds are processor time: a good template must not fail on a busy machine. Only the main
+    thread can stop in time, and only Linux tells the memory in use.
     """
 
     def stop(*_: object) -> None:
