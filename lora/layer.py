@@ -80,7 +80,8 @@ class LoRALinear(nn.Module):
         return (y + update).to(y.dtype)
 
     def mask(self, x: Tensor) -> Tensor:
-        """What dropout keeps of x, in its shape and dtype: 1, or 0 with probability p."""
+        """What dropout (Srivastava et al. 2014) keeps of x, in its shape and dtype: 1, or 0 with
+        probability p = `dropout`."""
         return torch.empty_like(x).bernoulli_(1 - self.dropout)
 
     def _bf16_training_forward(self, x: Tensor) -> Tensor:
