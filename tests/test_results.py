@@ -332,6 +332,9 @@ def test_the_verdicts_of_the_answers_hold():
         significant("head_only-n50", "lora_head-n50")
         and gain("head_only-n50", "lora_head-n50") > 0.2
     )
+    assert gain("1.5b/transplanted_head", "1.5b/lora_head") < 0
+    moved = [result.results for result in kept.find("1.5b/transplanted_head").values()]
+    assert all(results["accuracy_interval"][0] > 0.8 for results in moved)
     # 2. The head does not fit; a new probe is as good as it, and ranks better than the base's.
     assert gain("transplanted_head", "head_only") < 0 and significant(
         "transplanted_head", "head_only"
@@ -340,7 +343,9 @@ def test_the_verdicts_of_the_answers_hold():
     for base in ("lora_head", "lora_label_scoring"):
         assert kept.compared(f"probe-of-{base}", "head_only").auc[1] > 0
     # 3. Two points are outside the interval; with few rows label scoring stays near zero-shot.
-    assert kept.compared("lora_label_scoring", "lora_head").interval[1] < 0.02
+    for size in ("", "1.5b/"):
+        names = (f"{size}lora_label_scoring", f"{size}lora_head")
+        assert kept.compared(*names).interval[1] < 0.02
     for n in (50, 200):
         assert gain(f"lora_label_scoring-n{n}", f"lora_head-n{n}") > 0.2
         low, high = kept.compared(f"lora_label_scoring-n{n}", "zero_shot").interval
@@ -352,6 +357,7 @@ def test_the_verdicts_of_the_answers_hold():
     assert significant("zero_shot-xiaoji", "zero_shot") and -0.01 < low < 0 < high < 0.01
     for words in ("chahao", "xiang"):
         assert kept.compared(f"zero_shot-{words}", "zero_shot").auc[2] < 0
+    assert gain("1.5b/zero_shot-xiang", "1.5b/zero_shot") < -0.1
     assert not significant("lora_label_scoring-xiang", "lora_label_scoring")
     # 5. Nothing to repair; most of the gain does not depend on the label words' vectors.
     assert not significant("embeddings-head", "head_only")
