@@ -342,10 +342,13 @@ def test_the_verdicts_of_the_answers_hold():
     assert kept.compared("probe-of-lora_head", "lora_head").interval[1] > 0
     for base in ("lora_head", "lora_label_scoring"):
         assert kept.compared(f"probe-of-{base}", "head_only").auc[1] > 0
+    assert gain("1.5b/probe-of-lora_head", "1.5b/lora_head") > 0
     # 3. Two points are outside the interval; with few rows label scoring stays near zero-shot.
-    for size in ("", "1.5b/"):
-        names = (f"{size}lora_label_scoring", f"{size}lora_head")
+    for size, rows in (("", ""), ("1.5b/", ""), ("", "-all")):
+        names = (f"{size}lora_label_scoring{rows}", f"{size}lora_head{rows}")
         assert kept.compared(*names).interval[1] < 0.02
+    for name in ("lora_head", "lora_label_scoring"):
+        assert kept.compared(f"{name}-all", name).interval[0] > 0
     for n in (50, 200):
         assert gain(f"lora_label_scoring-n{n}", f"lora_head-n{n}") > 0.2
         low, high = kept.compared(f"lora_label_scoring-n{n}", "zero_shot").interval
@@ -358,7 +361,9 @@ def test_the_verdicts_of_the_answers_hold():
     for words in ("chahao", "xiang"):
         assert kept.compared(f"zero_shot-{words}", "zero_shot").auc[2] < 0
     assert gain("1.5b/zero_shot-xiang", "1.5b/zero_shot") < -0.1
-    assert not significant("lora_label_scoring-xiang", "lora_label_scoring")
+    for size in ("", "1.5b/"):
+        names = (f"{size}lora_label_scoring-xiang", f"{size}lora_label_scoring")
+        assert not significant(*names)
     # 5. Nothing to repair; most of the gain does not depend on the label words' vectors.
     assert not significant("embeddings-head", "head_only")
     assert not significant("embeddings-words", "lora_label_scoring")

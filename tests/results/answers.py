@@ -26,13 +26,13 @@ ENGLISH = (
         "moved to the base without LoRA. This loses accuracy here too; compared with `lora_head`: "
         "{diff transplanted_head lora_head}. How much depends on the seed: the three seeds reach "
         "{each transplanted_head}; the last is as close to chance as the diary's. On the 1.5B "
-        "model it is far from chance: {each 1.5b/transplanted_head}; compared with `lora_head`: "
-        "{diff 1.5b/transplanted_head 1.5b/lora_head}. On the 0.5B model the threshold suffers "
-        "more than the ranking: the AUC is still {auc transplanted_head}. A head that "
-        "took too few steps at this learning rate also fails: `lora_head` trained on 50 rows "
-        "({steps lora_head-n50} steps) reaches {acc lora_head-n50}; a probe solved on the same "
-        "rows reaches {acc head_only-n50}. Not tested: the diary's own model and head, whose AUC "
-        "fell as well.",
+        "model it stays far from chance ({each 1.5b/transplanted_head}); compared with "
+        "`lora_head`: {diff 1.5b/transplanted_head 1.5b/lora_head}. On the 0.5B model the "
+        "threshold suffers more than the ranking: the AUC is still {auc transplanted_head}. A "
+        "head that took too few steps at this learning rate also fails: `lora_head` trained on 50 "
+        "rows ({steps lora_head-n50} steps) reaches {acc lora_head-n50}; a probe solved on the "
+        "same rows reaches {acc head_only-n50}. Not tested: the diary's own model and head, whose "
+        "AUC fell as well.",
     ),
     (
         "LoRA changes the distribution of the hidden states; head and LoRA cannot be separated.",
@@ -46,8 +46,10 @@ ENGLISH = (
         "was trained with it), a probe reaches {acc probe-of-lora_label_scoring}. Both kinds of "
         "adapted states rank better than the base's: compared with the probe on the frozen base, "
         "the AUC differs by {aucdiff probe-of-lora_head head_only} and "
-        "{aucdiff probe-of-lora_label_scoring head_only}. Not tested: how far the states moved; "
-        "this shows only what a linear head can read from them.",
+        "{aucdiff probe-of-lora_label_scoring head_only}. The same on the 1.5B model: the new "
+        "probe reaches {acc 1.5b/probe-of-lora_head}; compared with the head that was trained "
+        "with LoRA: {diff 1.5b/probe-of-lora_head 1.5b/lora_head}. Not tested: how far the states "
+        "moved; this shows only what a linear head can read from them.",
     ),
     (
         "Label scoring beats the head by two points.",
@@ -55,14 +57,18 @@ ENGLISH = (
         "{diff lora_label_scoring lora_head}.",
         "False with 3,000 training rows: compared with `lora_head` "
         "{diff lora_label_scoring lora_head}, on the 1.5B model "
-        "{diff 1.5b/lora_label_scoring 1.5b/lora_head}; both intervals exclude two points. With "
-        "50 and 200 rows the 0.5B model's label scoring is far better than `lora_head`: {diff lora_label_scoring-n50 lora_head-n50} and "
+        "{diff 1.5b/lora_label_scoring 1.5b/lora_head}; with all rows and two epochs (0.5B) "
+        "{diff lora_label_scoring-all lora_head-all}. All three intervals exclude two points. "
+        "More rows and the second epoch help label scoring and the head: "
+        "{diff lora_label_scoring-all lora_label_scoring} and {diff lora_head-all lora_head}. "
+        "With 50 and 200 rows label scoring is far better than `lora_head`: "
+        "{diff lora_label_scoring-n50 lora_head-n50} and "
         "{diff lora_label_scoring-n200 lora_head-n200}. But then the head is still close to "
         "chance, and label scoring is still close to zero-shot: "
         "{diff lora_label_scoring-n50 zero_shot} and {diff lora_label_scoring-n200 zero_shot}. "
         "With the same 200 rows it is worse than a probe: "
         "{diff lora_label_scoring-n200 head_only-n200}. The advantage of label scoring is a "
-        "better start. Not tested: more than one epoch; then even few rows give many steps.",
+        "better start. Not tested: few rows and many epochs; all rows on the 1.5B model.",
     ),
     (
         "The choice of label words changes the zero-shot result.",
@@ -72,11 +78,13 @@ ENGLISH = (
         "{diff zero_shot-xiaoji zero_shot}. Only the threshold moves; the ranking does not "
         "change: the AUC differs by {aucdiff zero_shot-xiaoji zero_shot}. 差/好 and 负向/正向 "
         "also rank worse: the AUC differs by {aucdiff zero_shot-chahao zero_shot} and "
-        "{aucdiff zero_shot-xiang zero_shot}. The 1.5B model depends on the words as well: with "
-        "负向/正向 it loses {diff 1.5b/zero_shot-xiang 1.5b/zero_shot}. After training, little of the difference remains: "
-        "`lora_label_scoring` with 负向/正向 reaches {acc lora_label_scoring-xiang}; compared "
-        "with 负面/正面: {diff lora_label_scoring-xiang lora_label_scoring}, which is not "
-        "significant after correction for the number of tests. Not tested: which words are best; "
+        "{aucdiff zero_shot-xiang zero_shot}. The 1.5B model depends on the words as well: "
+        "负向/正向, compared with 负面/正面: {diff 1.5b/zero_shot-xiang 1.5b/zero_shot}. After "
+        "training, little of the difference remains: `lora_label_scoring` with 负向/正向 reaches "
+        "{acc lora_label_scoring-xiang}; compared with 负面/正面: "
+        "{diff lora_label_scoring-xiang lora_label_scoring}, on the 1.5B model "
+        "{diff 1.5b/lora_label_scoring-xiang 1.5b/lora_label_scoring}. Neither is significant "
+        "after correction for the number of tests. Not tested: which words are best; "
         "these four pairs were fixed in advance.",
     ),
     (
@@ -145,20 +153,25 @@ CHINESE = (
         "{acc probe-of-lora_label_scoring}。这两种 LoRA 之后的隐状态都比底座的更利于排序："
         "与冻结底座上的探针相比，AUC 分别差 {aucdiff probe-of-lora_head head_only} 和 "
         "{aucdiff probe-of-lora_label_scoring head_only}。"
+        "1.5B 模型也是如此：重新求解的探针为 {acc 1.5b/probe-of-lora_head}，"
+        "与一起训练的分类头相比 {diff 1.5b/probe-of-lora_head 1.5b/lora_head}。"
         "没有验证的是：隐状态移动了多远；这里只看线性分类头能从中读出什么。",
     ),
     (
         "标签打分比分类头高两个百分点。",
         "用 3,000 条训练时不成立：与 `lora_head` 相比 {diff lora_label_scoring lora_head}，"
         "在 1.5B 模型上为 {diff 1.5b/lora_label_scoring 1.5b/lora_head}，"
-        "两个区间都不含两个百分点。0.5B 模型只用 50 条和 200 条时，它比 `lora_head` 高得多："
+        "用全部数据训练两个 epoch 时（0.5B）为 {diff lora_label_scoring-all lora_head-all}，"
+        "三个区间都不含两个百分点。数据更多、多训练一个 epoch，标签打分和分类头都有提高："
+        "{diff lora_label_scoring-all lora_label_scoring} 和 {diff lora_head-all lora_head}。"
+        "只用 50 条和 200 条时，它比 `lora_head` 高得多："
         "{diff lora_label_scoring-n50 lora_head-n50} 和 "
         "{diff lora_label_scoring-n200 lora_head-n200}，但那时分类头几乎还在随机猜测，"
         "标签打分也几乎还停在零样本的水平：与零样本相比 "
         "{diff lora_label_scoring-n50 zero_shot} 和 {diff lora_label_scoring-n200 zero_shot}；"
         "同样用 200 条训练，它不如探针：{diff lora_label_scoring-n200 head_only-n200}。"
-        "标签打分的优势在于起点更高。没有验证的是：多训练几个 epoch 会怎样，"
-        "那样即使数据少，步数也不会少。",
+        "标签打分的优势在于起点更高。没有验证的是：数据少而 epoch 多时会怎样；"
+        "1.5B 模型用全部数据时会怎样。",
     ),
     (
         "标签词的选择会左右零样本的结果。",
@@ -170,7 +183,8 @@ CHINESE = (
         "{diff 1.5b/zero_shot-xiang 1.5b/zero_shot}。"
         "训练之后差别所剩无几：`lora_label_scoring` 用“负向/正向”时准确率为 "
         "{acc lora_label_scoring-xiang}，与用“负面/正面”相比 "
-        "{diff lora_label_scoring-xiang lora_label_scoring}，按检验次数校正后不显著。"
+        "{diff lora_label_scoring-xiang lora_label_scoring}，在 1.5B 模型上为 "
+        "{diff 1.5b/lora_label_scoring-xiang 1.5b/lora_label_scoring}，按检验次数校正后都不显著。"
         "没有验证的是：哪些词最好；这四对词是事先定好的。",
     ),
     (

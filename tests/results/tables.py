@@ -210,7 +210,8 @@ def baselines(most: str = "most frequent class", heads: Sequence[str] = BASELINE
     """The accuracy of always answering one class, of methods here, and of the BERT family."""
     labels = first("zero_shot").predictions.labels
     rows = [[most, number(np.bincount(labels).max() / len(labels)), "0"]]
-    for name in ("lora_head", "lora_label_scoring", "lora_head-all", "lora_label_scoring-all"):
+    trained = ("head_only", "lora_head", "lora_label_scoring", "probe-of-lora_head")
+    for name in (*trained, *(f"{name}-all" for name in trained)):
         for size in reversed(MODELS):
             if found := [*find(f"{size}/{name}").values()]:
                 used = found[0].results["training_arguments"]["data"]
