@@ -4,11 +4,13 @@
 Each engine is installed in a virtual environment of its own under ~/.cache/qwen-bench (or in
 XDG_CACHE_HOME), made once. It runs this file in a process of its own, started once. It gets the
 token ids of this project's tokenizer, so the time is that from token ids to scores. Loading,
-compilation, and a first round over the same rows, whose scores are compared, are not in it.
+compilation, and a first round over the same rows, whose scores are compared, are not in it. Measure
+on an idle machine: beside other work, OpenMP threads that wait in a loop, as torch's do by default,
+can make a program ten times slower.
 
 zero_shot       `score_labels` of this project
-vllm            the log-probabilities of the label tokens alone, after each context: a prompt
-                and all tokens of a label but the last. Contexts share blocks of the prefix cache,
+vllm            the log-probabilities of the label tokens alone, after each context: a prompt, and
+                a prompt with the beginning of a label. Contexts share blocks of the prefix cache,
                 which is empty when a round begins. This is faster than `prompt_logprobs` of prompt
                 and label, which does not read that cache.
 openvino        last hidden states by optimum-intel, in batches of similar length, without a cache.
