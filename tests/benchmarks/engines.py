@@ -208,6 +208,7 @@ def compare(args: argparse.Namespace, names: list[str], sets: Sequence[str], flo
     """For each set of labels: compare the scores, then run rounds in turn, and print a table."""
     from common import disagreement, figures, print_table, read_prompts
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the engines end, too
     engines, results = [Engine(name, args, floor.dtype) for name in ("zero_shot", *names)], []
     for labels in sets:
         _, prompts = read_prompts(args, labels.split(","))
