@@ -130,6 +130,7 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
     if args.explain is not None or args.explain_row is not None:
         return inside.explain(source, METHODS[args.method])
     examples = read_rows(args, task, record, empty_texts=True)
+    source.compare(examples_hash(examples))
     inputs = [task.directory, args.data, args.train_data, args.adapter, args.run]
     if args.run:
         arguments.name_outputs(args, record, examples_hash(examples))

@@ -71,7 +71,8 @@ def head_only(job: Job) -> dict:
         directory = Path(args.feature_cache or job.run / "features")
         setting = f"{base_hash} {model.lm_head_weight.dtype} {args.pooling} {layers != [last]}"
         setting += " plain" * args.plain  # so that --plain computes
-        features = cached_features(directory, setting, job.prompts, compute, bar.update)
+        many = [ranks.from_first, ranks.rank == 0] if (ranks := cli.ranks()) else []
+        features = cached_features(directory, setting, job.prompts, compute, bar.update, *many)
     try:
         check_finite(model, job.prompts, features.isfinite().flatten(1).all(dim=1))
     except NotFinite as error:
@@ -114,7 +115,7 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
     prompts = [job.prompts[row] for row in job.training]
     labels = [job.examples[row].label for row in job.training]
     true = np.array([job.examples[row].label for row in job.held_out])
-    lengths = [len(prompt.ids) for prompt in prompts]
+    lengths, ranks = [len(prompt.ids) for prompt in prompts], cli.ranks()
 
     def parts(rows: list[int]) -> list[list[int]]:
         cut = forms(args.plain).token_budget_batches
@@ -136,9 +137,16 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
 
     def loss(rows: list[int]) -> Tensor:
         chosen = [prompts[i] for i in rows], [labels[i] for i in rows]
-        return losses(*chosen, args.checkpointing, job.weights)
+        if not ranks:
+            return losses(*chosen, args.checkpointing, job.weights)
+        own, factor = ranks.share(len(rows))
+        return factor * losses(*chosen, args.checkpointing, job.weights, own)
 
     how = (trained.save, args.eval_every, args.save_every)
+    if ranks:
+        for module in lora_modules(model).values():
+            module.mask = partial(ranks.own_mask, module.mask)
+        how += (partial(ranks.combine, list(trained.parameters.values())),)
     training = Training(trained.parameters, lengths, loss, parts, evaluate, *how)
     model.train()
     plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
@@ -230,6 +238,12 @@ def train(args: argparse.Namespace) -> int:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "finished": False,
     }
+    if ranks := cli.ranks():
+        manifests = sorted(run.glob(f"checkpoints/step-*/{run_files.MANIFEST}"))
+        kept = [(path.parent.name, path.read_bytes()) for path in manifests]
+        given = vars(args) | dict.fromkeys(("output", "export", "feature_cache"))
+        what = [{**record, "arguments": given}, device]
+        ranks.check_same("model, run, data or device", what, kept)
     record = run_files.start_record(run, record, args.resume)
     source = Source(args, task, device, record)
     if not record["finished"]:

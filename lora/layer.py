@@ -70,12 +70,19 @@ class LoRALinear(nn.Module):
     def definition(self, x: Tensor) -> Tensor:
         """x (..., in) to y (..., out), by the formula of the class, in fp32."""
         y = self.base(x)  # (..., out)
-        h = F.dropout(x.float(), self.dropout, training=self.training)  # (..., in)
+        h = x.float()  # (..., in)
+        if self.training and self.dropout:
+            h = h * self.mask(h) / (1 - self.dropout)  # so that its expected value stays x
         h = F.linear(h, self.lora_A)  # (..., r)
         # s multiplies B, which is smaller than the update with its one row for each token.
         update = F.linear(h, self.scaling * self.lora_B)  # (..., out)
         # dtype: the sum is formed in fp32, as the update is, and rounded to the base's dtype once.
         return (y + update).to(y.dtype)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """What dropout (Srivastava et al. 2014) keeps of x, in its shape and dtype: 1, or 0 with
+        probability p = `dropout`."""
+        return torch.empty_like(x).bernoulli_(1 - self.dropout)
 
     def _bf16_training_forward(self, x: Tensor) -> Tensor:
         """The definition up to rounding; it saves the memory of fp32 copies of x and y.
@@ -88,9 +95,8 @@ class LoRALinear(nn.Module):
         y = self.base(x)  # (..., out)
         scaling = self.scaling
         if self.dropout:
-            # The same mask as F.dropout draws. bf16 would round its factor 1/(1 - p): s takes it.
-            mask = torch.empty_like(x).bernoulli_(1 - self.dropout)
-            x, scaling = x * mask, scaling / (1 - self.dropout)
+            # bf16 would round the factor 1/(1 - p): s takes it.
+            x, scaling = x * self.mask(x), scaling / (1 - self.dropout)
         h = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
         scaled_B = (scaling * self.lora_B).to(x.dtype)  # (out, r)
         out = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, self.r), scaled_B.T)

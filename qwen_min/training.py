@@ -104,12 +104,15 @@ def training_steps(
     loss: Callable[[list[int]], Tensor],
     parts: Callable[[list[int]], list[list[int]]],
     done: int = 0,
+    combine: Callable[[float], float] = lambda loss: loss,
 ) -> Iterator[Step]:
     """Minimise the mean loss over rows, one optimizer step at a time; yields after each.
 
     lengths: tokens of each row. loss(rows) is the *sum* of the rows' losses, with gradient.
     parts(rows) cuts the rows of a step into forwards; the step divides by all its rows, so cutting
     changes only rounding and the draws of dropout. done: steps that are finished already.
+    combine: called with a step's loss when its gradients are there; where several processes share
+    the rows it adds up the gradients of all, in place, and returns the whole loss.
 
     Raises TrainingFailed, before the optimizer's step, if loss or gradient is not finite.
     """
@@ -130,6 +133,7 @@ def training_steps(
             part_loss = loss(part) / len(rows)
             part_loss.backward()
             mean_loss += part_loss.item()
+        mean_loss = combine(mean_loss)
         norm = nn.utils.clip_grad_norm_(group["params"], plan.clip).item()
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
             raise TrainingFailed(f"step {step + 1}: loss {mean_loss}, gradient norm {norm}", rows)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from conftest import REPO, make_reference
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.utils.class_weight import compute_class_weight
+from tqdm import tqdm
 
 import evaluate
 import train
@@ -338,6 +340,8 @@ def in_child(args: list[str], prepare=lambda: None) -> int:
     try:  # in the child: nothing of pytest's may run after this
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1), os.dup2(null, 2)
+        # The default lock is shared by forked processes: one killed with it blocks all others.
+        tqdm.set_lock(threading.RLock())
         prepare()
         os._exit(train.main(args))
     finally:

@@ -165,6 +165,23 @@ class Toy:
         return [step for step, _ in checkpoints(self.run)]
 
 
+def test_of_several_processes_one_stops_when_all_know_of_its_signal(tmp_path):
+    """A signal between the exchanges of two steps: the others begin the second, so this one too."""
+    toy, exchanges = Toy(tmp_path), []
+
+    def combine(stop, loss):
+        exchanges.append(loss)
+        stop.agreed = stop.signal
+        if len(exchanges) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    training = make_training(toy.plan, {"weight": toy.weight}, toy.lengths, toy)
+    with pytest.raises(Stopped) as stopped:
+        fit(tmp_path, replace(training, combine=combine), toy.plan)
+    assert len(exchanges) == 2 and (stopped.value.signal, toy.saved()[-1]) == (signal.SIGTERM, 2)
+
+
 def test_every_epoch_takes_every_row_once(tmp_path):
     toy = Toy(tmp_path)
     state = toy.fit()

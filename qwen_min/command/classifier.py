@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from qwen_min.command import cli
 from qwen_min.command.finite import NotFinite, check_finite
 from qwen_min.command.task import Task
 from qwen_min.command.trained import ADAPTER, GIVE_BASE, Parts, identity, load_parts, parts_of
@@ -122,6 +123,12 @@ class Source:
 
             found["stop_ids"] = sorted(stop_ids(self.task.directory, self.task.tokenizer.markup))
         return found
+
+    def compare(self, data: str | None = None) -> None:
+        """Of several processes: raise UserError unless all have the same of what it depends on."""
+        if many := cli.ranks():
+            found = [self.identity, self.record, self.device, data]
+            many.check_same("model, run, data or device", found)
 
     def scorer(self, model: Qwen, by: str, head: LinearHead | None = None) -> Scorer:
         """The model with what gives the scores, computing as the arguments say."""

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from types import ModuleType
 from typing import NoReturn
 
 from qwen_min.command.terminal import SafeStream, one_line
@@ -37,12 +38,23 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return action.help if plain else super()._get_help_string(action)
 
 
+def ranks() -> ModuleType | None:
+    """fast/ranks.py if this is one of several processes, as torchrun starts them; or None."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    from qwen_min.fast import ranks
+
+    return ranks
+
+
 def make_parser(description: str) -> CommandParser:
     """A parser whose help keeps the description's examples and shows every default.
 
     What is printed from then on, the help first, has characters that the encoding of standard
     output lacks as their codes, as on stderr.
     """
+    if ranks() and os.environ.get("RANK", "0") != "0":  # the first process alone prints
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     return CommandParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
@@ -101,15 +113,28 @@ def choose_device(name: str) -> str:
 
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     available = [device for device, present in found.items() if present] + ["cpu"]
-    if name == "auto":
-        return available[0]
+    name = available[0] if name == "auto" else name
     if name not in available:
         raise UserError(f"--device {name}: this machine has none; use --device auto or cpu")
+    if name == "cuda" and ranks():  # each has its own device, which "cuda" means from now on
+        here, present = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if here >= present:
+            found = f"--device cuda: process {here} of this machine, which has {present} GPUs"
+            raise UserError(f"{found}; start as many processes as there are GPUs")
+        torch.cuda.set_device(here)
     return name
 
 
 def run_command(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command: a user's mistake becomes one line and status 2; a bug keeps its traceback."""
+    if ranks() and hasattr(args, "plain"):  # a command that computes
+        from qwen_min.fast import group
+
+        group.run(_run, command, args)  # ends the process
+    return _run(command, args)
+
+
+def _run(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     if not getattr(args, "plain", True):  # a command that computes, and not by the definitions
         from qwen_min.fast.memory import keep_freed_memory
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from shlex import quote
 
 from lora import merge_lora
+from qwen_min.command import cli
 from qwen_min.command.classifier import Source
 from qwen_min.command.finite import dtype_name
 from qwen_min.command.trained import PROMPT_FILE, load_parts, prompt_fields
@@ -22,6 +23,8 @@ def export(source: Source, run: Path) -> int:
     architecture, with the head in the base's dtype when transformers loads it. Raises UserError if
     no token can fill up its batches.
     """
+    if (ranks := cli.ranks()) and ranks.rank:  # the first process alone writes it
+        return 0
     args, model, task, out = source.args, source.base(), source.task, source.args.export
     head = load_parts(model, run, run / ADAPTER, source.parts, source.record)
     merge_lora(model)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,7 @@ class Training:
     save: Callable[[Path], None]  # the parameters, into a directory
     eval_every: int | None  # steps; None: twice an epoch
     save_every: int  # steps; every evaluation saves too
+    combine: Callable[[run_files.StopRequest, float], float] | None = None  # of several processes
 
 
 def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = None) -> dict:
@@ -133,6 +135,9 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
         write_atomically(directory / "optimizer.safetensors", data)
         write_json(directory / "state.json", state)
 
+    def stopping() -> int | None:
+        return stop.agreed if training.combine else stop.signal
+
     log = run / "log.jsonl"
     run_files.trim_log(log, state["step"])
     stop = run_files.StopRequest()
@@ -142,6 +147,7 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
     try:
         step_started = time.perf_counter()
         how = (training.loss, training.parts, state["step"])
+        how += (partial(training.combine, stop),) if training.combine else ()
         for step in training_steps(optimizer, training.lengths, plan, *how):
             state["step"] = step.number
             tokens = sum(training.lengths[row] for row in step.rows)
@@ -157,12 +163,12 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
                 bar.clear()  # the line takes its place; the next step draws it again
                 line = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
                 print(f"step {step.number} of {steps}  {line}", flush=True)
-            if evaluates or step.number % training.save_every == 0 or stop.signal is not None:
+            if evaluates or step.number % training.save_every == 0 or stopping():
                 state["seconds"] = before + time.perf_counter() - started
                 run_files.save_checkpoint(run, step.number, write)
                 run_files.prune_checkpoints(run, [step.number, best_step(state["history"])])
-                if stop.signal is not None and not last:
-                    raise Stopped(stop.signal, step.number)
+                if (number := stopping()) and not last:
+                    raise Stopped(number, step.number)
             # A signal after a step that was not saved waits for the next one.
             step_started = time.perf_counter()
     finally:
@@ -187,6 +193,7 @@ def with_best_saved(run: Path, history: list[dict]) -> list[dict]:
 
 def why_failed(job: Job, failed: Sequence[int]) -> str:
     """Where the numbers of a step's rows stop being finite, if they do; otherwise which rows."""
+    job.model.eval()
     rows = [(job.prompts[job.training[i]], job.examples[job.training[i]]) for i in failed]
     prompts = [replace(p, labels=p.labels[e.label : e.label + 1]) for p, e in rows]
     if rows and (where := first_not_finite(job.model, prompts)):

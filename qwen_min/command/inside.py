@@ -144,6 +144,7 @@ def explain(source: Source, load: Callable[[Source], Scorer]) -> int:
     from qwen_min.lab.explain import explain_head, explain_labels
 
     args, task = source.args, source.task
+    source.compare()
     text, place, true = args.explain, "--explain", ""
     if args.explain_row is not None:
         rows = {row.line: row for row in read_rows(args, task, source.record)}

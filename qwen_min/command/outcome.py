@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from qwen_min.command.classifier import Evaluation, Outcome
+from qwen_min.command.cli import ranks
 from qwen_min.command.finite import dtype_name
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash
@@ -32,6 +33,8 @@ def try_parts(
         try:
             found[name] = part()
         except (Exception, KeyboardInterrupt) as error:
+            if ranks() and not isinstance(error, UserError):
+                raise  # of several processes perhaps in this one alone: the others would wait
             failures[name] = error
             found[name] = {"failed": f"{type(error).__name__}: {error}"}
     return found.pop("metrics") | found, failures

@@ -23,7 +23,7 @@ from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 
-from qwen_min.command.cli import make_parser, parse_with_given, run_command
+from qwen_min.command.cli import make_parser, parse_with_given, ranks, run_command
 from qwen_min.command.finite import NotFinite
 from qwen_min.command.interface import Classifier, add_classifier_arguments, read_source
 from qwen_min.command.terminal import WIDTH, clipped, columns, one_line, progress_bar, text_table
@@ -58,10 +58,13 @@ def predict(args: argparse.Namespace, given: dict) -> int:
     """Read, load, then chunk by chunk score and write."""
     if (args.texts is None) == (args.text is None):
         raise UserError("expected TEXTS, a file or - for standard input, or else --text")
+    if args.texts == "-" and ranks():
+        raise UserError("standard input reaches a single process only; name a file of texts")
     form = FORMS.get(Path(args.output).suffix) if args.output else table_rows
     if form is None:
         raise UserError(f"--output {args.output}: expected a name that ends in .csv or .jsonl")
     source = read_source(args, given)
+    source.compare()
     inputs = [source.task.directory, args.adapter, args.run, args.run and f"{args.run}/adapter"]
     inputs.append(args.calibration)
     open_outputs([args.output], [*inputs, args.texts if args.texts != "-" else None])

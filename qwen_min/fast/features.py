@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen_min.fast import ranks
 from qwen_min.fast.batching import token_budget_batches
-from qwen_min.fast.label_scores import filler, last_states
+from qwen_min.fast.label_scores import ALL, filler, last_states
 from qwen_min.fast.layout import Text, pack
 from qwen_min.fast.packed import forward_packed
 from qwen_min.model import Qwen
@@ -31,7 +32,8 @@ def pooled_features(
     layers = model.config.num_hidden_layers + 1 if all_layers else 1
     features = torch.zeros(len(prompts), layers, model.config.hidden_size)
     queries = 1 if pooling == "last" else None
-    for rows in token_budget_batches([len(prompt.ids) for prompt in prompts], batch_tokens):
+    batches = token_budget_batches([len(prompt.ids) for prompt in prompts], batch_tokens)
+    for rows, together in ranks.own_batches(batches, prompts):
         texts = [Text(prompts[row].ids, queries=queries) for row in rows]
         batch = pack(model, [*texts, *filler(model, texts)])
         streams: list[Tensor] | None = [] if all_layers else None
@@ -39,8 +41,8 @@ def pooled_features(
         pooled = [pool(stream, batch.lengths, pooling) for stream in streams or []]
         pooled.append(pool(h, batch.asked, pooling))
         features[rows] = torch.stack(pooled, dim=1)[: len(rows)].cpu()
-        progress(sum(len(prompts[row].ids) for row in rows))
-    return features
+        progress(sum(len(prompts[row].ids) for row in together))
+    return ranks.gathered(features)
 
 
 def pool(x: Tensor, lengths: Sequence[int], pooling: str) -> Tensor:
@@ -57,12 +59,14 @@ def head_losses(
     classes: Sequence[int],
     checkpointing: bool,
     weights: Sequence[float] | None = None,
+    own: slice = ALL,
 ) -> Tensor:
-    """Sum over rows of `head_loss`, times the class's weight in `weights` (C,), with gradient.
+    """Sum over the rows `own` of `head_loss`, times the class's weight in `weights` (C,).
 
-    weight (C, D), of the head, in fp32.
+    With gradient. weight (C, D), of the head, in fp32.
     """
-    h = last_states(model, [p.ids for p in prompts], [1] * len(prompts), checkpointing)  # (rows, D)
-    targets = torch.tensor(classes, device=weight.device)
+    texts = [prompt.ids for prompt in prompts]
+    h = last_states(model, texts, [1] * len(texts), checkpointing, own)  # (rows, D)
+    targets = torch.tensor(classes[own], device=weight.device)
     by_class = None if weights is None else weight.new_tensor(weights)
     return F.cross_entropy(F.linear(h.float(), weight), targets, by_class, reduction="sum")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
+from qwen_min.fast import ranks
 from qwen_min.fast.batching import token_budget_batches
 from qwen_min.fast.layout import Text, pack
 from qwen_min.fast.packed import forward_packed
@@ -29,10 +30,12 @@ def generate_answers(
     A text that has ended leaves its batch. `progress` is called with the prompts' tokens that are
     finished.
     """
-    answers: list[list[int] | None] = [[] for _ in prompts]
+    # Of each answer the number of its tokens plus 1, or 0 for None; then the tokens.
+    table = torch.zeros(len(prompts), 1 + max_new_tokens, dtype=torch.int64)
     # The cache also holds the answer.
     lengths = [len(prompt.ids) + max_new_tokens for prompt in prompts]
-    for rows in token_budget_batches(lengths, batch_tokens):
+    for rows, together in ranks.own_batches(token_budget_batches(lengths, batch_tokens), prompts):
+        table[rows, 0] = 1
         active, pasts = rows, None  # the rows that are not finished, and what is kept of each
         texts = [Text(prompts[row].ids, queries=1) for row in rows]
         for _ in range(max_new_tokens):
@@ -41,14 +44,15 @@ def generate_answers(
             going = []
             for i, row in enumerate(active):
                 if not math.isfinite(most[i]):  # NaN is the maximum of all numbers
-                    answers[row] = None
+                    table[row] = 0
                 elif tokens[i] not in stop:
-                    answers[row].append(tokens[i])
+                    table[row, table[row, 0]] = tokens[i]
+                    table[row, 0] += 1
                     going.append(i)
             if not going:
                 break
             active = [active[i] for i in going]
             pasts = [pasts[i] for i in going]
             texts = [Text([tokens[i]]) for i in going]
-        progress(sum(len(prompts[row].ids) for row in rows))
-    return answers
+        progress(sum(len(prompts[row].ids) for row in together))
+    return [tokens[: n - 1] if n else None for n, *tokens in ranks.gathered(table).tolist()]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen_min.fast import ranks
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS, common_prefix, token_budget_batches
 from qwen_min.fast.layout import Past, Text, pack
 from qwen_min.fast.packed import forward_packed
@@ -22,6 +23,8 @@ from qwen_min.prompt import Prompt
 # Rows of logits held at once: with V = 151,936 a row is 0.6 MB in fp32.
 LOGIT_ROWS = 64
 FULL = 64  # see `filler`
+ALL = slice(None)  # rows
+Texts = Sequence[tuple[int, ...]]  # token ids
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,11 @@ def score_labels(
         _, (prefix,) = forward_packed(model, pack(model, [first], keep=True))
     scores = np.zeros((len(prompts), len(prompts[0].labels)))
     lengths = [len(p.ids) - shared + len(label_tree(p.labels).tokens) for p in prompts]
-    for rows in token_budget_batches(lengths, batch_tokens):
+    for rows, together in ranks.own_batches(token_budget_batches(lengths, batch_tokens), prompts):
         batch = [(prompts[row].ids[shared:], label_tree(prompts[row].labels)) for row in rows]
         scores[rows] = score_batch(model, batch, prefix)
-        progress(sum(len(prompts[row].ids) for row in rows))
-    return scores
+        progress(sum(len(prompts[row].ids) for row in together))
+    return ranks.gathered(torch.from_numpy(scores)).numpy()
 
 
 def filler(model: Qwen, texts: Sequence[Text]) -> list[Text]:
@@ -130,11 +133,12 @@ def token_log_probs(model: Qwen, h: Tensor, index: Tensor, tokens: Tensor) -> np
 
 
 def last_states(
-    model: Qwen, texts: Sequence[tuple[int, ...]], counts: Sequence[int], checkpointing: bool
+    model: Qwen, texts: Texts, counts: Sequence[int], checkpointing: bool, own: slice = ALL
 ) -> Tensor:
     """States of the last counts[i] tokens of text i, with gradient: (Σ counts, D).
 
     On a CPU the common prefix is computed once. Under dropout its texts share one draw there.
+    own: the texts that are computed; the others count for that prefix and for dropout.
     """
     # Nothing to share in a single text. On a GPU attention is faster without the explicit masks
     # that continuing a prefix needs.
@@ -142,9 +146,12 @@ def last_states(
     # The tokens whose states are asked for must not be in the prefix.
     shared = min([shared, *(len(text) - n for text, n in zip(texts, counts, strict=True))])
     packed = [Text(text[shared:], queries=n) for text, n in zip(texts, counts, strict=True)]
+    computed = list(range(len(packed)))[own]
     if shared:
         packed = [Text(texts[0][:shared], queries=1), *packed]
-    batch = pack(model, packed, first_is_prefix=shared > 0)
+        computed = [0, *(i + 1 for i in computed)]
+    ranks.share_dropout(packed, computed)
+    batch = pack(model, [packed[i] for i in computed], first_is_prefix=shared > 0)
     h, _ = forward_packed(model, batch, checkpointing=checkpointing)
     return h[1:] if shared else h
 
@@ -155,15 +162,17 @@ def label_losses(
     classes: Sequence[int],
     checkpointing: bool = False,
     weights: Sequence[float] | None = None,
+    own: slice = ALL,
 ) -> Tensor:
-    """Sum over rows of `label_loss` for the true class, with gradient.
+    """Sum over the rows `own` of `label_loss` for the true class, with gradient.
 
     weights (C,): each row's loss is multiplied by its class's weight.
     """
     labels = [prompt.labels[y] for prompt, y in zip(prompts, classes, strict=True)]
     # A label's last token is a target only, not an input.
     texts = [(*p.ids, *label[:-1]) for p, label in zip(prompts, labels, strict=True)]
-    h = last_states(model, texts, [len(label) for label in labels], checkpointing)
+    h = last_states(model, texts, [len(label) for label in labels], checkpointing, own)
+    labels, classes = labels[own], classes[own]
     targets = torch.tensor([token for label in labels for token in label], device=h.device)
     if weights is None:
         return F.cross_entropy(model.logits(h), targets, reduction="sum")

@@ -51,6 +51,8 @@ def cached_features(
     prompts: Sequence[Prompt],
     compute: Callable[[Sequence[Prompt]], Tensor],
     progress: Callable[[int], object] = lambda tokens: None,
+    agree: Callable[[Tensor | None], Tensor | None] = lambda part: part,
+    keep: bool = True,
 ) -> Tensor:
     """compute(prompts) (n, S, D), kept in `directory` by files of CACHE_ROWS rows.
 
@@ -58,6 +60,9 @@ def cached_features(
     ids, which follow from tokenizer, template, truncation and texts. It has a hash of its features:
     those of a file that was changed, or has no hash, are computed again. `progress` is called with
     the tokens of the rows that were there already. Raises UserError if nothing can be kept.
+
+    Of several processes, agree gives all what the first has kept, so that all compute the same
+    rows, and keep is False for the others.
     """
     with disk.one_line_error(directory, "name a directory for features by --feature-cache"):
         directory.mkdir(parents=True, exist_ok=True)
@@ -72,10 +77,14 @@ def cached_features(
                 part = tensors["features"]
                 if len(part) != len(chunk) or metadata["hash"] != fingerprint([(key, part)]):
                     raise ValueError("they were changed")
-            progress(sum(len(prompt.ids) for prompt in chunk))
         except UserError:  # absent, or damaged
+            part = None
+        if (part := agree(part)) is not None:
+            progress(sum(len(prompt.ids) for prompt in chunk))
+        else:
             part = compute(chunk)
             metadata = {"hash": fingerprint([(key, part)])}
-            disk.write_atomically(path, save({"features": part}, metadata))
+            if keep:
+                disk.write_atomically(path, save({"features": part}, metadata))
         parts.append(part)
     return torch.cat(parts)

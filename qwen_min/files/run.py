@@ -118,7 +118,7 @@ def run_arguments(args: argparse.Namespace, given: dict) -> argparse.Namespace:
             found = f"--{name.replace('_', '-')} is {value!r} but the run has {before.get(name)!r}"
             raise UserError(f"--resume: {found}; leave it out, or start another run")
     # --export applies to one command only. --output is where the run was found: it may have moved.
-    before |= {"export": None} | {name: given[name] for name in free if name in given}
+    before |= {"export": None} | {name: vars(args)[name] for name in free if name in given}
     before["output"] = args.output
     return argparse.Namespace(**(vars(args) | before))
 
@@ -291,6 +291,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.agreed: int | None = None  # of several processes: a signal to any of them
         self._before = {n: signal.signal(n, self._record) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def _record(self, number: int, frame: FrameType | None) -> None:

@@ -79,8 +79,7 @@ ENGLISH = (
         "Training the embedding makes even a head without LoRA work, but by dragging the meaning "
         "of the label words, not by understanding.",
         "There is nothing to repair: with the embedding trained, a head without LoRA reaches "
-        "{acc embeddings-head}, no significant difference from the probe on the frozen base. "
-        "Label scoring keeps most of its gain when the label words' vectors are set back.",
+        "{acc embeddings-head}, no significant difference from the probe on the frozen base.",
         "There is nothing to repair: with embedding and head trained, without LoRA, accuracy is "
         "{acc embeddings-head}; compared with the probe on the frozen base: "
         "{diff embeddings-head head_only}. Label scoring with only the embedding trained reaches "
