@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -220,6 +221,13 @@ def figures(rows: int, seconds: float, least: float) -> dict[str, float]:
         "floor_rows_per_s": rows / least,
         "share": least / seconds,
     }
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """How many times as long a peer's runs took as the run of ours before each: the median, the
+    least and the most."""
+    found = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return {"ours_faster_by": statistics.median(found), "least": min(found), "most": max(found)}
 
 
 def print_table(rows: Sequence[dict], columns: dict[str, str]) -> None:

@@ -43,9 +43,10 @@ PACKAGES = {
 COLUMNS = {
     "program": "",
     "rows_per_s": ".2f",
-    "spread": ".0%",  # slowest minus fastest round, of the median
     "share": ".0%",
     "ours_faster_by": ".2f",
+    "least": ".2f",
+    "most": ".2f",
 }
 Rows = list[tuple[list[int], list[list[int]]]]  # (prompt, labels)
 Score = Callable[[Rows], list[list[float]]]
@@ -206,7 +207,7 @@ class Engine:
 
 def compare(args: argparse.Namespace, names: list[str], sets: Sequence[str], floor) -> list[dict]:
     """For each set of labels: compare the scores, then run rounds in turn, and print a table."""
-    from common import disagreement, figures, print_table, read_prompts
+    from common import disagreement, figures, print_table, ratios, read_prompts
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the engines end, too
     engines, results = [Engine(name, args, floor.dtype) for name in ("zero_shot", *names)], []
@@ -223,14 +224,12 @@ def compare(args: argparse.Namespace, names: list[str], sets: Sequence[str], flo
         rounds = [[e.score(rows)["seconds"] for e in engines] for _ in range(args.rounds)]
         table = []
         for engine, *seconds in zip(engines, *rounds, strict=True):
-            median = statistics.median(seconds)
             table.append(
                 {
                     "labels": labels,
                     "program": f"{engine.name}, {engine.version}",
-                    **figures(len(rows), median, floor.scoring(prompts)),
-                    "spread": (max(seconds) - min(seconds)) / median,
-                    "ours_faster_by": median / statistics.median(r[0] for r in rounds),
+                    **figures(len(rows), statistics.median(seconds), floor.scoring(prompts)),
+                    **ratios([r[0] for r in rounds], seconds),
                     "seconds": seconds,
                 }
             )

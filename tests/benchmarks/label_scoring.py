@@ -7,8 +7,9 @@
 
 Every program gets the same prompts and labels and runs in its own process. The time from texts to
 scores is measured. It includes tokenising, but not loading and a first forward. One run of this
-project precedes each peer's run, and the median of these runs is reported. A peer must have the
-same tokens, and scores within rounding, before speed is compared. Otherwise the exit status is 1.
+project precedes each peer's run, --rounds times; the table has the medians, and of the ratios also
+the least and the most. A peer must have the same tokens, and scores within rounding, before speed
+is compared. Otherwise the exit status is 1.
 
 zero_shot       `score_labels`, the default form of this project
 definition      `score_label` of this project: one forward for each candidate
@@ -18,8 +19,8 @@ lm-eval N       lm-evaluation-harness, model `hf`, a multiple-choice task, batch
                 This search is part of the time, because a user waits for it.
 
 Two engines made for speed run only where --peers names them (Linux), with the same number of
-threads. See engines.py. They and this project are loaded first and then run in turn, --rounds
-times. Without --labels they score the first two sets.
+threads. See engines.py. They and this project are loaded first and then run in turn. Without
+--labels they score the first two sets.
 
 vllm            vLLM, with prefix caching
 openvino        OpenVINO, last hidden states; torch applies the LM head
@@ -44,6 +45,7 @@ from common import (
     make_parser,
     measure_floor,
     print_table,
+    ratios,
     read_prompts,
     read_rows,
     write_json,
@@ -161,6 +163,8 @@ COLUMNS = {
     "floor_rows_per_s": ".2f",
     "share": ".0%",
     "ours_faster_by": ".2f",
+    "least": ".2f",
+    "most": ".2f",
     "peak_mib": ".0f",
 }
 PROGRAMS = {
@@ -192,7 +196,7 @@ def main() -> None:
         metavar="NAME,NAME",
         help=f"some of {', '.join(PEERS)} (default: all), {', '.join(ENGINES)}",
     )
-    parser.add_argument("--rounds", type=positive_int, default=3, help="of engines (default 3)")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="default 3")
     args = parser.parse_args()
     if args.only:
         return answer(gemm_rate(args) if args.only == "gemm" else run(args))
@@ -210,28 +214,31 @@ def main() -> None:
     peers = [peer for peer in peers if peer not in ENGINES]
     for labels in sets if peers else ():
         flags = ("--rows", str(args.rows), "--labels", labels, "--only")
-        found: dict[str, list[dict]] = {"zero_shot": []}
-        for peer in peers:
-            found["zero_shot"].append(in_process(*flags, "zero_shot"))
-            found[peer] = [in_process(*flags, peer)]
+        found: dict[str, list[dict]] = {name: [] for name in ("zero_shot", *peers)}
+        beside: dict[str, list[float]] = {peer: [] for peer in peers}  # ours before each run of it
+        for _ in range(args.rounds):
+            for peer in peers:
+                found["zero_shot"].append(in_process(*flags, "zero_shot"))
+                beside[peer].append(found["zero_shot"][-1]["seconds"])
+                found[peer].append(in_process(*flags, peer))
         _, prompts = read_prompts(args, labels.split(","))
         least = floor.scoring(prompts)
         print(f"{labels}: floor {least:.2f} s")
-        seconds = {name: statistics.median(r["seconds"] for r in f) for name, f in found.items()}
         table = []
         for name, runs in found.items():
             message, agrees = disagreement(found["zero_shot"][0], runs[0], floor.dtype)
             agreed &= agrees
+            seconds = [run["seconds"] for run in runs]
             if name != "zero_shot":
                 print(f"{name}: {message}")
             table.append(
                 {
                     "labels": labels,
                     "program": name,
-                    **figures(len(prompts), seconds[name], least),
-                    "ours_faster_by": seconds[name] / seconds["zero_shot"],
+                    **figures(len(prompts), statistics.median(seconds), least),
+                    **ratios(beside.get(name, seconds), seconds),
                     "peak_mib": max(r["peak_mib"] for r in runs),
-                    "seconds": [r["seconds"] for r in runs],
+                    "seconds": seconds,
                     "agreement": message,
                 }
             )
