@@ -106,11 +106,11 @@ def test_the_padded_mask_holds_every_mask(first_is_prefix, counts, reference):
     queries = 5 if counts[0] is None else 3
     assert batch.padded_mask.shape == (3, queries, 9 if first_is_prefix else 5)
     for found, start, T, count in zip(batch.padded_mask, starts, (5, 2, 4), counts, strict=True):
-        whole = torch.ones(T, start + T).tril(start).bool()  # the prefix, itself, those before
+        whole = torch.ones(T, start + T).tril(start).log()  # the prefix, itself, those before
         expected = whole if count is None else whole[-count:]
         rows, keys = expected.shape
         assert torch.equal(found[:rows, :keys], expected)
-        assert not found[:, keys:].any() and found[:, 0].all()
+        assert (found[:, keys:] == -math.inf).all() and not found[:, 0].any()
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (4, 1), (3, 3), (14, 2)])
@@ -127,7 +127,7 @@ def test_padded_attention_equals_text_by_text(heads, kv_heads):
     for mask, into in zip(masks, seen, strict=True):
         into[: mask.shape[0], : mask.shape[1]] = mask
     keys_values = list(zip(k.split(sizes), v.split(sizes), strict=True))
-    found = padded_attention(q, keys_values, lengths, seen)
+    found = padded_attention(q, keys_values, lengths, seen.float().log())
     group = heads // kv_heads
     outs = []
     for q_i, k_i, v_i, mask in zip(

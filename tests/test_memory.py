@@ -6,13 +6,16 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from qwen_min.command.classifier import Outcome
 from qwen_min.command.outcome import prediction_lines
+from qwen_min.fast.features import pooled_features
 from qwen_min.fast.label_scores import score_labels
+from qwen_min.fast.memory import MANY, store_by_columns
 from qwen_min.files.data import Example
 from qwen_min.files.output import Output
-from qwen_min.files.weights import load_model
+from qwen_min.files.weights import fingerprint, load_model
 from qwen_min.prompt import build_prompts
 from qwen_min.tokenizer import Tokenizer
 
@@ -80,3 +83,50 @@ def test_predictions(tmp_path):
 
     assert growth(write) < 100
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == ROWS[1]
+
+
+def by_columns(model: torch.nn.Module) -> list[bool]:
+    """Of each weight of the layers: whether its columns, and not its rows, lie together."""
+    linears = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    return [m.weight.T.is_contiguous() for m in linears]
+
+
+@pytest.mark.parametrize("scored_by", ["label words", "head"])
+def test_many_tokens_are_scored_with_weights_stored_by_columns(reference, tokenizer, scored_by):
+    def scores(model, prompts):
+        if scored_by == "label words":
+            return score_labels(model, prompts)
+        return pooled_features(model, prompts, "last", False, 512).numpy()
+
+    model = load_model(reference[0], "bfloat16")
+    before = fingerprint(model.named_parameters())
+    prompts = build_prompts(tokenizer, texts(100), TEMPLATE, LABELS[:3])
+    rows = scores(model, prompts)
+    assert not any(by_columns(model))
+    store_by_columns(model, MANY)
+    columns = scores(model, prompts)
+    assert all(by_columns(model)) and fingerprint(model.named_parameters()) == before
+    np.testing.assert_allclose(columns, rows, rtol=0, atol=0.05)
+    many = prompts * 6  # more than MANY tokens behind their common prefix
+    again = load_model(reference[0], "bfloat16")
+    np.testing.assert_allclose(scores(again, many)[: len(rows)], rows, rtol=0, atol=0.05)
+    assert all(by_columns(again))
+    assert not any(weight.is_inference() for weight in again.parameters())
+
+
+def test_weights_stay_as_they_are_in_fp32_and_in_training_and_where_memory_is_short(
+    reference, monkeypatch
+):
+    model = load_model(reference[0])
+    store_by_columns(model, MANY)
+    assert not any(by_columns(model))
+    model = load_model(reference[0], "bfloat16")
+    store_by_columns(model, MANY - 1)
+    assert not any(by_columns(model))
+    model.model.norm.weight.requires_grad_(True)
+    store_by_columns(model, MANY)
+    assert not any(by_columns(model))
+    model.model.norm.weight.requires_grad_(False)
+    monkeypatch.setattr("os.sysconf", lambda name: 100)  # 10 kB
+    store_by_columns(model, MANY)
+    assert not any(by_columns(model))

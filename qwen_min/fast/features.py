@@ -10,6 +10,7 @@ from qwen_min.fast import ranks
 from qwen_min.fast.batching import token_budget_batches
 from qwen_min.fast.label_scores import ALL, filler, last_states
 from qwen_min.fast.layout import Text, pack
+from qwen_min.fast.memory import store_by_columns
 from qwen_min.fast.packed import forward_packed
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompts
@@ -32,7 +33,9 @@ def pooled_features(
     layers = model.config.num_hidden_layers + 1 if all_layers else 1
     features = torch.zeros(len(prompts), layers, model.config.hidden_size)
     queries = 1 if pooling == "last" else None
-    batches = token_budget_batches([len(prompt.ids) for prompt in prompts], batch_tokens)
+    lengths = [len(prompt.ids) for prompt in prompts]
+    store_by_columns(model, sum(lengths))
+    batches = token_budget_batches(lengths, batch_tokens)
     for rows, together in ranks.own_batches(batches, prompts):
         texts = [Text(prompts[row].ids, queries=queries) for row in rows]
         batch = pack(model, [*texts, *filler(model, texts)])

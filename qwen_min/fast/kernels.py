@@ -95,8 +95,8 @@ def padded_attention(
     (0.5B, bf16, two cores): many small products, and their gradients.
 
     q (N, H, Dh), texts of `lengths` end to end; keys and values of each text (S, K, Dh); mask
-    (B, T, S) for the longest T and S: which keys each query sees, at least one each. Returns
-    (N, H, Dh).
+    (B, T, S) for the longest T and S: 0 for the keys that a query sees, at least one each, −∞ for
+    the others. Returns (N, H, Dh).
     """
     B, T, S = mask.shape
     H, Dh = q.shape[1:]
@@ -110,7 +110,7 @@ def padded_attention(
     k, v = k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)  # (B·K, S, Dh)
     scores = (q @ k.transpose(1, 2)).view(B, H, T, S)
     with torch.no_grad():  # adding a constant does not change the gradient: nothing to record
-        scores += torch.where(mask, 0.0, -torch.inf).to(q.dtype)[:, None]
+        scores += mask[:, None]
     # dtype: softmax of bf16 numbers sums in fp32 and rounds its result, as the definition does.
     weights = scores.softmax(dim=-1).view(B * K, -1, S)
     out = (weights @ v).view(B, K, H // K, T, Dh).permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -16,6 +16,7 @@ from torch import Tensor
 from qwen_min.fast import ranks
 from qwen_min.fast.batching import DEFAULT_BATCH_TOKENS, common_prefix, token_budget_batches
 from qwen_min.fast.layout import Past, Text, pack
+from qwen_min.fast.memory import store_by_columns
 from qwen_min.fast.packed import forward_packed
 from qwen_min.model import Qwen
 from qwen_min.prompt import Prompt
@@ -70,6 +71,7 @@ def score_labels(
         _, (prefix,) = forward_packed(model, pack(model, [first], keep=True))
     scores = np.zeros((len(prompts), len(prompts[0].labels)))
     lengths = [len(p.ids) - shared + len(label_tree(p.labels).tokens) for p in prompts]
+    store_by_columns(model, sum(lengths))
     for rows, together in ranks.own_batches(token_budget_batches(lengths, batch_tokens), prompts):
         batch = [(prompts[row].ids[shared:], label_tree(prompts[row].labels)) for row in rows]
         scores[rows] = score_batch(model, batch, prefix)

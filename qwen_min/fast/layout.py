@@ -64,10 +64,11 @@ class Batch:
     lengths: list[int]  # tokens of each text; their sum is N
     cos: Tensor  # (N, 1, rotary_dim), of each token's position in its text, prefix included
     sin: Tensor
-    masks: list[Tensor | None]  # per text (query tokens, S): which keys each sees; None: causal
+    masks: list[Tensor | None]  # per text (query tokens, S), as of `additive`; None: causal
     query_counts: list[int]  # per text, the number of its last tokens that get an output
     asked: list[int]  # the same in the last layer: the tokens whose states the caller reads
     texts: Sequence[Text]
+    dtype: torch.dtype  # of the model
     kernel: int  # tokens that the convolution of Qwen3.5 sees
     prefix: Sequence[Past] | None = None  # what stands before each text
     first_is_prefix: bool = False  # all other texts continue the first one
@@ -88,15 +89,23 @@ class Batch:
     def padded_mask(self) -> Tensor:
         """All masks as one (texts, T, S), padded to the longest; on the CPU, made once a batch."""
         masks = [
-            torch.ones(n, n, dtype=torch.bool).tril()[-count:] if mask is None else mask
+            additive(torch.ones(n, n).tril()[-count:], self.dtype) if mask is None else mask
             for mask, n, count in zip(self.masks, self.lengths, self.query_counts, strict=True)
         ]
         longest = [max(mask.shape[dim] for mask in masks) for dim in (0, 1)]
-        padded = torch.zeros(len(masks), *longest, dtype=torch.bool)
-        padded[:, :, 0] = True  # rows of padding need one visible key, or softmax gives NaN
+        padded = torch.full((len(masks), *longest), -torch.inf, dtype=self.dtype)
+        padded[:, :, 0] = 0  # rows of padding need one visible key, or softmax gives NaN
         for mask, row in zip(masks, padded, strict=True):
             row[: mask.shape[0], : mask.shape[1]] = mask
         return padded
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `mask` is true and −∞ elsewhere: what is added to the scores before the softmax.
+
+    Made once a batch: scaled_dot_product_attention would make it of a boolean mask in each layer.
+    """
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask == 0, -torch.inf)
 
 
 def pack(
@@ -113,7 +122,7 @@ def pack(
     through it as if each text had its own copy (LoRA's dropout draws once for all of them). Not
     together with `prefix`.
     """
-    device, positions, masks = model.device, [], []
+    device, dtype, positions, masks = model.device, model.lm_head_weight.dtype, [], []
     for i, text in enumerate(texts):
         T = len(text.ids)
         start = len(texts[0].ids) if first_is_prefix and i else 0
@@ -129,7 +138,7 @@ def pack(
         # scaled_dot_product_attention aligns is_causal with the first key, not with the last one,
         # so texts that continue a prefix need an explicit mask (pytorch#108108).
         before = torch.ones(T, start, dtype=torch.bool)
-        masks.append(torch.cat([before, own], dim=1).to(device))
+        masks.append(additive(torch.cat([before, own], dim=1), dtype).to(device))
     config, ids = model.config, [token for text in texts for token in text.ids]
     cos, sin = rotary_cos_sin(torch.cat(positions).to(device), config.rotary_dim, config.rope_theta)
     lengths = [len(text.ids) for text in texts]
@@ -137,7 +146,7 @@ def pack(
     ids = torch.tensor(ids, device=device)
     kernel = getattr(config, "linear_conv_kernel_dim", 0)
     how = {"prefix": prefix, "first_is_prefix": first_is_prefix, "keep": keep}
-    return Batch(ids, lengths, cos, sin, masks, lengths, asked, texts, kernel, **how)
+    return Batch(ids, lengths, cos, sin, masks, lengths, asked, texts, dtype, kernel, **how)
 
 
 def select_queries(batch: Batch) -> Batch:
@@ -147,7 +156,7 @@ def select_queries(batch: Batch) -> Batch:
         end += T
         index += range(end - count, end)
         if mask is None and count > 1:
-            mask = torch.ones(T, T, dtype=torch.bool, device=batch.cos.device).tril()
+            mask = additive(torch.ones(T, T, device=batch.cos.device).tril(), batch.dtype)
         # A single query token, the text's last, sees every key: no mask needed.
         masks.append(None if mask is None else mask[-count:])
     index = torch.tensor(index, device=batch.cos.device)

@@ -1,11 +1,17 @@
-"""Freed memory is kept for the next tensor instead of going back to the kernel."""
+"""How memory is used on a CPU: freed memory is kept, and weights lie as products read them."""
 
 import ctypes
 import os
 import sys
 
+import torch
+from torch import nn
+
+from qwen_min.model import Qwen
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 LARGEST = 32 << 20  # bytes; glibc takes no larger threshold
+MANY = 4096  # tokens; the copies of `store_by_columns` cost as much as it saves in half as many
 
 
 def keep_freed_memory() -> None:
@@ -28,3 +34,27 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def store_by_columns(model: Qwen, tokens: int) -> None:
+    """Before `tokens` tokens go forward: store each layer's weights W (out, in) column by column.
+
+    Values and shapes stay. For x Wᵀ oneDNN copies W in blocks, with every product; from columns
+    this is faster: scoring 100 reviews in bf16 takes 0.8 to 0.9 times as long (0.5B, two cores).
+    Only in bf16 on a CPU, for many tokens, and while nothing is trained: the backward pass
+    multiplies by W, for which rows are better. The copies need as much memory as the weights, which
+    until then are mapped from the file; a machine with less than three times that keeps them there.
+    """
+    weights = [m.weight for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+    small = tokens < MANY or model.device.type != "cpu" or weights[0].dtype != torch.bfloat16
+    if small or any(p.requires_grad for p in model.parameters()):
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if memory < 3 * sum(weight.nbytes for weight in weights):
+        return
+    with torch.inference_mode(False):  # or later training could not use them
+        for weight in weights:
+            if weight.is_contiguous():
+                # 64 rows at a time: w.t().contiguous() takes three times as long.
+                columns = torch.cat([rows.t() for rows in weight.data.split(64)], dim=1)
+                weight.data = columns.t()

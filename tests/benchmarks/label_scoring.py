@@ -3,11 +3,13 @@
 
     python tests/benchmarks/label_scoring.py --model DIR --data FILE --output scoring.json
     python tests/benchmarks/label_scoring.py --model DIR --data FILE --rows 8 --dtype float32
+    python tests/benchmarks/label_scoring.py --model DIR --data FILE --peers vllm,openvino
 
 Every program gets the same prompts and labels and runs in its own process. The time from texts to
 scores is measured. It includes tokenising, but not loading and a first forward. One run of this
-project precedes each peer's run, and the median of these runs is reported. A peer must have the
-same tokens, and scores within rounding, before speed is compared. Otherwise the exit status is 1.
+project precedes each peer's run, --rounds times; the table has the medians, and of the ratios also
+the least and the most. A peer must have the same tokens, and scores within rounding, before speed
+is compared. Otherwise the exit status is 1.
 
 zero_shot       `score_labels`, the default form of this project
 definition      `score_label` of this project: one forward for each candidate
@@ -15,6 +17,13 @@ transformers    the same loop with AutoModelForCausalLM
 lm-eval N       lm-evaluation-harness, model `hf`, a multiple-choice task, batches of N rows. `auto`
                 first searches for a batch size that fits (five forwards of the 64 longest rows).
                 This search is part of the time, because a user waits for it.
+
+Two engines made for speed run only where --peers names them (Linux), with the same number of
+threads. See engines.py. They and this project are loaded first and then run in turn. Without
+--labels they score the first two sets.
+
+vllm            vLLM, with prefix caching
+openvino        OpenVINO, last hidden states; torch applies the LM head
 """
 
 import argparse
@@ -23,12 +32,12 @@ import sys
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from common import (
     TEMPLATE,
     UNCUT,
     answer,
+    disagreement,
     figures,
     gemm_rate,
     hf_dtype,
@@ -36,12 +45,15 @@ from common import (
     make_parser,
     measure_floor,
     print_table,
+    ratios,
     read_prompts,
     read_rows,
-    score_bound,
     write_json,
 )
+from engines import PACKAGES as ENGINES
+from engines import compare
 
+from qwen_min.command.cli import positive_int
 from qwen_min.fast.label_scores import score_labels
 from qwen_min.fast.memory import keep_freed_memory
 from qwen_min.files.weights import load_model
@@ -151,6 +163,8 @@ COLUMNS = {
     "floor_rows_per_s": ".2f",
     "share": ".0%",
     "ours_faster_by": ".2f",
+    "least": ".2f",
+    "most": ".2f",
     "peak_mib": ".0f",
 }
 PROGRAMS = {
@@ -172,70 +186,66 @@ def run(args: argparse.Namespace) -> dict:
     return {"seconds": time.perf_counter() - started, "scores": scores, "tokens": tokens}
 
 
-def disagreement(ours: dict, peer: dict, dtype: str) -> tuple[str, bool]:
-    """A message about how a peer's scores differ from ours, and whether the bound is kept."""
-    if ours["tokens"] != peer["tokens"]:
-        pairs = zip(ours["tokens"], peer["tokens"], strict=True)
-        row = next(i for i, (a, b) in enumerate(pairs) if a != b)
-        return f"different tokens; the first difference is in row {row + 1}", False
-    a, b = np.array(ours["scores"]), np.array(peer["scores"])
-    bounds = [[score_bound(dtype, len(x)) for x in labels] for _, labels in ours["tokens"]]
-    flips = int((a.argmax(axis=1) != b.argmax(axis=1)).sum())
-    message = (
-        f"scores differ by at most {abs(a - b).max():.1e}; {flips} of {len(a)} decisions differ"
-    )
-    return message, bool((abs(a - b) <= np.array(bounds)).all())
-
-
 def main() -> None:
     parser = make_parser(__doc__, rows=100)
     parser.add_argument(
         "--labels", metavar="WORD,WORD", help="default: three sets, one after the other"
     )
     parser.add_argument(
-        "--peers", metavar="NAME,NAME", help=f"some of {', '.join(PEERS)} (default: all)"
+        "--peers",
+        metavar="NAME,NAME",
+        help=f"some of {', '.join(PEERS)} (default: all), {', '.join(ENGINES)}",
     )
+    parser.add_argument("--rounds", type=positive_int, default=3, help="default 3")
     args = parser.parse_args()
     if args.only:
         return answer(gemm_rate(args) if args.only == "gemm" else run(args))
     if args.quick:
-        args.rows = min(args.rows, 2)
+        args.rows, args.rounds = min(args.rows, 2), 1
     peers = args.peers.split(",") if args.peers else list(PEERS)
-    if unknown := set(peers) - set(PEERS):
-        parser.error(f"--peers: found {', '.join(unknown)}, expected some of {', '.join(PEERS)}")
+    if unknown := set(peers) - {*PEERS, *ENGINES}:
+        known = ", ".join([*PEERS, *ENGINES])
+        parser.error(f"--peers: found {', '.join(unknown)}, expected some of {known}")
     if not args.peers and (args.quick or args.dtype == "float32"):
         peers.remove("lm-eval auto")  # its search takes minutes, and tens of GB in fp32
     floor, results, agreed = measure_floor(args), [], True
     sets = [args.labels] if args.labels else LABELS[1:2] if args.quick else LABELS
-    for labels in sets:
+    in_turn = [peer for peer in peers if peer in ENGINES]
+    peers = [peer for peer in peers if peer not in ENGINES]
+    for labels in sets if peers else ():
         flags = ("--rows", str(args.rows), "--labels", labels, "--only")
-        found: dict[str, list[dict]] = {"zero_shot": []}
-        for peer in peers:
-            found["zero_shot"].append(in_process(*flags, "zero_shot"))
-            found[peer] = [in_process(*flags, peer)]
+        found: dict[str, list[dict]] = {name: [] for name in ("zero_shot", *peers)}
+        beside: dict[str, list[float]] = {peer: [] for peer in peers}  # ours before each run of it
+        for _ in range(args.rounds):
+            for peer in peers:
+                found["zero_shot"].append(in_process(*flags, "zero_shot"))
+                beside[peer].append(found["zero_shot"][-1]["seconds"])
+                found[peer].append(in_process(*flags, peer))
         _, prompts = read_prompts(args, labels.split(","))
         least = floor.scoring(prompts)
         print(f"{labels}: floor {least:.2f} s")
-        seconds = {name: statistics.median(r["seconds"] for r in f) for name, f in found.items()}
         table = []
         for name, runs in found.items():
             message, agrees = disagreement(found["zero_shot"][0], runs[0], floor.dtype)
             agreed &= agrees
+            seconds = [run["seconds"] for run in runs]
             if name != "zero_shot":
                 print(f"{name}: {message}")
             table.append(
                 {
                     "labels": labels,
                     "program": name,
-                    **figures(len(prompts), seconds[name], least),
-                    "ours_faster_by": seconds[name] / seconds["zero_shot"],
+                    **figures(len(prompts), statistics.median(seconds), least),
+                    **ratios(beside.get(name, seconds), seconds),
                     "peak_mib": max(r["peak_mib"] for r in runs),
-                    "seconds": [r["seconds"] for r in runs],
+                    "seconds": seconds,
                     "agreement": message,
                 }
             )
         print_table(table, COLUMNS)
         results += table
+    if in_turn:
+        results += compare(args, in_turn, sets[:2], floor)
     write_json(args, floor, results)
     if not agreed:
         sys.exit("error: the scores do not agree, so the speeds cannot be compared")

@@ -6,8 +6,8 @@
 
 Both programs take the same steps on the same batches of 8 rows, without dropout, each in its own
 process. First, the losses of ten steps in fp32 must agree; otherwise the exit status is 1. Then
-speed is measured in --dtype, and the largest difference of the losses is printed. The first step is
-a warm-up and is not timed. There are two orders of the rows:
+speed is measured in --dtype, --rounds times in turn, and the largest difference of the losses is
+printed. The first step is a warm-up and is not timed. There are two orders of the rows:
 
 sorted  as in train.py: the texts of a batch have similar lengths, so PEFT needs little padding
 random  as in transformers' Trainer by default: any eight rows
@@ -20,6 +20,7 @@ labels 负面 and 正面 have one token each, so transformers' mean over tokens 
 
 import argparse
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -35,11 +36,13 @@ from common import (
     make_parser,
     measure_floor,
     print_table,
+    ratios,
     read_prompts,
     write_json,
 )
 
 from lora import ATTENTION, inject_lora, lora_parameters
+from qwen_min.command.cli import positive_int
 from qwen_min.fast.batching import token_budget_batches
 from qwen_min.fast.features import head_losses
 from qwen_min.fast.label_scores import label_losses
@@ -64,6 +67,8 @@ COLUMNS = {
     "floor_rows_per_s": ".2f",
     "share": ".0%",
     "ours_faster_by": ".2f",
+    "least": ".2f",
+    "most": ".2f",
     "peak_mib": ".0f",
     "ours_of_memory": ".2f",
 }
@@ -195,16 +200,19 @@ def both(args: argparse.Namespace, method: str, order: str, rows: int, dtype: st
 def compare(args: argparse.Namespace, floor: Floor, method: str, order: str) -> list[dict]:
     """A row for each program."""
     found = both(args, method, order, args.rows, args.dtype)
+    more = [both(args, method, order, args.rows, args.dtype) for _ in range(args.rounds - 1)]
     worst = found.pop("worst")
     steps = batches(args, order)[1:]
     least = sum(floor.training([prompt.ids for prompt, _ in step]) for step in steps)
+    seconds = {name: [run[name]["seconds"] for run in (found, *more)] for name in found}
     rows = [
         {
             "method": method,
             "order": order,
             "program": name,
-            **figures(len(steps) * BATCH, row["seconds"], least),
-            "ours_faster_by": row["seconds"] / found["ours"]["seconds"],
+            **figures(len(steps) * BATCH, statistics.median(seconds[name]), least),
+            **ratios(seconds["ours"], seconds[name]),
+            "seconds": seconds[name],
             "peak_mib": row["peak_mib"],
             "ours_of_memory": found["ours"]["peak_mib"] / row["peak_mib"],
             "losses": row["losses"],
@@ -219,13 +227,14 @@ def main() -> None:
     parser = make_parser(__doc__, rows=88)
     parser.add_argument("--method", choices=METHODS, help="default: both")
     parser.add_argument("--order", choices=ORDERS, help="default: both")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="default 3")
     args = parser.parse_args()
     if args.only:
         return answer(gemm_rate(args) if args.only == "gemm" else run(args))
     methods = [args.method] if args.method else METHODS
     orders = [args.order] if args.order else ORDERS
     if args.quick:
-        args.rows, orders = 2 * BATCH, orders[:1]
+        args.rows, args.rounds, orders = 2 * BATCH, 1, orders[:1]
     floor, results = measure_floor(args), []
     for method in methods:
         steps = 2 if args.quick else COMPARED
