@@ -279,7 +279,7 @@ def keep(row: Row, size: str) -> None:
             names = ("index", "label", "prediction", "scores", "answer")
             prediction = {k: value for k, value in json.loads(line).items() if k in names}
             if (scores := prediction["scores"]) is not None:
-                prediction["scores"] = [round(score - max(scores), 5) for score in scores]
+                prediction["scores"] = [round(score - max(scores), 6) for score in scores]
             answer = prediction.pop("answer", None)
             if answer is not None and prediction["prediction"] == -1:
                 # No label word in the answer: does it contain other sentiment words?
