@@ -127,6 +127,13 @@ def test_weights_stay_as_they_are_in_fp32_and_in_training_and_where_memory_is_sh
     store_by_columns(model, MANY)
     assert not any(by_columns(model))
     model.model.norm.weight.requires_grad_(False)
-    monkeypatch.setattr("os.sysconf", lambda name: 100)  # 10 kB
-    store_by_columns(model, MANY)
+    with monkeypatch.context() as small:
+        small.setattr("os.sysconf", lambda name: 100)  # 10 kB
+        store_by_columns(model, MANY)
     assert not any(by_columns(model))
+    with monkeypatch.context() as windows:
+        windows.delattr("os.sysconf")
+        store_by_columns(model, MANY)
+    assert not any(by_columns(model))
+    store_by_columns(model, MANY)  # nothing else kept them
+    assert all(by_columns(model))

@@ -49,6 +49,8 @@ def store_by_columns(model: Qwen, tokens: int) -> None:
     small = tokens < MANY or model.device.type != "cpu" or weights[0].dtype != torch.bfloat16
     if small or any(p.requires_grad for p in model.parameters()):
         return
+    if not hasattr(os, "sysconf"):  # on Windows; the memory is not known then
+        return
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if memory < 3 * sum(weight.nbytes for weight in weights):
         return
