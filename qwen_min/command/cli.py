@@ -14,7 +14,10 @@ from typing import NoReturn
 from qwen_min.command.terminal import SafeStream, one_line
 from qwen_min.errors import UserError
 
-OUT_OF_MEMORY = "out of memory|can't (allocate memory|start new thread)|Storage size .* overflowed"
+OUT_OF_MEMORY = (
+    "out of memory|can't (allocate memory|start new thread)|Storage size .* overflowed"
+    "|^could not create a primitive$"  # oneDNN: no memory for the code of a product
+)
 SIZES = ("batch_tokens", "batch_size", "max_text_tokens", "r")  # arguments that memory grows with
 
 
