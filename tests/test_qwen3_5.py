@@ -3,6 +3,7 @@
 The properties that delta_rule.py claims for the recurrence stand at the end.
 """
 
+import copy
 import inspect
 import json
 import textwrap
@@ -232,7 +233,8 @@ def test_gradients_equal_transformers(pair):
 
 @torch.no_grad()
 def test_padding_and_other_rows_change_nothing(pair):
-    ours, ids = pair[1], random_ids(2, 70)
+    # In float64, since rounding depends on the processor: up to 5e-6 after 8 layers in float32.
+    ours, ids = copy.deepcopy(pair[1]).double(), random_ids(2, 70)
     both = ours(ids)
     for row in (0, 1):
         torch.testing.assert_close(both[row], ours(ids[row : row + 1])[0], **MODULE)
