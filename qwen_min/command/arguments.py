@@ -70,8 +70,8 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("machine").add_argument
     precision = "precision of the base weights; auto is the checkpoint's own"
     add("--dtype", choices=["auto", *DTYPES], default="auto", help=precision)
-    devices, first = ["auto", "cpu", "cuda", "mps"], "auto takes a GPU if there is one"
-    add("--device", choices=devices, default="auto", help=first)
+    first = "auto takes a CUDA GPU if there is one, and else the CPU"
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help=first)
     plain = "compute by the definitions (model.py, scoring.py, head.py): slow, for breakpoints"
     add("--plain", action="store_true", help=plain)
 

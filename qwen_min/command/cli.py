@@ -111,14 +111,17 @@ def option(name: str) -> str:
 
 
 def choose_device(name: str) -> str:
-    """ "auto" → cuda, mps or cpu, the first available. Raises UserError for a missing one."""
+    """ "auto" → cuda if there is one, else cpu. Raises UserError for cuda where there is none.
+
+    Apple's mps is not offered: several releases of torch compute attention wrongly there, without
+    an error (pytorch#174861).
+    """
     import torch
 
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    available = [device for device, present in found.items() if present] + ["cpu"]
+    available = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     name = available[0] if name == "auto" else name
     if name not in available:
-        raise UserError(f"--device {name}: this machine has none; use --device auto or cpu")
+        raise UserError(f"--device {name}: not available; use --device auto or cpu")
     if name == "cuda" and ranks():  # each has its own device, which "cuda" means from now on
         here, present = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if here >= present:

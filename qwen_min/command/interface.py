@@ -26,7 +26,7 @@ from qwen_min.tokenizer import Tokenizer
 def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Qwen, Tokenizer]:
     """A frozen model and its tokenizer: "tiny", a directory, or a hub name (owner/name[@revision]).
 
-    dtype: auto (the checkpoint's own), float32, bfloat16 or float16. device: auto, cpu, cuda, mps.
+    dtype: auto (the checkpoint's own), float32, bfloat16 or float16. device: auto, cpu or cuda.
     """
     directory = resolve_model(model)
     return load_model(directory, dtype, choose_device(device)), read_tokenizer(directory)
