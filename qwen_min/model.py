@@ -14,11 +14,12 @@ token sees itself and the tokens before it. The main differences from that paper
 - The MLP has a gate.
 - No dropout. Qwen2 has biases on q, k and v only; Qwen3 normally has none, but normalises q and k.
 
-Qwen3.5 has other layers: the last section of this file, "Qwen3.5". Most of them have no attention,
-but the gated delta rule: delta_rule.py. Readers of Qwen2 and Qwen3 need neither.
+Qwen3.5 has other layers: the last section of this file, "Qwen3.5". Most of them use the gated delta
+rule (delta_rule.py) instead of attention. Readers of Qwen2 and Qwen3 need neither.
 
 This file is the definition, each computation once. If you change it, run the commands with
-`--plain`: by default they run `qwen_min/fast/`, a faster form that these classes do not know.
+`--plain`: by default they run `qwen_min/fast/`, a faster form of the same computation, which takes
+only the weights and the rotation from here.
 
 Attribute names are the tensor names in the checkpoint (`model.layers.0.self_attn.q_proj.weight`),
 so loading needs no map of names. The numbers equal those of transformers' `modeling_qwen2.py`,
@@ -80,8 +81,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (a, b) of x (..., T, heads, R) by its angle: (a cos − b sin, b cos + a sin).
 
     Qwen pairs component i with i + R/2 (split halves), where the paper pairs 2i with 2i + 1.
-    Turning q and k by one more angle does not change q·k. So after rotation it depends on the two
-    positions only through their difference.
+    Turning q and k by the same additional angle does not change q·k. So after rotation it depends
+    only on the difference of the two positions.
     """
     # dtype: cos and sin are cast to the activations' dtype; the rotation happens in that dtype.
     a, b = x.chunk(2, dim=-1)  # pair i is (a[i], b[i])
@@ -212,8 +213,8 @@ class QwenModel(nn.Module):
 class Qwen(nn.Module):
     """The checkpoint's root: `model.*` and, unless it is tied to the embedding, `lm_head`.
 
-    It maps ids to hidden states, and `logits` those that you need to logits. At all positions the
-    logits of Qwen2.5-0.5B would cost as much as 9 of its 24 layers.
+    A call gives hidden states; `logits` projects only the states that you pass to it. At all
+    positions the logits of Qwen2.5-0.5B would cost as much as 9 of its 24 layers.
     """
 
     def __init__(self, config: QwenConfig):
@@ -233,6 +234,11 @@ class Qwen(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.lm_head_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states. Trained token vectors and LoRA are in fp32, whatever it is."""
+        return self.model.norm.weight.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) → hidden states (B, T, D)."""

@@ -16,6 +16,7 @@ import train
 from qwen_min.command.trained import VECTORS
 from qwen_min.errors import UserError
 from qwen_min.fast import forms
+from qwen_min.fast.layout import Text, pack
 from qwen_min.files.run import checkpoints
 from qwen_min.files.weights import fingerprint, load_model
 from qwen_min.lab.token_vectors import (
@@ -57,7 +58,11 @@ def test_an_fp32_embedding_computes_what_the_frozen_one_does(dtype, reference):
     parameters = unfreeze(trained, True)
     assert list(parameters) == [EMBEDDING] and parameters[EMBEDDING].dtype == torch.float32
     states = [model(ids[None]) for model in (plain, trained)]
-    assert torch.equal(*states) and states[1].dtype == plain.lm_head_weight.dtype
+    assert torch.equal(*states) and states[1].dtype == trained.dtype == plain.lm_head_weight.dtype
+    # Attention masks have the states' dtype: a GPU's kernels may read another one wrongly.
+    texts = [Text(range(9)), Text(range(5)), Text((1, 2, 3, 4), parents=(1, 1))]
+    batch = pack(trained, texts, first_is_prefix=True)
+    assert {m.dtype for m in [*batch.masks[1:], batch.padded_mask]} == {states[1].dtype}
     assert torch.equal(plain.logits(states[0]), trained.logits(states[1]))
 
 

@@ -34,7 +34,7 @@ def check_finite(
 
 def dtype_name(model: Qwen) -> str:
     """The dtype of the base weights, as --dtype names it."""
-    return str(model.lm_head_weight.dtype).removeprefix("torch.")
+    return str(model.dtype).removeprefix("torch.")
 
 
 @torch.no_grad()

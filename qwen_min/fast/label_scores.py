@@ -1,6 +1,6 @@
 """Label scores and losses of many prompts at once; scoring.py has their definitions.
 
-Each prompt is computed once, with all its label words behind it as a tree; what every prompt begins
+Each prompt is computed once, with all its label words after it as a tree; what every prompt begins
 with is computed once for all; and only the states that predict a label token meet the vocabulary.
 """
 
@@ -23,7 +23,7 @@ from qwen_min.prompt import Prompt
 
 # Rows of logits held at once: with V = 151,936 a row is 0.6 MB in fp32.
 LOGIT_ROWS = 64
-FULL = 64  # see `filler`
+ROW_MULTIPLE = 64  # see `filler`
 ALL = slice(None)  # rows
 Texts = Sequence[tuple[int, ...]]  # token ids
 
@@ -34,7 +34,7 @@ class LabelTree:
 
     Only tokens that something follows are inputs: a label's last token is a target only. Labels of
     one token each have an empty tree. For labels (8, 9), (8, 10, 11), (7,) the inputs are 8 and,
-    behind it, 10; the steps are ((0, 8), (1, 9)), ((0, 8), (1, 10), (2, 11)) and ((0, 7),).
+    after it, 10; the steps are ((0, 8), (1, 9)), ((0, 8), (1, 10), (2, 11)) and ((0, 7),).
     """
 
     tokens: tuple[int, ...]  # node i > 0 is tokens[i - 1]; parents before children
@@ -80,21 +80,21 @@ def score_labels(
 
 
 def filler(model: Qwen, texts: Sequence[Text]) -> list[Text]:
-    """A text behind `texts`, to be ignored, that makes their tokens a multiple of FULL; or none.
+    """A text to add to `texts`, and to ignore, that makes their tokens a multiple of 64; or none.
 
     oneDNN, which multiplies bf16 matrices on a CPU, compiles code for each number of rows and keeps
     it: some milliseconds and up to 1 MB each. So there should be few such numbers.
     """
-    if model.device.type != "cpu" or model.lm_head_weight.dtype != torch.bfloat16:
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
         return []
-    more = -sum(len(text.ids) for text in texts) % FULL
+    more = -sum(len(text.ids) for text in texts) % ROW_MULTIPLE
     return [Text((0,) * more, queries=1)] if more else []
 
 
 def score_batch(
     model: Qwen, batch: Sequence[tuple[tuple[int, ...], LabelTree]], prefix: Past | None
 ) -> np.ndarray:
-    """Scores (rows, C) of one batch: of each row the prompt's ids behind `prefix`, and its tree."""
+    """Scores (rows, C) of one batch: per row, the prompt's ids after `prefix`, and its tree."""
     # 1. Prompt and tree are one text, whose branches do not see each other. The prompt's last token
     # predicts the first token of each label, a node of the tree the next one.
     texts = []
@@ -130,7 +130,7 @@ def token_log_probs(model: Qwen, h: Tensor, index: Tensor, tokens: Tensor) -> np
         here = ((index >= start) & (index < start + LOGIT_ROWS)).nonzero()[:, 0]
         row = index[here].to(h.device) - start
         log_probs = logits[row, tokens[here].to(h.device)] - log_sum_exp[row]
-        found[here.numpy()] = log_probs.double().cpu().numpy()
+        found[here.numpy()] = log_probs.cpu().double().numpy()
     return found
 
 
@@ -140,7 +140,7 @@ def last_states(
     """States of the last counts[i] tokens of text i, with gradient: (Σ counts, D).
 
     On a CPU the common prefix is computed once. Under dropout its texts share one draw there.
-    own: the texts that are computed; the others count for that prefix and for dropout.
+    own: the texts to compute. All texts decide the common prefix and the dropout masks.
     """
     # Nothing to share in a single text. On a GPU attention is faster without the explicit masks
     # that continuing a prefix needs.
@@ -163,12 +163,12 @@ def label_losses(
     prompts: Sequence[Prompt],
     classes: Sequence[int],
     checkpointing: bool = False,
-    weights: Sequence[float] | None = None,
+    class_weights: Sequence[float] | None = None,
     own: slice = ALL,
 ) -> Tensor:
     """Sum over the rows `own` of `label_loss` for the true class, with gradient.
 
-    weights (C,): each row's loss is multiplied by its class's weight.
+    class_weights (C,): each row's loss is multiplied by its class's weight.
     """
     labels = [prompt.labels[y] for prompt, y in zip(prompts, classes, strict=True)]
     # A label's last token is a target only, not an input.
@@ -176,8 +176,8 @@ def label_losses(
     h = last_states(model, texts, [len(label) for label in labels], checkpointing, own)
     labels, classes = labels[own], classes[own]
     targets = torch.tensor([token for label in labels for token in label], device=h.device)
-    if weights is None:
-        return F.cross_entropy(model.logits(h), targets, reduction="sum")
     losses = F.cross_entropy(model.logits(h), targets, reduction="none")  # (tokens,)
-    by_token = [weights[y] for y, label in zip(classes, labels, strict=True) for _ in label]
+    if class_weights is None:
+        return losses.sum()
+    by_token = [class_weights[y] for y, label in zip(classes, labels, strict=True) for _ in label]
     return losses @ losses.new_tensor(by_token)

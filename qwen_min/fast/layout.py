@@ -1,4 +1,4 @@
-"""Several texts laid end to end: which tokens there are, where they stand, what each attends to.
+"""Several texts laid end to end: their tokens, the tokens' positions, what each attends to.
 
 The linear layers then see one long matrix and compute nothing for padding; only attention treats
 the texts separately. Shapes as in model.py, and N: tokens of all texts together; S: keys of a text,
@@ -22,7 +22,7 @@ Kept = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Past:
-    """What stands before a text that continues another one, from an earlier forward.
+    """What comes before a text that continues another one, from an earlier forward.
 
     Never changed in place: continuing a text makes a new one, so many candidates can continue one
     prompt, in any order.
@@ -37,21 +37,21 @@ class Text:
     """One text of a batch."""
 
     ids: Sequence[int]
-    # The last tokens may be a tree: several continuations of one prompt side by side. For each, the
-    # index in `ids` of the token that it follows: the last one before the tree, or an earlier one
-    # of the tree; −1, where all of the text is a tree: what stands before the text.
+    # The last tokens may be a tree: several continuations of one prompt side by side. For each tree
+    # token, the index in `ids` of the token before it, in the trunk or in the tree; −1 if that is
+    # the last token of the batch's prefix.
     parents: Sequence[int] = ()
     queries: int | None = None  # how many of its last tokens need an output; None: all
 
     @property
-    def line(self) -> int:
-        """How many tokens stand in a line, in front of the tree."""
+    def trunk(self) -> int:
+        """How many tokens the text has before the tree."""
         return len(self.ids) - len(self.parents)
 
     def mask(self) -> Tensor:
         """(T, T): which of the text's tokens each token attends to: itself and those before."""
         mask = torch.ones(len(self.ids), len(self.ids), dtype=torch.bool).tril()
-        for token, parent in enumerate(self.parents, start=self.line):
+        for token, parent in enumerate(self.parents, start=self.trunk):
             mask[token, :token] = mask[parent, :token] if parent >= 0 else False
         return mask
 
@@ -68,12 +68,12 @@ class Batch:
     query_counts: list[int]  # per text, the number of its last tokens that get an output
     asked: list[int]  # the same in the last layer: the tokens whose states the caller reads
     texts: Sequence[Text]
-    dtype: torch.dtype  # of the model
+    dtype: torch.dtype  # of the hidden states
     kernel: int  # tokens that the convolution of Qwen3.5 sees
-    prefix: Sequence[Past] | None = None  # what stands before each text
+    prefix: Sequence[Past] | None = None  # what comes before each text
     first_is_prefix: bool = False  # all other texts continue the first one
     keep: bool = False  # whether the caller continues these texts: what each layer keeps of them
-    query_index: Tensor | None = None  # in the last layer: where the query tokens stand in N
+    query_index: Tensor | None = None  # in the last layer: the query tokens' rows among the N
 
     @cached_property
     def chunks(self) -> Chunks:
@@ -81,9 +81,9 @@ class Batch:
         # A single token that continues a text is one step of the recurrence, not a chunk.
         continues = self.prefix is not None
         trees = [(-1,) if continues and len(t.ids) == 1 else t.parents for t in self.texts]
-        lines = [len(t.ids) - len(tree) for t, tree in zip(self.texts, trees, strict=True)]
-        how = (self.kernel, continues, self.first_is_prefix)
-        return make_chunks(lines, trees, *how).to(self.ids.device)
+        trunks = [len(t.ids) - len(tree) for t, tree in zip(self.texts, trees, strict=True)]
+        chunks = make_chunks(trunks, trees, self.kernel, continues, self.first_is_prefix)
+        return chunks.to(self.ids.device)
 
     @cached_property
     def padded_mask(self) -> Tensor:
@@ -117,12 +117,12 @@ def pack(
 ) -> Batch:
     """Lay texts end to end for `forward_packed`, on the model's device.
 
-    prefix: what stands before each text, from an earlier forward with `keep`. first_is_prefix: the
+    prefix: what comes before each text, from an earlier forward with `keep`. first_is_prefix: the
     first text is a prefix that the other texts continue; it is computed once, and gradients flow
     through it as if each text had its own copy (LoRA's dropout draws once for all of them). Not
     together with `prefix`.
     """
-    device, dtype, positions, masks = model.device, model.lm_head_weight.dtype, [], []
+    device, dtype, positions, masks = model.device, model.dtype, [], []
     for i, text in enumerate(texts):
         T = len(text.ids)
         start = len(texts[0].ids) if first_is_prefix and i else 0

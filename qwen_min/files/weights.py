@@ -143,7 +143,7 @@ def save_model(
             copy = directory / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(read_regular(path, "a file of a checkpoint", AGAIN))
-        dtype = str(model.lm_head_weight.dtype).removeprefix("torch.")
+        dtype = str(model.dtype).removeprefix("torch.")
         # The older name and the newer one.
         config = {"torch_dtype": dtype, "dtype": dtype} | changes.get("config.json", {})
         if isinstance(model.config, Qwen3_5Config):

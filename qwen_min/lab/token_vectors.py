@@ -90,7 +90,7 @@ def movement(before: Tensor, after: Tensor, rows: Collection[int]) -> dict:
     """How far `rows` of a matrix (V, D) moved, as means over them: the cosine between a row before
     and after, both lengths, and the length of the change divided by the length before."""
     index = torch.tensor(sorted(rows))
-    a, b = before[index].double().cpu(), after[index].double().cpu()
+    a, b = before[index].cpu().double(), after[index].cpu().double()
     return {
         "tokens": len(index),
         "cosine": torch.cosine_similarity(a, b, dim=1).mean().item(),
