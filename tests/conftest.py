@@ -15,7 +15,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Models this small gain nothing from a second thread, and lose much where another program runs.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# With several threads a forked process may crash or wait for ever.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 from safetensors.torch import load_file, save_file
