@@ -57,7 +57,7 @@ def zero_shot_generate(source: Source) -> Scorer:
 
 
 def head_only(source: Source) -> Scorer:
-    """The frozen base, with --adapter in training an adapted one, and the head solved on it."""
+    """The head, and the base whose states it was fitted on: frozen, or adapted by --adapter."""
     model = source.base()
     return source.scorer(model, "head", source.add_trained(model))
 
@@ -91,27 +91,27 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_trained_arguments(parser)
     arguments.add_model_arguments(parser, batch_tokens=2048)
     arguments.add_data_arguments(parser, "test.tsv")
-    seen = "also measure on the rows that are not in it (default: what --run was trained on)"
-    parser.add_argument("--train-data", metavar="FILE", help=seen)
+    text = "also measure on the rows that are not in it (default: what --run was trained on)"
+    parser.add_argument("--train-data", metavar="FILE", help=text)
     arguments.add_prompt_arguments(parser)
     arguments.add_machine_arguments(parser)
     parser.add_argument("--seed", type=seed, default=0, help="of whatever is drawn at random")
     group = parser.add_argument_group("see inside")
     add, one = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    steps = "one text's whole computation, step by step; with --run base and adapted side by side"
-    one("--explain", metavar="TEXT", help=steps)
-    row = "the same for the row that starts in this line of --data"
-    one("--explain-row", metavar="LINE", type=arguments.positive_int, help=row)
-    worst = "print the N most confident mistakes; of answers the first N"
-    add("--errors", metavar="N", type=arguments.positive_int, help=worst)
-    sets = "compare label words, all scored in one pass: 消极,积极;差,好 (a ; between two sets)"
-    add("--label-sets", metavar="SETS", help=sets)
-    priors = "compare corrections for a label word's probability before any text is read"
-    add("--calibrate", action="store_true", help=priors)
-    corrected = "decide by scores with one of these corrections; the results keep what it learned"
-    add("--calibration", choices=arguments.CALIBRATIONS, help=corrected)
-    files = "output (with --run, default: files in the run directory)"
-    add = parser.add_argument_group(files).add_argument
+    text = "one text's whole computation, step by step; with --run base and adapted side by side"
+    one("--explain", metavar="TEXT", help=text)
+    text = "the same for the row that starts in this line of --data"
+    one("--explain-row", metavar="LINE", type=arguments.positive_int, help=text)
+    text = "print the N most confident mistakes; for generated answers the first N"
+    add("--errors", metavar="N", type=arguments.positive_int, help=text)
+    text = "compare label words, all scored in one pass: 消极,积极;差,好 (a ; between two sets)"
+    add("--label-sets", metavar="SETS", help=text)
+    text = "compare corrections for a label word's probability before any text is read"
+    add("--calibrate", action="store_true", help=text)
+    text = "decide by scores with one of these corrections; the results keep what it learned"
+    add("--calibration", choices=arguments.CALIBRATIONS, help=text)
+    title = "output (with --run, default: files in the run directory)"
+    add = parser.add_argument_group(title).add_argument
     add("--output", metavar="FILE", help="all results, as JSON")
     add("--predictions", metavar="FILE", help="every row's text and scores, as JSON lines")
     return parser
@@ -136,8 +136,8 @@ def evaluate(args: argparse.Namespace, record: dict | None) -> int:
         arguments.name_outputs(args, record, examples_hash(examples))
         inputs += [f"{args.run}/adapter", record["arguments"].get("data")]
     files = open_outputs([args.output, args.predictions], inputs)
-    # First, because a file that it hashes may be malformed. Without a file to write it into, the
-    # weights need not be hashed.
+    # Before the model is loaded: hashing finds a malformed file early. The base is not hashed where
+    # no file gets the hashes and no trained weights are compared with them.
     identity = source.identity if args.output or args.method == "zero_shot_generate" else {}
     prompts = all_prompts(args.data, source, examples)
     fed = fed_rows(task.directory, examples)
@@ -225,7 +225,7 @@ def classify(evaluation: Evaluation) -> Outcome:
 
 
 def measure(evaluation: Evaluation, outcome: Outcome) -> dict:
-    """The metrics of an outcome; of answers also some that are off track."""
+    """The metrics of an outcome; for generated answers, also up to five that are off track."""
     mass, names = None, list(evaluation.source.task.labels)
     if evaluation.scorer.by == "label words":
         mass = float(label_mass(outcome.raw_scores, evaluation.label_ids).mean())

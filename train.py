@@ -31,7 +31,15 @@ from qwen_min.command import arguments, cli
 from qwen_min.command.classifier import Source, forms
 from qwen_min.command.export import export
 from qwen_min.command.finite import NotFinite, check_finite, dtype_name
-from qwen_min.command.fit import Job, Stopped, Training, class_weights, fit, split_rows, why_failed
+from qwen_min.command.fit import (
+    Job,
+    Stopped,
+    Training,
+    fit,
+    parse_class_weights,
+    split_rows,
+    why_failed,
+)
 from qwen_min.command.summary import format_held_out, format_layers
 from qwen_min.command.task import read_task
 from qwen_min.command.terminal import progress_bar
@@ -52,35 +60,18 @@ from qwen_min.training import Plan, TrainingFailed
 
 def head_only(job: Job) -> dict:
     """Compute features once, then solve a logistic regression for each candidate layer."""
-    args, model, base_hash = job.source.args, job.model, job.source.record["base_fingerprint"]
-    last = model.config.num_hidden_layers
-    layers = arguments.candidate_layers(args.layer, last)
-    if args.adapter:
-        attach_adapter(model, Path(args.adapter), job.source.record, base=args.model)
-        base_hash += fingerprint(lora_parameters(model).items())
-        base_hash += str({(m.r, m.alpha, m.use_rslora) for m in lora_modules(model).values()})
-        # Kept with the run: the head means nothing without the states that it was solved on.
-        run_files.publish(Path(args.adapter), job.run / run_files.ADAPTER)
-    started = time.perf_counter()
-    with progress_bar(total=sum(len(p.ids) for p in job.prompts), desc="features") as bar:
-        how = (args.pooling, layers != [last], args.batch_tokens, bar.update)
-
-        def compute(prompts: Sequence[Prompt]) -> Tensor:
-            return forms(args.plain).pooled_features(model, prompts, *how)
-
-        directory = Path(args.feature_cache or job.run / "features")
-        setting = f"{base_hash} {model.lm_head_weight.dtype} {args.pooling} {layers != [last]}"
-        setting += " plain" * args.plain  # so that --plain computes
-        many = [ranks.from_first, ranks.rank == 0] if (ranks := cli.ranks()) else []
-        features = cached_features(directory, setting, job.prompts, compute, bar.update, *many)
-    try:
-        check_finite(model, job.prompts, features.isfinite().flatten(1).all(dim=1))
-    except NotFinite as error:
-        raise NotFinite(f"{job.places[error.rows[0]]}: {error}", error.rows, None) from None
-    labels, classes = np.array([e.label for e in job.examples]), len(job.source.task.labels)
-    rows = (job.training, job.held_out)
-    weights = None if job.weights is None else torch.tensor(job.weights, dtype=torch.float64)
-    found, head = fit_layers(features, layers, labels, *rows, classes, args.pooling, weights)
+    args, task, last = job.source.args, job.source.task, job.model.config.num_hidden_layers
+    layers, started = arguments.candidate_layers(args.layer, last), time.perf_counter()
+    found, head = fit_layers(
+        probe_features(job, all_layers=layers != [last]),
+        layers,
+        np.array([example.label for example in job.examples]),
+        job.training,
+        job.held_out,
+        num_classes=len(task.labels),
+        pooling=args.pooling,
+        class_weights=job.class_weights,
+    )
     save_head(job.run / run_files.HEAD, head)
     print(format_layers(found, head.layer))
     size, seconds = head.weight.numel() + head.bias.numel(), time.perf_counter() - started
@@ -104,11 +95,39 @@ def lora_label_scoring(job: Job) -> dict:
 METHODS = {method.__name__: method for method in (head_only, lora_head, lora_label_scoring)}
 
 
+def probe_features(job: Job, all_layers: bool) -> Tensor:
+    """Pooled states of every row, (n, L + 1, D) or (n, 1, D): from the cache, or computed."""
+    args, model, base_hash = job.source.args, job.model, job.source.record["base_fingerprint"]
+    if args.adapter:
+        attach_adapter(model, Path(args.adapter), job.source.record, base=args.model)
+        base_hash += fingerprint(lora_parameters(model).items())
+        base_hash += str({(m.r, m.alpha, m.use_rslora) for m in lora_modules(model).values()})
+        # Kept with the run: the head means nothing without the states that it was fitted on.
+        run_files.publish(Path(args.adapter), job.run / run_files.ADAPTER)
+    with progress_bar(total=sum(len(p.ids) for p in job.prompts), desc="features") as bar:
+
+        def compute(prompts: Sequence[Prompt]) -> Tensor:
+            return forms(args.plain).pooled_features(
+                model, prompts, args.pooling, all_layers, args.batch_tokens, bar.update
+            )
+
+        directory = Path(args.feature_cache or job.run / "features")
+        setting = f"{base_hash} {model.dtype} {args.pooling} {all_layers}"
+        setting += " plain" * args.plain  # so that --plain computes
+        many = [ranks.from_first, ranks.rank == 0] if (ranks := cli.ranks()) else []
+        features = cached_features(directory, setting, job.prompts, compute, bar.update, *many)
+    try:
+        check_finite(model, job.prompts, features.isfinite().flatten(1).all(dim=1))
+    except NotFinite as error:
+        raise NotFinite(f"{job.places[error.rows[0]]}: {error}", error.rows, None) from None
+    return features
+
+
 def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> dict:
     """Train in steps; the best step on the held-out part becomes the run's result.
 
-    losses(prompts, true classes, checkpointing, weights) is the sum of these rows' losses, each
-    times its class's weight, with gradient. A step divides it by its number of rows: balanced
+    losses(prompts, true classes, checkpointing, class_weights) is the sum of these rows' losses,
+    each times its class's weight, with gradient. A step divides it by its number of rows: balanced
     weights have a mean of one.
     """
     args, model = job.source.args, job.model
@@ -132,22 +151,32 @@ def by_gradient(job: Job, trained: Trainable, losses: Callable[..., Tensor]) -> 
             place = job.places[job.held_out[error.rows[0]]]
             raise TrainingFailed(f"the held-out row of {place}: {error}") from None
         model.train()
-        found, right = log_loss(true, scores, job.weights), scores.argmax(axis=1) == true
+        found, right = log_loss(true, scores, job.class_weights), scores.argmax(axis=1) == true
         return {"held_out_log_loss": found, "held_out_accuracy": float(right.mean())}
 
     def loss(rows: list[int]) -> Tensor:
         chosen = [prompts[i] for i in rows], [labels[i] for i in rows]
         if not ranks:
-            return losses(*chosen, args.checkpointing, job.weights)
+            return losses(*chosen, args.checkpointing, job.class_weights)
         own, factor = ranks.share(len(rows))
-        return factor * losses(*chosen, args.checkpointing, job.weights, own)
+        return factor * losses(*chosen, args.checkpointing, job.class_weights, own)
 
-    how = (trained.save, args.eval_every, args.save_every)
-    if ranks:
-        for module in lora_modules(model).values():
+    for module in lora_modules(model).values():
+        if args.plain:
+            module.forward = module.definition  # in bf16 too
+        if ranks:
             module.mask = partial(ranks.own_mask, module.mask)
-        how += (partial(ranks.combine, list(trained.parameters.values())),)
-    training = Training(trained.parameters, lengths, loss, parts, evaluate, *how)
+    training = Training(
+        trained.parameters,
+        lengths,
+        loss,
+        parts,
+        evaluate,
+        save=trained.save,
+        eval_every=args.eval_every,
+        save_every=args.save_every,
+        combine=partial(ranks.combine, list(trained.parameters.values())) if ranks else None,
+    )
     model.train()
     plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
     state = fit(job.run, training, plan, trained.checkpoint)
@@ -168,18 +197,18 @@ def build_parser() -> argparse.ArgumentParser:
     # Activation memory grows with the tokens in one forward.
     arguments.add_model_arguments(parser, batch_tokens=1024)
     arguments.add_data_arguments(parser, "train.tsv")
-    own = "your own held-out part, like --data; then all rows of --data are trained on"
-    parser.add_argument("--dev", metavar="FILE", help=own)
+    text = "your own held-out part, like --data; then all rows of --data are trained on"
+    parser.add_argument("--dev", metavar="FILE", help=text)
     parser.add_argument("--data-seed", type=cli.seed, default=0, help="of the held-out part")
-    losses = "in the losses: balanced (a rare class counts more), or one for each class: 1,2.5"
-    parser.add_argument("--class-weights", metavar="W,W", help=losses)
+    text = "in the losses: balanced (a rare class counts more), or one for each class: 1,2.5"
+    parser.add_argument("--class-weights", metavar="W,W", help=text)
     arguments.add_prompt_arguments(parser)
     arguments.add_machine_arguments(parser)
     add = parser.add_argument_group("run").add_argument
     add("--output", metavar="DIR", help="the run directory (default: runs/METHOD)")
     add("--resume", action="store_true", help="continue the run in --output")
-    elsewhere = "also write base + LoRA (+ head) as a checkpoint for transformers"
-    add("--export", "--merge", metavar="DIR", help=elsewhere)
+    text = "also write base + LoRA (+ head) as a checkpoint for transformers"
+    add("--export", "--merge", metavar="DIR", help=text)
     add("--seed", type=cli.seed, default=0, help="of initial values, order and dropout")
     arguments.add_training_arguments(parser)
     return parser
@@ -210,9 +239,9 @@ def train(args: argparse.Namespace) -> int:
     refuse_inputs([args.feature_cache], [task.directory, args.adapter])
     examples, places, training, held_out = split_rows(args, task, before)
     labels = [examples[row].label for row in training]
-    weights = class_weights(args.class_weights, task.labels, labels)
+    class_weights = parse_class_weights(args.class_weights, task.labels, labels)
     prompts = task.prompts([example.text for example in examples], places)
-    own = len(training) if args.dev else len(examples)  # rows of --data
+    data_rows = len(training) if args.dev else len(examples)  # of --data
     fed_rows(task.directory, examples)  # warns if the model was made from some of the rows
     model = load_model(task.directory, args.dtype, device)
     frozen = dict(model.named_parameters())
@@ -229,9 +258,9 @@ def train(args: argparse.Namespace) -> int:
         "dtype": dtype_name(model),
         **identity(task, args.adapter),
         "frozen_before": fingerprint(frozen.items()),
-        "data_hash": examples_hash(examples[:own]),
-        "dev_hash": examples_hash(examples[own:]) if args.dev else None,
-        "class_weights": weights,
+        "data_hash": examples_hash(examples[:data_rows]),
+        "dev_hash": examples_hash(examples[data_rows:]) if args.dev else None,
+        "class_weights": class_weights,
         "training_rows": len(training),
         "held_out_rows": len(held_out),
         "truncated_rows": sum(prompt.truncated for prompt in prompts),
@@ -241,13 +270,13 @@ def train(args: argparse.Namespace) -> int:
     if ranks := cli.ranks():
         manifests = sorted(run.glob(f"checkpoints/step-*/{run_files.MANIFEST}"))
         kept = [(path.parent.name, path.read_bytes()) for path in manifests]
-        given = vars(args) | dict.fromkeys(("output", "export", "feature_cache"))
-        what = [{**record, "arguments": given}, device]
+        own = dict.fromkeys(("output", "export", "feature_cache"))  # may differ
+        what = [{**record, "arguments": vars(args) | own}, device]
         ranks.check_same("model, run, data or device", what, kept)
     record = run_files.start_record(run, record, args.resume)
     source = Source(args, task, device, record)
     if not record["finished"]:
-        job = Job(source, run, model, examples, places, prompts, training, held_out, weights)
+        job = Job(source, run, model, examples, places, prompts, training, held_out, class_weights)
         if status := run_job(job, frozen):
             return status
     print(f"{run}: finished; evaluate it with: python evaluate.py --run {run} --data FILE")

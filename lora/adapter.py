@@ -23,7 +23,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PEFT_KEY = "base_model.model.{}.weight"  # of a parameter; A and B are Linears in PEFT
 HEAD_KEY = PEFT_KEY.format("score")
-# How the keys of the text model begin where Qwen3.5 was trained with its model of images.
+# How keys begin in an adapter that was trained on the vision-language Qwen3.5.
 WITH_IMAGES = "base_model.model.model.language_model."
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_MODULES = ["classifier", "score"]  # PEFT's names for the head of any SEQ_CLS model

@@ -8,7 +8,7 @@ from lora.layer import LoRAError, LoRALinear
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-# Of a gated delta rule (Qwen3.5), what reads its input and writes its output in full width.
+# The large projections of Qwen3.5's gated delta rule; in_proj_a and in_proj_b are small.
 DELTA_RULE = ("in_proj_qkv", "in_proj_z", "out_proj")
 
 

@@ -2,7 +2,7 @@
 
 The pretrained W (out, in) stays frozen. What is trained is a change of rank at most r,
 
-    W' = W + s·B·A        A (r, in), B (out, r), r much smaller than in and out,
+    W' = W + s·B·A        A (r, in), B (out, r), r much smaller than in and out; s = α/r,
 
 so a layer trains r·(in + out) numbers instead of in·out. B starts at zero: training starts exactly
 from the base model.
@@ -74,7 +74,7 @@ class LoRALinear(nn.Module):
         if self.training and self.dropout:
             h = h * self.mask(h) / (1 - self.dropout)  # so that its expected value stays x
         h = F.linear(h, self.lora_A)  # (..., r)
-        # s multiplies B, which is smaller than the update with its one row for each token.
+        # s multiplies B, not the update: B has fewer numbers.
         update = F.linear(h, self.scaling * self.lora_B)  # (..., out)
         # dtype: the sum is formed in fp32, as the update is, and rounded to the base's dtype once.
         return (y + update).to(y.dtype)

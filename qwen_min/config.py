@@ -1,4 +1,7 @@
-"""Read config.json and check it. A feature that this implementation cannot compute is an error."""
+"""Read config.json and check it. A feature that this implementation cannot compute is an error.
+
+The forward pass needs only the fields of `QwenConfig` (and of `Qwen3_5Config`); all else checks.
+"""
 
 import json
 import math

@@ -151,7 +151,7 @@ class GatedDeltaNet(nn.Module):
         g = −exp(A_log)·softplus(a + dt_bias): A_log sets how fast a head forgets on the whole, a
         how fast at this token.
         """
-        # dtype: a and β are computed in x's dtype; all behind them in fp32.
+        # dtype: a and β are computed in x's dtype; everything after them in fp32.
         beta = self.in_proj_b(x).sigmoid().float()
         g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(x).float() + self.dt_bias)
         return g, beta

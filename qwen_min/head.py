@@ -1,7 +1,7 @@
 """Hidden states pooled to one vector per text, and the linear head on top of them.
 
 A linear probe asks how much a frozen model's states already tell about the classes: the states are
-computed once, and a logistic regression on them is solved to its optimum.
+computed once, and a logistic regression is fitted on them until its gradient is nearly zero.
 """
 
 from collections.abc import Sequence
@@ -65,13 +65,13 @@ def solve_logistic(
     num_classes: int,
     l2: float,
     start: Tensor | None = None,
-    weights: Tensor | None = None,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """Minimise mean cross-entropy + l2/2 · |W|² by L-BFGS in float64, until the largest gradient is
     at most 1e-7, in at most 1,000 iterations.
 
     x (n, D), y (n,) → (C, D + 1): W, and as last column the bias, which is not penalised.
-    weights (C,), float64: of the classes. The mean is then Σ w_y · loss / Σ w_y over the rows, so
+    class_weights w (C,), float64: the mean is then Σ w_y · loss / Σ w_y over the rows, so
     scikit-learn's LogisticRegression(C=1 / (l2 · Σ w_y), class_weight=w) has the same minimum.
     """
     x, zeros = x.double(), torch.zeros(num_classes, x.shape[1] + 1, dtype=torch.float64)
@@ -87,7 +87,7 @@ def solve_logistic(
     def closure() -> Tensor:
         optimizer.zero_grad()
         weight, bias = parameters[:, :-1], parameters[:, -1]
-        loss = F.cross_entropy(F.linear(x, weight, bias), y, weights)
+        loss = F.cross_entropy(F.linear(x, weight, bias), y, class_weights)
         loss = loss + l2 / 2 * weight.square().sum()
         loss.backward()
         return loss
@@ -102,15 +102,14 @@ def fit_head(
     held_out: Tensor,
     held_out_labels: np.ndarray,
     num_classes: int,
-    weights: Tensor | None = None,
+    class_weights: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor], dict]:
     """A probe on one layer's features; log-loss on the held-out part chooses its penalty.
 
     train (n, D), held_out (m, D) → weight (C, D) and bias (C,), fp32, and what was found: l2,
     held_out_log_loss, held_out_accuracy. Features are standardised with the training part's mean
     and standard deviation, so that the penalty treats all alike. The result is folded back into W
-    and b: the head applies to the states as they are. weights (C,), float64: of the classes, in
-    both losses.
+    and b: the head applies to the states as they are. class_weights (C,), float64: in both losses.
     """
     mean, deviation = train.double().mean(dim=0), train.double().std(dim=0)
     deviation = deviation.clamp_min(1e-6)  # a constant feature becomes 0
@@ -118,10 +117,10 @@ def fit_head(
     y = torch.from_numpy(train_labels)
     tried, solution = [], None
     for l2 in L2_GRID:
-        solution = solve_logistic(x, y, num_classes, l2, solution, weights)
+        solution = solve_logistic(x, y, num_classes, l2, solution, class_weights)
         scores = F.linear(z, solution[:, :-1], solution[:, -1]).numpy()
         accuracy = float((scores.argmax(axis=1) == held_out_labels).mean())
-        loss = log_loss(held_out_labels, scores, weights)
+        loss = log_loss(held_out_labels, scores, class_weights)
         found = {"l2": l2, "held_out_log_loss": loss, "held_out_accuracy": accuracy}
         tried.append((found, solution))
     found, solution = min(tried, key=lambda pair: pair[0]["held_out_log_loss"])
@@ -138,18 +137,19 @@ def fit_layers(
     held_out: Sequence[int],
     num_classes: int,
     pooling: str,
-    weights: Tensor | None = None,
+    class_weights: Sequence[float] | None = None,
 ) -> tuple[dict[int, dict], LinearHead]:
     """`fit_head` on each of `layers`: what each found, and the head of least held-out log-loss.
 
     features (n, L + 1, D), of all layers, or (n, 1, D), of one; labels (n,). training and held_out
-    are rows of both. weights (C,), float64: as in `fit_head`.
+    are rows of both. class_weights (C,) as in `fit_head`.
     """
-    found, heads = {}, {}
+    found, heads, w = {}, {}, class_weights
+    w = None if w is None else torch.tensor(w, dtype=torch.float64)
     for layer in layers:
         x = features[:, layer if features.shape[1] > 1 else 0]
         (weight, bias), found[layer] = fit_head(
-            x[training], labels[training], x[held_out], labels[held_out], num_classes, weights
+            x[training], labels[training], x[held_out], labels[held_out], num_classes, w
         )
         heads[layer] = LinearHead(weight, bias, layer, pooling)
     return found, heads[min(found, key=lambda layer: found[layer]["held_out_log_loss"])]

@@ -93,6 +93,8 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 def log_odds(scores: np.ndarray) -> np.ndarray:
     """log(p_c / (1 - p_c)) of each class c: its score minus the log-sum-exp of the other scores.
 
+    The sum without c is not the whole sum minus c's term, which could round to nothing. It is made
+    of the sum of the smaller scores and that of the larger ones, after sorting.
     It ranks rows as p_c does, also where p_c rounds to 0 or 1. With two classes it is exactly the
     difference of the scores. `scores`: float (n, C), not checked; the result is (n, C).
     """
@@ -103,9 +105,9 @@ def log_odds(scores: np.ndarray) -> np.ndarray:
     ascending -= ascending[:, -1:].copy()
     nothing = np.full((len(scores), 1), -np.inf)  # the log of an empty sum
     before = np.logaddexp.accumulate(ascending[:, :-1], axis=1)
-    behind = np.logaddexp.accumulate(ascending[:, :0:-1], axis=1)[:, ::-1]
-    # At each place the log-sum-exp of the scores before it, and that of those behind it.
-    others = np.logaddexp(np.hstack([nothing, before]), np.hstack([behind, nothing]))
+    after = np.logaddexp.accumulate(ascending[:, :0:-1], axis=1)[:, ::-1]
+    # At each place: the log-sum-exp of the scores before it, and of those after it.
+    others = np.logaddexp(np.hstack([nothing, before]), np.hstack([after, nothing]))
     # Of equal scores all take the first one's place; the numbers could differ in the last bit.
     places = np.tile(np.arange(scores.shape[1]), (len(scores), 1))
     places[:, 1:][ascending[:, 1:] == ascending[:, :-1]] = 0
@@ -151,15 +153,15 @@ def softmax(scores: ArrayLike) -> np.ndarray:
     return e / e.sum(axis=1, keepdims=True)
 
 
-def log_loss(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> float:
+def log_loss(labels: ArrayLike, scores: ArrayLike, class_weights: ArrayLike | None = None) -> float:
     """Mean of -log p(true class), in nats; finite also where p itself rounds to 0.
 
-    weights (C,): each row counts as much as its true class's weight; None: all alike.
+    class_weights (C,): each row counts as much as its true class's weight; None: all alike.
     """
     labels, scores = _checked(labels, scores)
     shifted = scores - scores.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    by_row = None if weights is None else np.asarray(weights)[labels]
+    by_row = None if class_weights is None else np.asarray(class_weights)[labels]
     return float(np.average(-log_p[np.arange(len(labels)), labels], weights=by_row))
 
 

@@ -7,11 +7,11 @@ word as its continuation. Two rules decide the ids:
    the text apart would give other ids, since a token can cross their border: `。` at the end of a
    review and the newline after it are one token, `。\\n`.
 2. For the same reason a label is never encoded alone. Its tokens are those that
-   encode(prompt + label) has after encode(prompt). encode(prompt) must be its beginning.
+   encode(prompt + label) has after encode(prompt), which must be a prefix of it.
 
-Added tokens of the vocabulary, such as `[差评]`, count everywhere. Markup, such as `<|im_end|>`,
-counts in the template and in label words, which the user of the command writes. In a text, and
-where a text completes it, it is plain text.
+An added token of the vocabulary, such as `[差评]`, is one token everywhere. Markup, such as
+`<|im_end|>`, is one token in the template and in label words, which the user of the command writes.
+In a text, and where text and template only together form it, it is plain text.
 """
 
 import re
@@ -53,7 +53,7 @@ def parse_labels(
     """
     typed = re.split("[,，]" if re.search("[,，]", argument) else "、", argument)
     spaced = all(word.startswith(" ") for word in typed)
-    words = tuple(" " * spaced + word.strip() for word in typed)
+    words = tuple((" " if spaced else "") + word.strip() for word in typed)
     if any(not word.strip() for word in words):
         raise UserError(f"{option} {argument!r}: a word is empty; give one word for each class")
     if repeated := sorted({word for word in words if words.count(word) > 1}):
@@ -103,7 +103,7 @@ def build_prompts(
 
     A text of more than `max_text_tokens` tokens is shortened; the template around it stays whole.
     `places` says where each text comes from, for errors (default: "row 1", "row 2", ...).
-    `trim` is what chat markup does to a text after that, such as str.strip (default: nothing).
+    `trim` is what chat markup does to the shortened text, such as str.strip (default: nothing).
 
     Raises UserError if the end of a prompt and the start of a label merge into one token (the label
     then has no tokens of its own), if two labels have the same tokens, if a prompt is empty, or for
@@ -121,7 +121,7 @@ def build_prompts(
         return [token for ids in encoded for token in ids]
 
     def frame(ending: str) -> tuple[list[int], str, str, list[int]]:
-        """Before a text: ids and a string. Behind it, with `ending`: a string and ids."""
+        """Before the text: ids, then a string. After it, with `ending`: a string, then ids."""
         # Markup cuts the template into pieces (without markup there is one). No token crosses a
         # cut, so only the piece that contains the text has to be encoded with the text.
         *start, left = tokenizer.split_markup(before)
@@ -129,7 +129,7 @@ def build_prompts(
         return ids_of(start), left, right, ids_of(end)
 
     frames = [frame(ending) for ending in ("", *labels)]  # of the prompt, and of prompt + label
-    prompts, known = [], {}  # every id and each row of label ids is held once: many are equal
+    prompts, known = [], {}  # equal ids, and equal rows of label ids, are one object: less memory
     for row, text in enumerate(texts):
         place = places[row] if places else f"row {row + 1}"
         short = shorten(tokenizer, text, max_text_tokens)

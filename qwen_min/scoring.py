@@ -1,7 +1,7 @@
 """From logits to log-probabilities to label scores.
 
 The score of class y for a text is the log-probability that the model gives to the tokens of y's
-label word, one after the other, behind the prompt:
+label word, one after the other, after the prompt:
 
     s_y = Σ_t log p(y_t | prompt, y_<t),    log p(token) = logit(token) − log Σ_v exp logit(v)
 
@@ -47,8 +47,8 @@ def label_mass(scores: np.ndarray, labels: Sequence[Sequence[tuple[int, ...]]]) 
     """Probability (n,) that what follows each prompt begins with one of its label words.
 
     Near 0, the model would rather say something else, and the ranking among the words means less.
-    scores (n, C), and each row's C words as token ids. If one word begins with another, its event
-    is part of the other's and is not added again.
+    scores (n, C), and each row's C words as token ids. A word that begins with another
+    label word is not added: the shorter word's probability contains it.
     """
 
     def counted(words: tuple[tuple[int, ...], ...]) -> list[bool]:

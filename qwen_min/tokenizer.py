@@ -59,8 +59,8 @@ class Tokenizer:
         self._base.pre_tokenizer = whole.pre_tokenizer
         self._base.decoder = whole.decoder
         if len(added) > len(self.markup):
-            # In the same order, so with the same ids. As special tokens are plain text for this
-            # tokenizer, all markup is made special.
+            # `encode_special_tokens` makes special tokens plain text, so markup, and nothing else,
+            # is made special. Added in the same order, the tokens keep their ids.
             self._base.encode_special_tokens = True
             for token in added:
                 token.special = token.content in self.markup

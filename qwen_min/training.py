@@ -64,10 +64,11 @@ def shuffled_batches(
 
     The permutation is cut into pools of `pool` batches, and each pool is sorted by length before it
     is cut into batches; then the order of the batches is shuffled. So the texts of a batch have
-    similar lengths, and padding them costs little. The price: tokens per batch vary more, and the
-    longest batch sets the peak of memory. Sorting a whole epoch would put the same rows together
-    every time; pools are drawn anew, so a batch's gradient stays closer to a random sample's. The
-    last batch is not sorted: cut from a sorted pool it would always get the longest texts.
+    similar lengths, and attention, which pads them, wastes little. The price: tokens per batch vary
+    more, and the longest batch sets the peak of memory. Sorting a whole epoch would put the same
+    rows together every time; pools are drawn anew, so a batch's gradient stays closer to a random
+    sample's. The last batch is not sorted: cut from a sorted pool it would always get the longest
+    texts.
 
     The same (seed, epoch) gives the same batches. Raises ValueError if a number is below 1.
     """
@@ -85,11 +86,13 @@ def shuffled_batches(
         drawn.sort(key=lambda index: lengths[index])
         batches += [drawn[i : i + rows_per_batch] for i in range(0, len(drawn), rows_per_batch)]
     rng.shuffle(batches)
-    return batches + [order[whole:]] * (whole < len(order))
+    if whole < len(order):
+        batches.append(order[whole:])
+    return batches
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW without weight decay.
+    """AdamW without weight decay, which is Adam.
 
     Decay would pull A and B, which are a small change already, towards no change at all, and token
     vectors towards zero instead of towards where they started.
@@ -104,7 +107,7 @@ def training_steps(
     loss: Callable[[list[int]], Tensor],
     parts: Callable[[list[int]], list[list[int]]],
     done: int = 0,
-    combine: Callable[[float], float] = lambda loss: loss,
+    combine: Callable[[float], float] | None = None,
 ) -> Iterator[Step]:
     """Minimise the mean loss over rows, one optimizer step at a time; yields after each.
 
@@ -133,7 +136,8 @@ def training_steps(
             part_loss = loss(part) / len(rows)
             part_loss.backward()
             mean_loss += part_loss.item()
-        mean_loss = combine(mean_loss)
+        if combine:
+            mean_loss = combine(mean_loss)
         norm = nn.utils.clip_grad_norm_(group["params"], plan.clip).item()
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
             raise TrainingFailed(f"step {step + 1}: loss {mean_loss}, gradient norm {norm}", rows)

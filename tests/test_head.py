@@ -23,7 +23,7 @@ import qwen_min.head as head_mechanics
 from lora import ATTENTION, MLP, inject_lora, lora_parameters
 from qwen_min.command import plain as plain_forms
 from qwen_min.command.arguments import candidate_layers
-from qwen_min.command.fit import class_weights
+from qwen_min.command.fit import parse_class_weights
 from qwen_min.command.summary import format_layers
 from qwen_min.errors import UserError
 from qwen_min.fast.features import head_losses, pooled_features
@@ -352,7 +352,7 @@ def test_class_weights_equal_scikit_learn(classes, given):
     train, held_out = (x[:-20], y[:-20]), (x[-20:], y[-20:].numpy())
     names, theirs = [str(i) for i in range(classes)], given
     argument = given if given == "balanced" else ",".join(map(str, given))
-    weights = class_weights(argument, names, train[1].tolist())
+    weights = parse_class_weights(argument, names, train[1].tolist())
     expected = compute_class_weight(
         given if given == "balanced" else dict(enumerate(given)),
         classes=np.arange(classes),

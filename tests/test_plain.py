@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
+from lora.layer import LoRALinear
 from tests.conftest import REPO
 
 SAMPLE = REPO / "qwen_min" / "sample"
@@ -128,6 +129,26 @@ def test_plain_gives_the_same_scores(method, runs, tmp_path, capsys):
         one, other = (result[key] for result in results)
         assert one == (other and pytest.approx(other, abs=TOLERANCE, rel=0)), key
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("method", ["lora_head", "lora_label_scoring"])
+def test_plain_trains_by_the_definition_of_lora_in_bfloat16_too(method, tmp_path, monkeypatch):
+    """So a breakpoint there takes effect with the embedded checkpoint, which is in bfloat16."""
+    used = []
+    for name in ("definition", "_bf16_training_forward"):
+        real = getattr(LoRALinear, name)
+
+        def noted(layer, x, name=name, real=real):
+            used.append(name)
+            return real(layer, x)
+
+        monkeypatch.setattr(LoRALinear, name, noted)
+    for form, expected in (([], "_bf16_training_forward"), (["--plain"], "definition")):
+        used.clear()
+        args = ["--method", method, "--limit", "40", "--epochs", "1", "--batch-size", "32", *form]
+        assert train.main([*args, "--output", str(tmp_path / expected)]) == 0
+        assert used and used[0] == expected
+        assert form == [] or set(used) == {"definition"}
 
 
 def test_plain_scores_words_of_several_tokens_the_same(tmp_path, capsys):

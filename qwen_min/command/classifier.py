@@ -58,16 +58,18 @@ class Scorer:
         """
         if not prompts:  # C is not known
             return np.zeros((0, 0))
-        how, head = (self.batch_tokens, progress), self.head
+        model, budget, head = self.model, self.batch_tokens, self.head
         if self.by == "label words":
-            scores = self.forms.score_labels(self.model, prompts, *how)
+            scores = self.forms.score_labels(model, prompts, budget, progress)
             finite = np.isfinite(scores).all(axis=1)
         else:
-            every = head.layer != self.model.config.num_hidden_layers
-            features = self.forms.pooled_features(self.model, prompts, head.pooling, every, *how)
+            every = head.layer != model.config.num_hidden_layers
+            features = self.forms.pooled_features(
+                model, prompts, head.pooling, every, budget, progress
+            )
             features = features[:, head.layer if every else 0]  # (n, L + 1 or 1, D) → (n, D)
             scores, finite = head.scores(features), features.isfinite().all(dim=1)
-        check_finite(self.model, prompts, finite, scores)
+        check_finite(model, prompts, finite, scores)
         if not (finite := np.isfinite(scores).all(axis=1)).all():  # only W h + b overflows
             advice = "its weights are too large or damaged: train again, with a lower --lr"
             rows = np.flatnonzero(~finite).tolist()
@@ -77,11 +79,12 @@ class Scorer:
     def answers(
         self, prompts: Sequence[Prompt], stop: Collection[int], progress: Progress
     ) -> list[list[int]]:
-        """The token ids that the model writes behind each prompt. Raises NotFinite as `scores`."""
+        """The token ids that the model writes after each prompt. Raises NotFinite as `scores`."""
         from qwen_min.lab.generation import MAX_NEW_TOKENS
 
-        how = (MAX_NEW_TOKENS, stop, self.batch_tokens, progress)
-        answers = self.forms.generate_answers(self.model, prompts, *how)
+        answers = self.forms.generate_answers(
+            self.model, prompts, MAX_NEW_TOKENS, stop, self.batch_tokens, progress
+        )
         check_finite(self.model, prompts, [answer is not None for answer in answers], answers)
         return answers
 
@@ -185,7 +188,7 @@ class Evaluation:
         return [prompt.labels[:words] for prompt in self.prompts]
 
     def place(self, rows: Sequence[int]) -> str:
-        """Where the first of these rows stands in the data, and how many they are."""
+        """Where the first of these rows is in the data, and how many they are."""
         line, n = self.examples[rows[0]].line, len(self.examples)
         return f"{self.source.args.data}, line {line} ({len(rows)} of {n} rows)"
 

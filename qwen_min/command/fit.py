@@ -36,14 +36,14 @@ class Job:
     run: Path  # the run directory
     model: Qwen
     examples: Sequence[Example]
-    places: Sequence[str]  # where each example stands: file and line
+    places: Sequence[str]  # where each example is: file and line
     prompts: Sequence[Prompt]  # of each example
     training: Sequence[int]  # rows to train on
     held_out: Sequence[int]  # rows that choose penalty, layer or step
-    weights: Sequence[float] | None  # of each class in the losses; None: none are given
+    class_weights: Sequence[float] | None  # in the losses; None: none are given
 
 
-def class_weights(
+def parse_class_weights(
     given: str | None, labels: Sequence[str], classes: Sequence[int]
 ) -> list[float] | None:
     """The weight of each class, from --class-weights: (C,); None if it is not given.
@@ -67,7 +67,7 @@ def split_rows(
     args: argparse.Namespace, task: Task, before: dict | None
 ) -> tuple[list[Example], list[str], list[int], list[int]]:
     """The examples and their places; and of them the rows to train on, and those held out: a part
-    of --data, or all rows of --dev, which then stand behind those of --data."""
+    of --data, or all rows of --dev, which then come after those of --data."""
     examples = read_rows(args, task, before)
     places = [f"{args.data}, line {example.line}" for example in examples]
     if args.dev is None:
@@ -120,8 +120,8 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
     names, optimizer = list(training.parameters), make_optimizer(training.parameters.values())
     state = {"step": 0, "seconds": 0.0, "history": []}
     if checkpoint is not None:
-        how = ("a training's state", "remove this checkpoint, then use --resume")
-        state = read_json(checkpoint / "state.json", *how, **STATE)
+        advice = "remove this checkpoint, then use --resume"
+        state = read_json(checkpoint / "state.json", "a training's state", advice, **STATE)
         state["history"] = with_best_saved(run, state["history"])
         run_files.restore_optimizer(optimizer, names, checkpoint / "optimizer.safetensors")
     per_epoch = plan.steps_per_epoch(len(training.lengths))
@@ -146,9 +146,16 @@ def fit(run: Path, training: Training, plan: Plan, checkpoint: Path | None = Non
     bar = progress_bar(total=total, initial=total * state["step"] // steps, desc="training")
     try:
         step_started = time.perf_counter()
-        how = (training.loss, training.parts, state["step"])
-        how += (partial(training.combine, stop),) if training.combine else ()
-        for step in training_steps(optimizer, training.lengths, plan, *how):
+        steps_done = training_steps(
+            optimizer,
+            training.lengths,
+            plan,
+            training.loss,
+            training.parts,
+            done=state["step"],
+            combine=partial(training.combine, stop) if training.combine else None,
+        )
+        for step in steps_done:
             state["step"] = step.number
             tokens = sum(training.lengths[row] for row in step.rows)
             speed = tokens / (time.perf_counter() - step_started)

@@ -47,10 +47,14 @@ def generate_answers(
 
 
 def label_losses(
-    model: Qwen, prompts: Prompts, classes: Classes, checkpointing: bool, weights: Weights = None
+    model: Qwen,
+    prompts: Prompts,
+    classes: Classes,
+    checkpointing: bool,
+    class_weights: Weights = None,
 ) -> Tensor:
     """Sum over rows of the true label's `label_loss`, times the class's weight, with gradient."""
-    rows, by = zip(prompts, classes, strict=True), weights or [1.0] * len(prompts[0].labels)
+    rows, by = zip(prompts, classes, strict=True), class_weights or [1.0] * len(prompts[0].labels)
     return sum(by[y] * label_loss(model, prompt.ids, prompt.labels[y]) for prompt, y in rows)
 
 
@@ -60,10 +64,10 @@ def head_losses(
     prompts: Prompts,
     classes: Classes,
     checkpointing: bool,
-    weights: Weights = None,
+    class_weights: Weights = None,
 ) -> Tensor:
     """Sum over rows of `head_loss`, times the class's weight, with gradient."""
-    rows, by = zip(prompts, classes, strict=True), weights or [1.0] * len(weight)
+    rows, by = zip(prompts, classes, strict=True), class_weights or [1.0] * len(weight)
     return sum(by[y] * head_loss(model, weight, prompt.ids, y) for prompt, y in rows)
 
 

@@ -87,7 +87,7 @@ class Task:
     ) -> list[Prompt]:
         """The prompts of texts, with the task's scored labels and template or others.
 
-        places: what an error calls each text. new_tokens: how many may be generated behind a
+        places: what an error calls each text. new_tokens: how many may be generated after a
         prompt. Raises UserError where a prompt cannot be built or exceeds the model's positions.
         """
         labels = self.scored if labels is None else labels

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 
-# Enough tokens for matrix products at full speed, few enough for what a layer writes to stay in
-# the processor's cache.
+# Enough tokens for matrix products at full speed; more would only take more memory.
 DEFAULT_BATCH_TOKENS = 2048
 
 
 def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Batches of at most `budget` tokens, as lists of row indices, each row in exactly one batch.
 
-    The rows of a batch are laid end to end, never padded, so a batch costs the sum of its lengths.
-    A row longer than the budget is a batch of its own. Longest first, equal lengths by index: if
-    the budget is too large for the memory, the run fails in its first seconds, not in its last.
+    The rows of a batch are laid end to end, so a batch costs about the sum of its lengths: only
+    attention pads them, in training on a CPU (`kernels.padded_attention`). A row longer than the
+    budget is a batch of its own. Longest first, equal lengths by index: if the budget is too large
+    for the memory, the run fails in its first seconds, not in its last.
     """
     batches: list[list[int]] = []
     used = 0

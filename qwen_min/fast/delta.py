@@ -12,7 +12,7 @@ With them, the answers and the state after the chunk are
     o = e^G q S + (Γ ⊙ q kᵀ) V',    S ← e^(G_64) S + (e^(G_64 − G) k)ᵀ V'
 
 Only what involves S runs chunk after chunk; all else is done for all chunks at once. Where a chunk
-is filled up, β = 0 and g = 0: nothing is written and nothing fades. Shapes as in delta_rule.py, and
+is padded, β = 0 and g = 0: nothing is written and nothing fades. Shapes as in delta_rule.py, and
 M: chunks of all texts; c: 64 tokens.
 """
 
@@ -121,6 +121,8 @@ def prepare(net: GatedDeltaNet, qkv: Tensor, g: Tensor, beta: Tensor, stateless:
 
     stateless: how many chunks, those in front, have no state before them.
     """
+    # As GatedDeltaNet.split_heads, but each head's matrix is contiguous, and k kᵀ and q kᵀ are
+    # computed before key heads are repeated.
     keys, share = net.key_heads * net.key_dim, net.value_heads // net.key_heads
     parts = F.silu(qkv).split([keys, keys, net.value_heads * net.value_dim], dim=-1)
     sizes = (net.key_dim, net.key_dim, net.value_dim)

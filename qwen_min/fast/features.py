@@ -61,15 +61,15 @@ def head_losses(
     prompts: Prompts,
     classes: Sequence[int],
     checkpointing: bool,
-    weights: Sequence[float] | None = None,
+    class_weights: Sequence[float] | None = None,
     own: slice = ALL,
 ) -> Tensor:
-    """Sum over the rows `own` of `head_loss`, times the class's weight in `weights` (C,).
+    """Sum over the rows `own` of `head_loss`, times the class's weight, with gradient.
 
-    With gradient. weight (C, D), of the head, in fp32.
+    weight (C, D), of the head, in fp32; class_weights (C,).
     """
     texts = [prompt.ids for prompt in prompts]
     h = last_states(model, texts, [1] * len(texts), checkpointing, own)  # (rows, D)
     targets = torch.tensor(classes[own], device=weight.device)
-    by_class = None if weights is None else weight.new_tensor(weights)
-    return F.cross_entropy(F.linear(h.float(), weight), targets, by_class, reduction="sum")
+    w = None if class_weights is None else weight.new_tensor(class_weights)
+    return F.cross_entropy(F.linear(h.float(), weight), targets, w, reduction="sum")

@@ -1,8 +1,8 @@
 """The forward pass over texts laid end to end, as functions over the modules of model.py.
 
-It computes what `Qwen.forward` defines, without work for padding, and differs from it in three
-ways: the texts share every matrix product; a prefix that texts have in common is computed once; and
-the last layer computes outputs only where they are read. Shapes as in layout.py.
+It computes what `Qwen.forward` defines, and differs from it mainly in three ways: the texts share
+every matrix product, without padding; a prefix that texts have in common is computed once; and the
+last layer computes outputs only where they are read. Shapes as in layout.py.
 """
 
 import torch
@@ -35,9 +35,10 @@ def forward_packed(
 ) -> tuple[Tensor, list[Past]]:
     """Hidden states after the final norm of the tokens asked for, end to end: (Σ asked, D).
 
-    Also, of a batch with `keep`, what continues each text. streams: a list that receives the
-    residual stream (N, D) after the embedding and after each layer but the last. checkpointing:
-    recompute each layer in the backward pass instead of keeping its activations.
+    With `keep` in the batch, also one Past per text: what a later forward needs to continue it.
+    streams: a list that receives the residual stream (N, D) after the embedding and after each
+    layer but the last. checkpointing: recompute each layer in the backward pass instead of keeping
+    its activations.
     """
     decoder, lengths = model.model, batch.lengths
     x = decoder.embed_tokens(batch.ids)  # (N, D)
@@ -55,11 +56,12 @@ def forward_packed(
             x, of_layer = decoder_layer(*arguments)
         if batch.keep:
             kept.append(of_layer)
+    h = rms_norm(decoder.norm, x)
+    if not batch.keep:
+        return h, []
     before = [past.length for past in batch.prefix or []] or [0] * len(lengths)
-    # Where nothing is kept, the last of these is empty, and no text gets a Past.
-    texts = zip(before, lengths, zip(*kept, strict=True), strict=False)
-    pasts = [Past(start + T, list(layers)) for start, T, layers in texts]
-    return rms_norm(decoder.norm, x), pasts
+    texts = zip(before, lengths, zip(*kept, strict=True), strict=True)
+    return h, [Past(start + T, list(layers)) for start, T, layers in texts]
 
 
 def decoder_layer(

@@ -91,7 +91,7 @@ def parse_names(
     """--labels → the classes' names, as in the file, and the words that are scored, in class order.
 
     "negative= negative,positive= positive" → ("negative", "positive"), (" negative", " positive").
-    A name without `=` is its own word. White space before a word counts only behind `=`; without
+    A name without `=` is its own word. White space before a word counts only after `=`; without
     any `=`, all is as in `parse_labels`. Raises UserError as `parse_labels` does.
     """
     if "=" not in argument:

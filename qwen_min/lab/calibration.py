@@ -107,8 +107,8 @@ def premise_template(template: str) -> str:
     With an empty text only the words that ask for the label remain. If the template has no words
     after the text, it is returned whole.
     """
-    _, _, behind = template.partition(FIELD)
-    return FIELD + behind.lstrip() if behind.strip() else template
+    _, _, after = template.partition(FIELD)
+    return FIELD + after.lstrip() if after.strip() else template
 
 
 def held_out_rows(

@@ -19,7 +19,7 @@ CLAUSE = re.compile(
 
 
 def split_clauses(text: str) -> list[str]:
-    """The clauses of a text, each with the marks behind it; joined they are the text."""
+    """The clauses of a text, each with the marks after it; joined they are the text."""
     return CLAUSE.findall(text)
 
 
