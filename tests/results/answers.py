@@ -59,7 +59,8 @@ ENGLISH = (
         "{diff lora_label_scoring lora_head}, on the 1.5B model "
         "{diff 1.5b/lora_label_scoring 1.5b/lora_head}; with all rows and two epochs (0.5B) "
         "{diff lora_label_scoring-all lora_head-all}. All three intervals exclude two points. "
-        "More rows and the second epoch help label scoring and the head: "
+        "With more rows and the second epoch label scoring and the head are better, but not "
+        "significantly after correction for the number of tests: "
         "{diff lora_label_scoring-all lora_label_scoring} and {diff lora_head-all lora_head}. "
         "With 50 and 200 rows label scoring is far better than `lora_head`: "
         "{diff lora_label_scoring-n50 lora_head-n50} and "
@@ -73,10 +74,10 @@ ENGLISH = (
     (
         "The choice of label words changes the zero-shot result.",
         "True: with 消极/积极 accuracy is {acc zero_shot-xiaoji}, because the threshold moves, "
-        "not the ranking.",
+        "hardly the ranking.",
         "True. With 消极/积极 accuracy is {acc zero_shot-xiaoji}; compared with 负面/正面: "
-        "{diff zero_shot-xiaoji zero_shot}. Only the threshold moves; the ranking does not "
-        "change: the AUC differs by {aucdiff zero_shot-xiaoji zero_shot}. 差/好 and 负向/正向 "
+        "{diff zero_shot-xiaoji zero_shot}. The threshold moves; no change of the ranking was "
+        "found: the AUC differs by {aucdiff zero_shot-xiaoji zero_shot}. 差/好 and 负向/正向 "
         "also rank worse: the AUC differs by {aucdiff zero_shot-chahao zero_shot} and "
         "{aucdiff zero_shot-xiang zero_shot}. The 1.5B model depends on the words as well: "
         "负向/正向, compared with 负面/正面: {diff 1.5b/zero_shot-xiang 1.5b/zero_shot}. After "
@@ -162,7 +163,8 @@ CHINESE = (
         "用 3,000 条训练时不成立：与 `lora_head` 相比 {diff lora_label_scoring lora_head}，"
         "在 1.5B 模型上为 {diff 1.5b/lora_label_scoring 1.5b/lora_head}，"
         "用全部数据训练两个 epoch 时（0.5B）为 {diff lora_label_scoring-all lora_head-all}，"
-        "三个区间都不含两个百分点。数据更多、多训练一个 epoch，标签打分和分类头都有提高："
+        "三个区间都不含两个百分点。数据更多、多训练一个 epoch，标签打分和分类头都有提高，"
+        "但按检验次数校正后都不显著："
         "{diff lora_label_scoring-all lora_label_scoring} 和 {diff lora_head-all lora_head}。"
         "只用 50 条和 200 条时，它比 `lora_head` 高得多："
         "{diff lora_label_scoring-n50 lora_head-n50} 和 "
@@ -176,7 +178,7 @@ CHINESE = (
     (
         "标签词的选择会左右零样本的结果。",
         "成立。用“消极/积极”时准确率为 {acc zero_shot-xiaoji}，与用“负面/正面”相比 "
-        "{diff zero_shot-xiaoji zero_shot}；变的只是阈值，排序能力没有变，AUC 之差为 "
+        "{diff zero_shot-xiaoji zero_shot}；变的是阈值，没有发现排序能力有变化，AUC 之差为 "
         "{aucdiff zero_shot-xiaoji zero_shot}。“差/好”和“负向/正向”连排序也更差，AUC 分别差 "
         "{aucdiff zero_shot-chahao zero_shot} 和 {aucdiff zero_shot-xiang zero_shot}。"
         "1.5B 模型同样受标签词影响：改用“负向/正向”，与用“负面/正面”相比 "
