@@ -188,8 +188,8 @@ def test_batches_in_bf16_are_filled_up_and_the_filler_is_ignored(source, monkeyp
 
         monkeypatch.setattr(module, "forward_packed", counted)
     filled = found.scores(TEXTS[:7])
-    assert sizes[-1] % label_scores.FULL == 0
-    monkeypatch.setattr(label_scores, "FULL", 1)
+    assert sizes[-1] % label_scores.ROW_MULTIPLE == 0
+    monkeypatch.setattr(label_scores, "ROW_MULTIPLE", 1)
     # Equal but for the kernel that bf16 products of another size may take; scores reach 40.
     np.testing.assert_allclose(filled, found.scores(TEXTS[:7]), atol=0.5)
     assert sizes[-1] % 64
