@@ -258,7 +258,16 @@ def test_a_run_knows_its_training_data(tmp_path, capsys):
     given = {"train_data": str(tsv(tmp_path / "b.tsv", B)), "encoding": "utf-8"}
     named = training_examples(Namespace(**vars(args) | given), WORDS, record)[1]
     assert [(example.text, example.label) for example in named] == B
+    # The rows of --dev chose the step: they are not new texts either.
+    dev = tsv(tmp_path / "dev.tsv", B)
+    dev_hash = examples_hash([Example(*row, 0) for row in B])
+    with_dev = record | {"arguments": arguments | {"dev": str(dev)}, "dev_hash": dev_hash}
+    name, known = training_examples(args, WORDS, with_dev)
+    assert name == f"{path} or {dev}" and [(e.text, e.label) for e in known] == A[:4] + B
     assert capsys.readouterr().err == ""
+    tsv(dev, A)
+    assert training_examples(args, WORDS, with_dev) is None
+    assert f"{dev}: has changed" in capsys.readouterr().err
 
     tsv(path, B)
     assert training_examples(args, WORDS, record) is None

@@ -46,22 +46,28 @@ def training_examples(
     """The name of the training file, and its examples; None if there is none.
 
     args: where --train-data is not given, it is the file in `record`, the run.json of the evaluated
-    run. If that is missing or has changed, stderr gets a note and the result is None. read_as: what
-    the labels of the evaluated data are read as.
+    run, and its --dev file, whose rows chose step, layer or penalty. If one is missing or has
+    changed, stderr gets a note and the result is None. read_as: what the labels of the evaluated
+    data are read as.
     """
     if (file := args.train_data) is not None:
         how = (args.encoding, None, read_as, args.text_column, args.label_column, True)
         return file, read_examples(file, labels, *how)
     if record is None:
         return None
-    own = record["arguments"]
-    file, how = own["data"], (own["encoding"], own["limit"], record.get("labels_read_as"))
-    how += (own.get("text_column"), own.get("label_column"))  # older runs lack them
+    own, examples = record["arguments"], []
+    columns = own.get("text_column"), own.get("label_column")  # older runs lack these, and dev
+    files = [(own["data"], own["limit"], record["data_hash"])]
+    if own.get("dev"):
+        files.append((own["dev"], None, record["dev_hash"]))
     try:
-        examples = read_examples(file, record["labels"], *how)
-        if examples_hash(examples) != record["data_hash"]:
-            raise UserError(f"{file}: has changed since the run was trained on it")
-        return file, examples
+        for file, limit, kept in files:
+            how = (own["encoding"], limit, record.get("labels_read_as"), *columns)
+            found = read_examples(file, record["labels"], *how)
+            if examples_hash(found) != kept:
+                raise UserError(f"{file}: has changed since the run was trained on it")
+            examples += found
+        return " or ".join(file for file, _, _ in files), examples
     except UserError as error:
         skipped = "accuracy on texts outside the training data is not computed"
         print(f"note: {skipped}: {error} (or give --train-data FILE)", file=sys.stderr)
