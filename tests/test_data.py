@@ -78,7 +78,7 @@ def test_jsonl(tmp_path):
 def test_quotes_in_a_tsv_are_read_as_they_are_with_a_note(tmp_path, capsys, field, noted):
     found = read(tmp_path, "a.tsv", f"label\ttext\n0\t差\n1\t{field}\n")
     assert [e.text for e in found] == ["差", *(part for part in field.split("\n1\t"))]
-    note = "texts that begin with a quote, which is kept: 1 (the first: line 3)"
+    note = "rows with a field that begins with a quote, which is kept: 1 (the first: line 3)"
     note = f"note: {tmp_path / 'a.tsv'}: {note}\n"
     assert capsys.readouterr().err == note * noted
 

@@ -380,6 +380,52 @@ def test_what_is_not_read_or_empty_is_said(capsys):
     assert "a.xlsx: empty texts: 1 (the first: line 3)" in err
 
 
+def test_control_characters_that_excel_escapes_are_read():
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for row in (["text", "label"], ["干净_x000D_\n安静_x0009_近", "正面"], ["_x4E00_", "负面"]):
+        book.active.append(row)
+    book.save("a.xlsx")
+    assert [text for _, text in read_texts("a.xlsx")] == ["干净\r\n安静\t近", "_x4E00_"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv"])
+def test_quotes_between_tabs_are_kept_with_a_note_whatever_the_files_name(name, capsys):
+    found = read_examples(write(name, 'label\ttext\n0\t差\n1\t"好, 很好"\n'), WORDS)
+    assert [example.text for example in found] == ["差", '"好, 很好"']
+    note = "rows with a field that begins with a quote, which is kept: 1 (the first: line 3)"
+    assert note in capsys.readouterr().err
+
+
+def test_one_of_several_controls_must_be_named():
+    """Sentiment and topic in one task: their choices are not one set of labels."""
+
+    def result(control: str, choice: str) -> dict:
+        return {"type": "choices", "from_name": control, "value": {"choices": [choice]}}
+
+    def tasks(other: str) -> str:
+        rows = [("好", "正面", "房间"), ("差", "负面", "早餐")]
+        results = [[result(other, y), result("topic", topic)] for _, y, topic in rows]
+        data = [{"text": text} for text, _, _ in rows]
+        pairs = zip(data, results, strict=True)
+        return json.dumps([{"data": d, "annotations": [{"result": r}]} for d, r in pairs])
+
+    write("a.json", tasks("sentiment"))
+    with pytest.raises(UserError, match="choices of sentiment, topic: name one of these"):
+        read_examples("a.json", WORDS)
+    assert [e.label for e in read_examples("a.json", WORDS, label_column="sentiment")] == [1, 0]
+    topics = read_examples("a.json", ("房间", "早餐"), label_column="topic")
+    assert [e.label for e in topics] == [0, 1]
+    # Also where one is called label, and where each task has a single one of them.
+    write("b.json", tasks("label"))
+    assert [e.label for e in read_examples("b.json", WORDS, label_column="label")] == [1, 0]
+    apart = [("好", result("sentiment", "正面")), ("早", result("topic", "早餐"))]
+    apart = [{"data": {"text": t}, "annotations": [{"result": [r]}]} for t, r in apart]
+    with pytest.raises(UserError, match="choices of sentiment, topic"):
+        read_examples(write("c.json", json.dumps(apart)), WORDS)
+
+
 def test_a_task_may_have_other_results_or_none():
     choice = {"type": "choices", "from_name": "s", "value": {"choices": ["正面"]}}
     tasks = [{"data": {"text": "好"}, "annotations": [{"result": [{"type": "relation"}, choice]}]}]

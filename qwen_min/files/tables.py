@@ -36,6 +36,7 @@ USUAL = {
     "label": ("label", "category", "类别", "标签"),
 }
 Rows = Iterator[tuple[int, list[str] | dict]]  # the line and the fields of each row
+ESCAPED = re.compile("_x(00[01][0-9A-Fa-f])_")  # a control character in a workbook
 UNSAID = {"text", "text_a", "label"}  # what is taken without a note
 
 
@@ -60,9 +61,9 @@ def read_table(
 
     encoding: None takes UTF-16 by its mark, else UTF-8, else GB18030. Columns: None takes the one
     with a usual name. empty_texts: whether a text of nothing but spaces is accepted. stderr gets a
-    line for what is not the usual, and one each that counts empty texts, texts that begin with a
-    quote (a .tsv has no quoting, yet some programs quote), and what is skipped: blank rows, and
-    labelled tasks of Label Studio with none or several choices.
+    line for what is not the usual, and one each that counts empty texts, fields between tabs that
+    begin with a quote, and what is skipped: blank rows, and labelled tasks of Label Studio with
+    none or several choices.
 
     Raises UserError, one line that names the file and if possible the line in it.
     """
@@ -99,8 +100,6 @@ def read_table(
                 text, label = _checked(place, text, label, empty_texts)
                 if not text.strip():
                     counted["empty texts"].append(line)
-                if name.lower().endswith(".tsv") and text.startswith('"'):
-                    counted["texts that begin with a quote, which is kept"].append(line)
                 yield line, text, label
         finally:  # also where the reader wants no more rows
             for what, lines in counted.items():
@@ -186,8 +185,22 @@ def _rows(
     # Excel's "Unicode text" is UTF-16, with tabs, and quoted as CSV is.
     quoted = '"' in first or encoding.startswith("utf-16")
     if first and delimiter == "\t" and not quoted:
-        return enumerate((line.split("\t") for line in bare), start=1)
+        return _tab_rows(name, bare)
     return _csv_rows(name, lines(), delimiter)
+
+
+def _tab_rows(name: str, lines: Iterator[str]) -> Rows:
+    """Fields between tabs, without quoting; a note counts quotes: some programs write them."""
+    kept = []
+    try:
+        for i, line in enumerate(lines, start=1):
+            if re.search('(^|\t)"', line):
+                kept.append(i)
+            yield i, line.split("\t")
+    finally:
+        if kept:
+            what = "rows with a field that begins with a quote, which is kept"
+            note(name, f"{what}: {len(kept)} (the first: line {kept[0]})")
 
 
 def _csv_rows(name: str, lines: Iterator[str], delimiter: str) -> Rows:
@@ -204,21 +217,24 @@ def _csv_rows(name: str, lines: Iterator[str], delimiter: str) -> Rows:
 
 def _json_rows(name: str, lines: Iterator[str], is_list: bool, control: str | None) -> Rows:
     """The objects of JSON lines, or of one list; a blank line is a blank row."""
+    controls: set[str] = set()
     for i, source in enumerate(["".join(lines)] if is_list else lines, start=1):
         rows = [[source]]
         if source.strip():
             place = name if is_list else f"{name}, line {i}"
             with refuse_malformed(place, "JSON objects", ADVICE):
                 found = json.loads(source)
-                rows = [_flat(row, control) for row in (found if is_list else [found])]
+                rows = [_flat(row, control, controls) for row in (found if is_list else [found])]
         yield from enumerate(rows, start=i)
 
 
-def _flat(row: object, control: str | None) -> dict:
+def _flat(row: object, control: str | None, controls: set[str]) -> dict:
     """An object; a task of Label Studio as its short export has it: its data, and as label the
     choice of its annotators, or an object with their choices where these are none or several.
 
-    control: the name of the control whose choices count; None or "label": all do.
+    control: the name of the control whose choices count; None, or "label" where none is called so:
+    the only one. controls: receives the names of the file's controls. Raises ValueError if these
+    are several and none is named: a task may have sentiment and topic, say.
     """
     if not isinstance(row, dict):
         raise ValueError(f"found {reprlib.repr(row)}")
@@ -226,7 +242,12 @@ def _flat(row: object, control: str | None) -> dict:
         return row
     done = [a for a in row.get("annotations") or () if not dict(a).get("was_cancelled")]
     own = [r for a in done for r in a["result"] if r["type"] == "choices"]
-    own = [r for r in own if control in (None, "label", r["from_name"])]
+    controls |= {r["from_name"] for r in own}
+    if control in controls or control not in (None, "label"):
+        own = [r for r in own if r["from_name"] == control]
+    elif len(controls) > 1:
+        found = f"found choices of {', '.join(sorted(controls))}"
+        raise ValueError(f"{found}: name one of these by --label-column")
     choices = {choice for r in own for choice in r["value"]["choices"]}
     label = choices.pop() if len(choices) == 1 else {"choices": choices}
     return row["data"] | {control or "label": label}
@@ -246,7 +267,9 @@ def _workbook_rows(name: str, file: BinaryIO) -> Rows:
     for line, cells in enumerate(rows, start=1):
         # A whole number may be kept as 1.0.
         cells = [int(c) if isinstance(c, float) and c.is_integer() else c for c in cells]
-        yield line, ["" if cell is None else str(cell) for cell in cells]
+        # Excel writes a carriage return as _x000D_, other control characters likewise.
+        texts = ["" if cell is None else str(cell) for cell in cells]
+        yield line, [ESCAPED.sub(lambda found: chr(int(found[1], 16)), text) for text in texts]
 
 
 def _encoding(name: str, file: BinaryIO, encoding: str | None) -> str:
