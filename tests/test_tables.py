@@ -417,9 +417,13 @@ def test_one_of_several_controls_must_be_named():
     assert [e.label for e in read_examples("a.json", WORDS, label_column="sentiment")] == [1, 0]
     topics = read_examples("a.json", ("房间", "早餐"), label_column="topic")
     assert [e.label for e in topics] == [0, 1]
+    assert [text for _, text in read_texts("a.json")] == ["好", "差"]  # needs no labels
     # Also where one is called label, and where each task has a single one of them.
     write("b.json", tasks("label"))
     assert [e.label for e in read_examples("b.json", WORDS, label_column="label")] == [1, 0]
+    mixed = [json.loads(tasks("topic"))[0], *json.loads(tasks("label"))]
+    write("d.json", json.dumps(mixed))
+    assert [e.line for e in read_examples("d.json", WORDS, label_column="label")] == [2, 3]
     apart = [("好", result("sentiment", "正面")), ("早", result("topic", "早餐"))]
     apart = [{"data": {"text": t}, "annotations": [{"result": [r]}]} for t, r in apart]
     with pytest.raises(UserError, match="choices of sentiment, topic"):

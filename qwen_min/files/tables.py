@@ -73,7 +73,7 @@ def read_table(
     with _opened(source) as file:
         try:
             plain = not labelled and text_column is None
-            for line, row in _rows(name, file, encoding, plain, label_column):
+            for line, row in _rows(name, file, encoding, plain, labelled, label_column):
                 place = f"{name}, line {line}"
                 if isinstance(row, list):
                     if not "".join(row).strip():
@@ -150,11 +150,17 @@ def _opened(source: str | Path) -> BinaryIO:
 
 
 def _rows(
-    name: str, file: BinaryIO, encoding: str | None, plain: bool, control: str | None
+    name: str,
+    file: BinaryIO,
+    encoding: str | None,
+    plain: bool,
+    labelled: bool,
+    control: str | None,
 ) -> Rows:
     """Line and fields of each row, those of an object by name; the first list is the header.
 
-    plain: whether the file may hold one text a line, without a header. control: see `_flat`.
+    plain: whether the file may hold one text a line, without a header. labelled, control: whether
+    labels are wanted, and which; see `_json_rows`.
     """
     start = file.read(4)
     if start == WORKBOOK:
@@ -179,7 +185,7 @@ def _rows(
     has_header = _named(pieces, USUAL["text"]) and not any(" " in piece for piece in pieces)
     bare = (line.removesuffix("\n").removesuffix("\r") for line in lines())
     if JSON.match(first):
-        return _json_rows(name, lines(), first.lstrip().startswith("["), control)
+        return _json_rows(name, lines(), first.lstrip().startswith("["), labelled, control)
     if plain and suffix in ("", ".txt") and not has_header:
         return enumerate(chain([["text"]], ([line] for line in bare)))  # the header is line 0
     # Excel's "Unicode text" is UTF-16, with tabs, and quoted as CSV is.
@@ -215,8 +221,15 @@ def _csv_rows(name: str, lines: Iterator[str], delimiter: str) -> Rows:
         raise UserError(f"{name}, line {line}: not valid CSV ({error}): {QUOTING}") from None
 
 
-def _json_rows(name: str, lines: Iterator[str], is_list: bool, control: str | None) -> Rows:
-    """The objects of JSON lines, or of one list; a blank line is a blank row."""
+def _json_rows(
+    name: str, lines: Iterator[str], is_list: bool, labelled: bool, control: str | None
+) -> Rows:
+    """The objects of JSON lines, or of one list; a blank line is a blank row.
+
+    A task of Label Studio is its data, and with `labelled` its choices: those of the control that
+    is named, or of the only one. Raises UserError if there are several and none is named: a task
+    may have sentiment and topic, say.
+    """
     controls: set[str] = set()
     for i, source in enumerate(["".join(lines)] if is_list else lines, start=1):
         rows = [[source]]
@@ -225,6 +238,9 @@ def _json_rows(name: str, lines: Iterator[str], is_list: bool, control: str | No
             with refuse_malformed(place, "JSON objects", ADVICE):
                 found = json.loads(source)
                 rows = [_flat(row, control, controls) for row in (found if is_list else [found])]
+            if labelled and control is None and len(controls) > 1:
+                several = f"found choices of {', '.join(sorted(controls))}"
+                raise UserError(f"{place}: {several}: name one of these by --label-column")
         yield from enumerate(rows, start=i)
 
 
@@ -232,9 +248,8 @@ def _flat(row: object, control: str | None, controls: set[str]) -> dict:
     """An object; a task of Label Studio as its short export has it: its data, and as label the
     choice of its annotators, or an object with their choices where these are none or several.
 
-    control: the name of the control whose choices count; None, or "label" where none is called so:
-    the only one. controls: receives the names of the file's controls. Raises ValueError if these
-    are several and none is named: a task may have sentiment and topic, say.
+    control: the name of the control whose choices count; None: all do. controls: receives the names
+    of the task's controls.
     """
     if not isinstance(row, dict):
         raise ValueError(f"found {reprlib.repr(row)}")
@@ -243,11 +258,7 @@ def _flat(row: object, control: str | None, controls: set[str]) -> dict:
     done = [a for a in row.get("annotations") or () if not dict(a).get("was_cancelled")]
     own = [r for a in done for r in a["result"] if r["type"] == "choices"]
     controls |= {r["from_name"] for r in own}
-    if control in controls or control not in (None, "label"):
-        own = [r for r in own if r["from_name"] == control]
-    elif len(controls) > 1:
-        found = f"found choices of {', '.join(sorted(controls))}"
-        raise ValueError(f"{found}: name one of these by --label-column")
+    own = [r for r in own if control in (None, r["from_name"])]
     choices = {choice for r in own for choice in r["value"]["choices"]}
     label = choices.pop() if len(choices) == 1 else {"choices": choices}
     return row["data"] | {control or "label": label}
