@@ -49,7 +49,7 @@ from qwen_min.files import run as run_files
 from qwen_min.files.data import examples_hash
 from qwen_min.files.disk import write_json
 from qwen_min.files.output import refuse_inputs
-from qwen_min.files.overlap import fed_rows
+from qwen_min.files.overlap import adapter_files, fed_rows
 from qwen_min.files.probe import cached_features, save_head
 from qwen_min.files.weights import fingerprint, load_model
 from qwen_min.head import fit_layers
@@ -261,6 +261,7 @@ def train(args: argparse.Namespace) -> int:
         "data_hash": examples_hash(examples[:data_rows]),
         "dev_hash": examples_hash(examples[data_rows:]) if args.dev else None,
         "class_weights": class_weights,
+        "adapter_files": adapter_files(args.adapter),
         "training_rows": len(training),
         "held_out_rows": len(held_out),
         "truncated_rows": sum(prompt.truncated for prompt in prompts),

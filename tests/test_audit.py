@@ -15,6 +15,7 @@ from conftest import REPO, make_tokenizer
 from safetensors.numpy import save, save_file
 
 import evaluate
+import train
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash, read_examples
 from qwen_min.files.hub import TINY
@@ -24,6 +25,7 @@ from qwen_min.report import audit
 from qwen_min.report.audit import file_of, findings
 
 WORDS = ("负面", "正面")
+SAMPLE = REPO / "qwen_min" / "sample"
 REAL = REPO.parent / "shared" / "data" / "chnsenticorp"
 A = [
     ("房间很干净，服务也好。", 1),
@@ -229,7 +231,7 @@ def test_encoding_and_labels(tmp_path):
 def test_clean_part_on_a_worked_example():
     texts = ["很好", "很好！", "不好", "太慢", "还行"]
     examples = [Example(text, i % 2, i + 2) for i, text in enumerate(texts)]
-    training = ("train.tsv", [Example("很好", 1, 2), Example("书很好", 1, 3)])
+    training = [("train.tsv", [Example("很好", 1, 2), Example("书很好", 1, 3)])]
     found = clean_part(training, examples, [0, 1, 0, 0, 1], [])
     # Three rows are clean, with classes 0, 1, 0; only the first prediction is right.
     assert found == {
@@ -238,8 +240,8 @@ def test_clean_part_on_a_worked_example():
         "accuracy": 1 / 3,
         "accuracy_interval": list(wilson_interval(1, 3)),
     }
-    assert clean_part(None, examples, [0] * 5, []) is None
-    none_left = clean_part(("train.tsv", examples), examples, [0] * 5, [])
+    assert clean_part([], examples, [0] * 5, []) is None
+    none_left = clean_part([("train.tsv", examples)], examples, [0] * 5, [])
     assert (none_left["n"], none_left["accuracy"]) == (0, None)
     assert "accuracy_interval" in json.dumps(none_left)
 
@@ -250,31 +252,37 @@ def test_a_run_knows_its_training_data(tmp_path, capsys):
     arguments = {"data": str(path), "labels": "负面,正面", "encoding": "utf-8", "limit": 4}
     record = {"arguments": arguments, "labels": ["负面", "正面"]}
     record["data_hash"] = examples_hash(examples[:4])
-    args = Namespace(train_data=None, encoding="ascii", text_column=None, label_column=None)
+    args = {"train_data": None, "encoding": "ascii", "adapter": None}
+    args = Namespace(**args, text_column=None, label_column=None)
     found = training_examples(args, ("x", "y"), record)
-    assert found == (str(path), [Example(*row, i + 2) for i, row in enumerate(A[:4])])
-    assert training_examples(args, WORDS, None) is None
+    assert found == [(str(path), [Example(*row, i + 2) for i, row in enumerate(A[:4])])]
+    assert training_examples(args, WORDS, None) == []
     # A file that the user names takes precedence over the run's, and is read whole.
     given = {"train_data": str(tsv(tmp_path / "b.tsv", B)), "encoding": "utf-8"}
-    named = training_examples(Namespace(**vars(args) | given), WORDS, record)[1]
+    given = Namespace(**vars(args) | given)
+    ((_, named),) = training_examples(given, WORDS, record)
     assert [(example.text, example.label) for example in named] == B
     # The rows of --dev chose the step: they are not new texts either.
     dev = tsv(tmp_path / "dev.tsv", B)
     dev_hash = examples_hash([Example(*row, 0) for row in B])
     with_dev = record | {"arguments": arguments | {"dev": str(dev)}, "dev_hash": dev_hash}
-    name, known = training_examples(args, WORDS, with_dev)
-    assert name == f"{path} or {dev}" and [(e.text, e.label) for e in known] == A[:4] + B
+    rows = [
+        [(e.text, e.label) for e in known] for _, known in training_examples(args, WORDS, with_dev)
+    ]
+    assert rows == [A[:4], B] and len(training_examples(given, WORDS, with_dev)) == 2
     assert capsys.readouterr().err == ""
     tsv(dev, A)
-    assert training_examples(args, WORDS, with_dev) is None
+    assert training_examples(args, WORDS, with_dev) == []
     assert f"{dev}: has changed" in capsys.readouterr().err
+    assert len(training_examples(given, WORDS, with_dev)) == 1
+    assert "note: its texts count as new: " in capsys.readouterr().err
 
     tsv(path, B)
-    assert training_examples(args, WORDS, record) is None
+    assert training_examples(args, WORDS, record) == []
     changed = capsys.readouterr().err
     assert "has changed since the run was trained on it" in changed
     path.unlink()
-    assert training_examples(args, WORDS, record) is None
+    assert training_examples(args, WORDS, record) == []
     gone = capsys.readouterr().err
     assert "not a data file (No such file" in gone
     assert gone.count("\n") == changed.count("\n") == 1
@@ -298,6 +306,30 @@ def test_evaluate_says_how_it_does_on_clean_rows(tmp_path, reference, files, cap
     assert "missing.tsv: not a data file (No such" in capsys.readouterr().err
     assert evaluate.main([*map(str, given[:-1]), str(files[0]), "--train-data", str(files[0])]) == 2
     assert "already the data or another output" in capsys.readouterr().err
+
+
+def test_rows_that_a_probes_adapter_was_trained_on_are_not_clean(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    heads, *rows = (SAMPLE / "train.tsv").read_text(encoding="utf-8").splitlines()
+    for name, part in (("a.tsv", rows[:40]), ("b.tsv", rows[40:80])):
+        Path(name).write_text("\n".join([heads, *part]) + "\n", encoding="utf-8")
+    lora = ["--method", "lora_label_scoring", "--data", "a.tsv", "--output", "lora"]
+    assert train.main([*lora, "--epochs", "1"]) == 0
+    shutil.copytree("lora/adapter", "alone")
+    capsys.readouterr()
+    for adapter, clean in (("lora/adapter", 0), ("alone", 40)):
+        probe = ["--method", "head_only", "--data", "b.tsv", "--output", f"of-{clean}"]
+        assert train.main([*probe, "--adapter", adapter]) == 0
+        assert ("alone is in no run" in capsys.readouterr().err) == bool(clean)
+        assert evaluate.main(["--run", f"of-{clean}", "--data", "a.tsv", "--output", "r.json"]) == 0
+        assert json.loads(Path("r.json").read_text(encoding="utf-8"))["clean"]["n"] == clean
+        Path("r.json").unlink()
+        method = ["--method", "lora_label_scoring", "--adapter", adapter, "--data", "a.tsv"]
+        assert evaluate.main([*method, "--output", "r.json"]) == 0
+        found = json.loads(Path("r.json").read_text(encoding="utf-8"))["clean"]
+        assert (found and found["n"]) == (None if clean else 0)
+        Path("r.json").unlink()
+        assert ("alone is in no run" in capsys.readouterr().err) == bool(clean)
 
 
 # Texts in the model's own training data

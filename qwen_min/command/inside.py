@@ -47,8 +47,8 @@ def neutral_prompts(source: Source, examples: Sequence[Example], training: Train
     own = source.record["arguments"] if source.record else {}
     if training and own.get("dev"):  # all rows of its training data were trained on
         print(f"note: no temperature: {own['dev']} was this run's held-out part", file=sys.stderr)
-    elif training:
-        rows = calibration.held_out_rows(training[1], examples, own.get("data_seed", 0))
+    elif training and (own or args.train_data):  # how an adapter's run split them is not known here
+        rows = calibration.held_out_rows(training[0][1], examples, own.get("data_seed", 0))
     if args.calibration == "temperature" and not rows:
         found = "no held-out rows of training data to fit it on"
         raise UserError(f"--calibration temperature: {found}; name the file by --train-data")

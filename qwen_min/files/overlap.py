@@ -9,6 +9,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from unicodedata import category, normalize
 
@@ -17,9 +18,11 @@ import numpy as np
 from qwen_min.errors import UserError
 from qwen_min.files.data import Example, examples_hash, read_examples
 from qwen_min.files.disk import read_safetensors, refuse_malformed
+from qwen_min.files.record import read_whole_run
 from qwen_min.metrics import wilson_interval
 
-Training = tuple[str, list[Example]] | None  # the name of a file and its examples; None: no file
+Training = list[tuple[str, list[Example]]]  # names of files, and their examples
+READ_BY = ("labels", "encoding", "limit", "read_as", "text_column", "label_column")
 FED = "fed.safetensors"  # in a model's directory: `text_hashes` of its own training texts
 
 
@@ -40,38 +43,60 @@ def stand_in(texts: Iterable[str], known: Iterable[str]) -> list[int]:
     return [i for i, text in enumerate(texts) if text in known]
 
 
+def training_files(record: dict) -> list[dict]:
+    """What is known of the files whose rows a run has seen: its data, its --dev, whose rows chose
+    the step or the penalty, and those of the run that its --adapter came from."""
+    own = record["arguments"]
+    how = {"encoding": own["encoding"], "labels": record["labels"]}
+    how["read_as"] = record.get("labels_read_as")  # older runs lack what is read by `get`
+    how |= {name: own.get(name) for name in ("text_column", "label_column")}
+    files = [{"path": own["data"], "limit": own["limit"], "hash": record["data_hash"], **how}]
+    if own.get("dev"):
+        files.append({"path": own["dev"], "limit": None, "hash": record.get("dev_hash"), **how})
+    return files + (record.get("adapter_files") or [])
+
+
+def adapter_files(adapter: str | None) -> list[dict]:
+    """`training_files` of the run that an adapter lies in. Where it lies in none, stderr gets a
+    note: the texts that it was trained on are not known."""
+    if adapter is None or not os.path.isdir(adapter):
+        return []
+    try:
+        return training_files(read_whole_run(Path(os.path.realpath(adapter)).parent))
+    except UserError:
+        print(f"note: {adapter} is in no run: texts that it has seen count as new", file=sys.stderr)
+        return []
+
+
 def training_examples(
     args: argparse.Namespace, labels: Sequence[str], record: dict | None, read_as: str | None = None
 ) -> Training:
-    """The name of the training file, and its examples; None if there is none.
+    """What was trained on: the names of files, and the examples of each.
 
-    args: where --train-data is not given, it is the file in `record`, the run.json of the evaluated
-    run, and its --dev file, whose rows chose step, layer or penalty. If one is missing or has
-    changed, stderr gets a note and the result is None. read_as: what the labels of the evaluated
-    data are read as.
+    args: --train-data stands for the data of `record`, the run.json of the evaluated run, or of the
+    run of --adapter. If a file of the run is missing or has changed, stderr gets a note; without
+    --train-data the result is then empty. read_as: what the labels of the evaluated data are read
+    as.
     """
+    files, found = training_files(record) if record else adapter_files(args.adapter), []
     if (file := args.train_data) is not None:
         how = (args.encoding, None, read_as, args.text_column, args.label_column, True)
-        return file, read_examples(file, labels, *how)
-    if record is None:
-        return None
-    own, examples = record["arguments"], []
-    columns = own.get("text_column"), own.get("label_column")  # older runs lack these, and dev
-    files = [(own["data"], own["limit"], record["data_hash"])]
-    if own.get("dev"):
-        files.append((own["dev"], None, record["dev_hash"]))
-    try:
-        for file, limit, kept in files:
-            how = (own["encoding"], limit, record.get("labels_read_as"), *columns)
-            found = read_examples(file, record["labels"], *how)
-            if examples_hash(found) != kept:
-                raise UserError(f"{file}: has changed since the run was trained on it")
-            examples += found
-        return " or ".join(file for file, _, _ in files), examples
-    except UserError as error:
-        skipped = "accuracy on texts outside the training data is not computed"
-        print(f"note: {skipped}: {error} (or give --train-data FILE)", file=sys.stderr)
-    return None
+        files, found = files[1:], [(file, read_examples(file, labels, *how))]
+    for known in files:
+        try:
+            path, how = known["path"], [known.get(name) for name in READ_BY]
+            examples = read_examples(path, *how)
+            if examples_hash(examples) != known["hash"]:
+                raise UserError(f"{path}: has changed since the run was trained on it")
+            found.append((path, examples))
+        except UserError as error:
+            if file is not None:
+                print(f"note: its texts count as new: {error}", file=sys.stderr)
+                continue
+            skipped = "accuracy on texts outside the training data is not computed"
+            print(f"note: {skipped}: {error} (or give --train-data FILE)", file=sys.stderr)
+            return []
+    return found
 
 
 def text_hashes(texts: Iterable[str]) -> np.ndarray:
@@ -119,9 +144,9 @@ def clean_part(
     """
     if not training and not fed:
         return None
-    file, known = training or (None, [])
-    sources = filter(None, [file, "what the model itself was made from" if fed else None])
+    sources = [*dict(training), *["what the model itself was made from"] * bool(fed)]
     # Texts that are equal are also equal when normalised.
+    known = chain.from_iterable(rows for _, rows in training)
     texts, known = ((normalised(row.text) for row in rows) for rows in (examples, known))
     seen = {*stand_in(texts, known), *fed}
     correct = [e.label == y for e, y in zip(examples, predictions, strict=True)]

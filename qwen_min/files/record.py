@@ -30,12 +30,19 @@ ARGUMENTS = {name: schema for schema, names in SCHEMAS.items() for name in names
 RECORD = {"method": METHODS, "arguments": ARGUMENTS, "labels": [str], "finished": bool}
 RECORD |= dict.fromkeys(("base_fingerprint", "data_hash", "frozen_before"), str)
 RECORD |= {"labels_read_as": (*READINGS, None), "dtype": (*DTYPES, None)}  # older runs lack them
+# A file whose rows the adapter of a probe has seen.
+SEEN = {"path": str, "hash": str, "labels": [str], "limit": (COUNT, None)}
+SEEN |= dict.fromkeys(("encoding", "text_column", "label_column"), (str, None))
+SEEN |= {"read_as": (*READINGS, None)}
 FINISHED = {"trained_parameters": int, "seconds": float, "result_hash": (str, None)}
 
 
 def read_whole_run(directory: str | Path) -> dict:
     """`read_run`, with each field checked that a command uses."""
-    more = FINISHED if read_run(directory).get("finished") else {}
+    found = read_run(directory)
+    more = FINISHED if found.get("finished") else {}
+    if found.get("adapter_files"):  # older runs and most others have none
+        more = more | {"adapter_files": [SEEN]}
     record = read_run(directory, **RECORD, **more)
     for name, value in record["arguments"].items():
         if "\0" in str(value):  # no command line holds it, and a path with it names no file
