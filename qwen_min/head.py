@@ -144,8 +144,8 @@ def fit_layers(
     features (n, L + 1, D), of all layers, or (n, 1, D), of one; labels (n,). training and held_out
     are rows of both. class_weights (C,) as in `fit_head`.
     """
-    found, heads, w = {}, {}, class_weights
-    w = None if w is None else torch.tensor(w, dtype=torch.float64)
+    found, heads = {}, {}
+    w = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float64)
     for layer in layers:
         x = features[:, layer if features.shape[1] > 1 else 0]
         (weight, bias), found[layer] = fit_head(

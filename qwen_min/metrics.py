@@ -93,10 +93,10 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 def log_odds(scores: np.ndarray) -> np.ndarray:
     """log(p_c / (1 - p_c)) of each class c: its score minus the log-sum-exp of the other scores.
 
-    The sum without c is not the whole sum minus c's term, which could round to nothing. It is made
-    of the sum of the smaller scores and that of the larger ones, after sorting.
-    It ranks rows as p_c does, also where p_c rounds to 0 or 1. With two classes it is exactly the
-    difference of the scores. `scores`: float (n, C), not checked; the result is (n, C).
+    The result ranks rows as p_c does, also where p_c rounds to 0 or 1. With two classes it is
+    exactly the difference of the scores. The sum over the other scores is not the whole sum minus
+    c's term, which could round to nothing: after sorting, the sum of the smaller ones and that of
+    the larger ones are added. `scores`: float (n, C), not checked; the result is (n, C).
     """
     # Sorted, and less the largest, so that rows whose other scores differ only in order, or which
     # differ by a constant, give exactly the same numbers.

@@ -18,8 +18,8 @@ Qwen3.5 has other layers: the last section of this file, "Qwen3.5". Most of them
 rule (delta_rule.py) instead of attention. Readers of Qwen2 and Qwen3 need neither.
 
 This file is the definition, each computation once. If you change it, run the commands with
-`--plain`: by default they run `qwen_min/fast/`, a faster form of the same computation, which takes
-only the weights and the rotation from here.
+`--plain`: by default they run `qwen_min/fast/`, a faster form. From here it takes the weights, the
+rotation and `Qwen.logits`.
 
 Attribute names are the tensor names in the checkpoint (`model.layers.0.self_attn.q_proj.weight`),
 so loading needs no map of names. The numbers equal those of transformers' `modeling_qwen2.py`,

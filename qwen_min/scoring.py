@@ -47,8 +47,8 @@ def label_mass(scores: np.ndarray, labels: Sequence[Sequence[tuple[int, ...]]]) 
     """Probability (n,) that what follows each prompt begins with one of its label words.
 
     Near 0, the model would rather say something else, and the ranking among the words means less.
-    scores (n, C), and each row's C words as token ids. A word that begins with another
-    label word is not added: the shorter word's probability contains it.
+    scores (n, C), and each row's C words as token ids. A word that begins with another label word
+    is not added: the shorter word's probability contains it.
     """
 
     def counted(words: tuple[tuple[int, ...], ...]) -> list[bool]:

@@ -150,7 +150,7 @@ def test_options_that_a_method_ignores_are_refused(method, typed, said, tmp_path
 
 def test_a_device_that_is_there_is_taken_and_another_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)  # not offered: see there
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)  # not offered
     assert choose_device("auto") == choose_device("cpu") == "cpu"
     for name in ("cuda", "mps"):
         with pytest.raises(UserError, match=f"--device {name}: .* auto or cpu"):
