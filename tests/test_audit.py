@@ -330,6 +330,13 @@ def test_rows_that_a_probes_adapter_was_trained_on_are_not_clean(tmp_path, monke
         assert (found and found["n"]) == (None if clean else 0)
         Path("r.json").unlink()
         assert ("alone is in no run" in capsys.readouterr().err) == bool(clean)
+    record = json.loads(Path("of-0/run.json").read_text(encoding="utf-8"))
+    for damaged in ("x", [5], [{"path": 1}], {"path": "a.tsv"}):
+        text = json.dumps(record | {"adapter_files": damaged})
+        Path("of-0/run.json").write_text(text, encoding="utf-8")
+        assert evaluate.main(["--run", "of-0", "--data", "a.tsv"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: of-0/run.json: ") and "adapter_files" in err
 
 
 # Texts in the model's own training data
